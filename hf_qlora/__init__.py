@@ -1,0 +1,20 @@
+"""QLoRA for Hugging Face PEFT: one config, an ordinary adapter, nothing silent.
+
+    import hf_qlora
+    model = get_peft_model(model, hf_qlora.QLoRAConfig(r=64, lora_alpha=16, target_modules="all-linear"))
+
+quantizes the loaded model to double-quantized NF4 in place, wraps its linear layers with LoRA and makes them trainable;
+from there PEFT, Trainer and the Hub work as always. Importing the package registers it with PEFT; stock configs behave as
+before.
+"""
+
+from hf_qlora.config import NF4Config, QLoRAConfig
+from hf_qlora.quant.base import quantize_model
+from hf_qlora.registration import register
+from hf_qlora.tuner import QLoRAModel
+
+
+__version__ = "0.1.0.dev0"
+__all__ = ["NF4Config", "QLoRAConfig", "QLoRAModel", "quantize_model"]
+
+register()

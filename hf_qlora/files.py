@@ -1,0 +1,239 @@
+"""An adapter's files: written whole or not at all, and read only if they belong together.
+
+    adapter_model.safetensors        the portable tensors, an ordinary LoRA adapter
+    adapter_config.json              the portable config; its `hf_qlora` key holds the hash of the file above
+    hf_qlora_state.safetensors       in Trainer checkpoints where something was folded: the native lora_B, for exact resume
+
+A save happens in a temporary folder inside the target and is moved in at the end, the config last. Two files cannot be
+swapped at once for a stock reader; ours refuses a mixture by the hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_qlora.config import RECORD_KEY, QLoRAConfig, write_json
+from hf_qlora.layers import fold
+
+
+STATE_NAME = "hf_qlora_state.safetensors"
+VERSIONED = ("hf-qlora", "peft", "transformers", "torch", "bitsandbytes")
+_TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")  # transformers.trainer_utils.PREFIX_CHECKPOINT_DIR
+
+
+class AdapterFileError(ValueError):
+    """Files that are not a whole adapter; the message names the file, what is wrong with it, and what to do."""
+
+
+class AdapterTensors(dict[str, Tensor]):
+    """The tensors of an adapter file, with what setting them on a model must know.
+
+    Attributes:
+        source: the file, for messages.
+        form: the form they are in.
+        native: lora_B as it was before folding, from a Trainer checkpoint.
+        folded_by: the factors that `native` was folded by.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], source: str, form: fold.Form) -> None:
+        super().__init__(tensors)
+        self.source, self.form = source, form
+        self.native: dict[str, Tensor] = {}
+        self.folded_by: dict[str, float] = {}
+
+    def for_model(self, by: dict[str, float]) -> tuple[dict[str, Tensor], fold.Form]:
+        """The tensors to set on a model whose factors are `by`, exact where that is possible, and their form."""
+        if self.native and self.folded_by == by:
+            return {**self, **self.native}, "native"
+        return dict(self), self.form
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter of ours on disk or in the Hub's cache."""
+
+    source: str
+    weights: Path
+    record: dict[str, Any]
+    state: Path | None = None
+    portable: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "portable", bool(self.record.get("portable", True)))
+
+    def check(self) -> None:
+        """Refuse files that do not belong together.
+
+        Raises:
+            AdapterFileError: no safetensors file, or not the one that the config was saved with.
+        """
+        expected = self.record.get("weights_sha256")
+        if expected is not None and sha256(self.weights) != expected:
+            raise AdapterFileError(
+                f"{self.weights} is not the file that {CONFIG_NAME} beside it was saved with (sha256 differs): it is truncated "
+                "or changed, or a save was interrupted between the two files. Save or download the adapter again."
+            )
+
+    def tensors(self, read: Callable[[], dict[str, Tensor]], device: str | None) -> AdapterTensors:
+        """The adapter's tensors; `read` is PEFT's own reader."""
+        try:
+            result = AdapterTensors(read(), str(self.weights), "portable" if self.portable else "native")
+        except (SafetensorError, OSError) as error:
+            raise AdapterFileError(
+                f"{self.weights} cannot be read as safetensors ({error}); it is truncated or of another kind. "
+                "Save or download the adapter again."
+            ) from error
+        if self.state is not None and self.state.is_file():
+            with safe_open(self.state, framework="pt") as file:
+                belongs = (file.metadata() or {}).get("weights_sha256") == self.record.get("weights_sha256")
+            if belongs:
+                result.native = load_file(self.state, device=device or "cpu")
+                result.folded_by = self.record.get("fold", {})
+        return result
+
+
+def adapter_folder(model_id: str | os.PathLike[str], **kwargs: Any) -> AdapterFolder | None:
+    """The adapter at a local path or Hub id if it is one of ours, else None.
+
+    Args:
+        kwargs: what PEFT's `load_peft_weights` takes; those of `hf_hub_download` among them are used.
+
+    Raises:
+        AdapterFileError: an adapter of ours without a safetensors file.
+    """
+    local = Path(model_id, kwargs.get("subfolder") or "")
+    if local.is_dir():
+        record = _record(local / CONFIG_NAME)
+        if record is None:
+            return None
+        weights = local / SAFETENSORS_WEIGHTS_NAME
+        if not weights.is_file():
+            pickled = f" {WEIGHTS_NAME} beside it is pickled and is not loaded." if (local / WEIGHTS_NAME).exists() else ""
+            raise AdapterFileError(f"{weights} does not exist.{pickled} Save the adapter again with safe_serialization=True.")
+        return AdapterFolder(str(local), weights, record, local / STATE_NAME)
+    hub = {name: value for name, value in kwargs.items() if name in inspect.signature(hf_hub_download).parameters}
+    try:
+        record = _record(Path(hf_hub_download(str(model_id), CONFIG_NAME, **hub)))
+    except (OSError, ValueError):
+        return None  # PEFT reads next and says what is wrong
+    if record is None:
+        return None
+    try:
+        weights = Path(hf_hub_download(str(model_id), SAFETENSORS_WEIGHTS_NAME, **hub))
+    except EntryNotFoundError as error:
+        raise AdapterFileError(f"{model_id} has no {SAFETENSORS_WEIGHTS_NAME}; pickled adapters are not loaded.") from error
+    return AdapterFolder(str(model_id), weights, record)
+
+
+def save(
+    write: Callable[..., None], save_directory: str | os.PathLike[str], model: PeftModel, *args: Any, **kwargs: Any
+) -> None:
+    """Save a model's adapters with PEFT's own `write`, completed and moved into place.
+
+    Raises:
+        ValueError: a target that is a file, pickled serialization, or a conversion that folding does not allow.
+        OSError: the disk is full or read-only; what was in the folder before is unchanged.
+    """
+    bound = inspect.signature(write).bind(save_directory, *args, **kwargs)
+    bound.apply_defaults()
+    options = bound.arguments
+    target = Path(save_directory)
+    if target.is_file():
+        raise ValueError(f"{target} is a file; pass a folder to save the adapter in.")
+    if not options["safe_serialization"]:
+        raise ValueError("safe_serialization=False would pickle the adapter; adapters of hf_qlora are saved as safetensors only.")
+    names = options["selected_adapters"] or list(model.peft_config)
+    ours = [name for name in names if isinstance(model.peft_config.get(name), QLoRAConfig)]
+    by = {name: fold.factors(model, model.peft_config[name], name) for name in ours}
+    if options["path_initial_model_for_weight_conversion"] is not None and any(by.values()):
+        raise ValueError("path_initial_model_for_weight_conversion needs the native form: set portable=False in the config.")
+    if not options["is_main_process"]:
+        write(save_directory, *args, **kwargs)
+        return
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(dir=target, prefix=".saving-"))
+    except OSError as error:
+        raise OSError(error.errno, f"Cannot save the adapter in {target}: {error.strerror}. Nothing was changed.") from error
+    try:
+        if (target / "README.md").is_file():  # PEFT extends it
+            shutil.copy(target / "README.md", stage)
+        write(stage, *args, **kwargs)
+        for name in ours:
+            native = _native_tensors(model, name, options) if by[name] and _TRAINER_CHECKPOINT.fullmatch(target.name) else {}
+            _complete(stage / name if name != "default" else stage, by[name], native)
+        _move(stage, target)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"Saving the adapter in {target} failed: {error}. What was there before is unchanged.") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _record(config_file: Path) -> dict[str, Any] | None:
+    if not config_file.is_file():
+        return None
+    values = json.loads(config_file.read_text())
+    return values.get(RECORD_KEY) if isinstance(values, dict) else None
+
+
+def _native_tensors(model: PeftModel, name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    with fold.exchange("native"):
+        tensors = get_peft_model_state_dict(
+            model, state_dict=options["kwargs"].get("state_dict"), adapter_name=name, save_embedding_layers=False
+        )
+    return {key: tensor.contiguous() for key, tensor in tensors.items() if ".lora_B" in key or ".lora_embedding_B" in key}
+
+
+def _complete(folder: Path, by: dict[str, float], native: dict[str, Tensor]) -> None:
+    """Add to a staged adapter what only the saved file and the model know."""
+    digest = sha256(folder / SAFETENSORS_WEIGHTS_NAME)
+    values = json.loads((folder / CONFIG_NAME).read_text())
+    values[RECORD_KEY] |= {"weights_sha256": digest, "fold": by, "versions": _versions()}
+    write_json(folder / CONFIG_NAME, values)
+    if native:
+        save_file(native, folder / STATE_NAME, metadata={"format": "pt", "weights_sha256": digest})
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree
+            found[name] = "unknown"
+    return found
+
+
+def _move(stage: Path, target: Path) -> None:
+    staged = [path for path in stage.rglob("*") if path.is_file()]
+    for path in sorted(staged, key=lambda path: path.name == CONFIG_NAME):
+        final = target / path.relative_to(stage)
+        final.parent.mkdir(exist_ok=True)
+        os.replace(path, final)

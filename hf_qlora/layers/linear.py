@@ -1,0 +1,95 @@
+"""The LoRA layer over an NF4 base: PEFT's, with a merge that is exact and undone exactly.
+
+PEFT merges by adding ΔW to the dequantized weight and quantizing the sum again. ΔW is far below the step between two
+codes, so that nearly all of it is lost, and unmerging leaves another base than before. Here
+
+    merged weight = dequantized W + Σ ΔW, added in float32, rounded once to the base's dtype,
+
+is a dense layer of the class the base was made from. It stands in the base layer's place while merged; unmerging puts
+the packed layer, the same object, back.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
+
+
+class MergeError(ValueError):
+    """An adapter that cannot be merged; the message names the layer and the way out."""
+
+
+class Linear4bit(PeftLinear4bit):  # type: ignore[misc]
+    """A LoRA layer whose base layer is `quant.linear4bit.Linear4bit`. Made from PEFT's by `adopt`, never constructed."""
+
+    # The packed base layer while a dense one stands in its place; in a tuple, so that it is no submodule then.
+    _packed: tuple[BaseLinear4bit, ...] = ()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put a dense layer with the adapters' ΔW added in the base layer's place.
+
+        Args:
+            safe_merge: check that the result is finite before using it.
+            adapter_names: the adapters to merge; the active ones by default.
+
+        Raises:
+            MergeError: an adapter with `lora_bias`, or (with `safe_merge`) a result that is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        if any(self.lora_bias[name] for name in names):
+            raise MergeError(
+                "An adapter with lora_bias=True cannot be merged on a 4-bit base: the merged model would need biases that "
+                "its architecture may lack. Keep it unmerged, or load it on a dense base (quantization=None) and merge there."
+            )
+        already = list(self.merged_adapters)
+        packed = self._packed[0] if already else self.base_layer
+        self._restore(packed)  # DoRA reads the base weight through the layer
+        weight = packed.dequantize(torch.float32)
+        for name in already + names:
+            weight = self._merged_weight(name, weight)
+            if safe_merge and not torch.isfinite(weight).all():
+                raise MergeError(f"Merging adapter {name!r} gives NaN or infinite weights; the adapter is broken.")
+        self.base_layer = packed.to_dense(weight.to(packed.weight.quant_state.dtype))
+        self._packed = (packed,)
+        self.merged_adapters = already + names
+
+    def unmerge(self) -> None:
+        """Put the packed base layer back; nothing is computed."""
+        if self.merged:
+            device = self.base_layer.weight.device
+            self._restore(self._packed[0])
+            if self.base_layer.weight.device != device:  # the model was moved while merged
+                self.base_layer.to(device)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW of one adapter, (out_features, in_features), in float32 whatever the adapter's dtype."""
+        product = self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float()
+        return product * self.scaling[adapter]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense weight held while merged, else 0."""
+        return self.base_layer.weight.nbytes if self._packed else 0
+
+    def _merged_weight(self, name: str, weight: Tensor) -> Tensor:
+        if name in self.lora_variant:  # DoRA and the like have their own rule
+            merged: Tensor = self.lora_variant[name].merge_safe(self, name, weight)
+            return merged
+        return weight + self.get_delta_weight(name)
+
+    def _restore(self, packed: BaseLinear4bit) -> None:
+        self.base_layer = packed
+        self._packed, self.merged_adapters = (), []
+
+
+def adopt(model: nn.Module) -> None:
+    """Turn PEFT's LoRA layers over an NF4 base of ours into `Linear4bit`, in place; stock adapters in them profit too."""
+    for module in model.modules():
+        if type(module) is PeftLinear4bit and isinstance(module.base_layer, BaseLinear4bit) and not module.merged:
+            module.__class__ = Linear4bit

@@ -1,0 +1,1 @@
+"""What a quantized base is: the codebooks, their definition in plain torch, and the conversion of a loaded model."""

@@ -1,0 +1,352 @@
+"""The quantized base: a loaded model converted in place, a 4-bit one checked and taken over, and the way back.
+
+Heads, embeddings, tied weights, routers, `modules_to_save` and `skip_modules` stay dense. Everything that could fail is
+checked before the first weight is touched. Layers are converted one at a time and each dense weight is freed before the
+next, so that the peak is the dense model and one layer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from hf_qlora.config import NF4Config, bitsandbytes_config
+from hf_qlora.quant.linear4bit import (
+    CHUNK,
+    Linear4bit,
+    adopt_linear,
+    become_linear4bit,
+    dense_weight,
+    quantize_weight,
+)
+
+
+logger = logging.getLogger(__name__)
+
+# Last name components of the linear layers that choose experts: small, and sensitive to rounding.
+ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "gate_network")
+PROGRESS_DELAY_S = 3.0
+
+OnLayer = Callable[[str, Tensor, Linear4bit], None]
+
+
+class BaseModelError(ValueError):
+    """The base model cannot be used as asked; the message names what was found, what is allowed and the way out."""
+
+
+class NF4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+    """transformers' quantizer for a base of ours: it gives `Conv1D` back on dequantizing and does not save a merged base."""
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Called by transformers when the base is saved."""
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            merged = [name for name, module in model.named_modules() if getattr(module, "merged", False) is True]
+            if merged:
+                raise BaseModelError(
+                    f"The base has adapters merged into {len(merged)} layers ({merged[0]}, …), which then hold dense weights; "
+                    "saving it would write neither the base nor a loadable model. Call unmerge_adapter() first, or save "
+                    "the result of merge_and_unload()."
+                )
+        return None, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return dequantize_layers(model, dtype)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that the parameters of a model take, every storage counted once.
+
+    Attributes:
+        code_bytes, scale_bytes, table_bytes: packed weights, their scales at both levels, shared code tables.
+        dense_bytes: all other parameters and buffers.
+        quantized_params, dense_params: numbers of weights.
+    """
+
+    code_bytes: int = 0
+    scale_bytes: int = 0
+    table_bytes: int = 0
+    dense_bytes: int = 0
+    quantized_params: int = 0
+    dense_params: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return self.code_bytes + self.scale_bytes + self.table_bytes + self.dense_bytes
+
+    @property
+    def bits_per_quantized_param(self) -> float:
+        """Codes and scales, without the constant tables."""
+        return 8 * (self.code_bytes + self.scale_bytes) / max(self.quantized_params, 1)
+
+    def __str__(self) -> str:
+        text = f"{self.total_bytes / 2**20:.1f} MiB"
+        if self.quantized_params:
+            text += (
+                f" ({self.quantized_params / 1e6:.1f}M weights at {self.bits_per_quantized_param:.3f} bits, "
+                f"{self.dense_params / 1e6:.1f}M dense)"
+            )
+        return text
+
+
+def quantize_model(
+    model: nn.Module,
+    config: NF4Config | None = None,
+    *,
+    skip: Collection[str] = (),
+    on_layer: OnLayer | None = None,
+) -> nn.Module:
+    """Quantize the linear layers of a loaded model to NF4, in place.
+
+    `get_peft_model(model, QLoRAConfig(...))` does this by itself; call it alone to have just the quantized base. A model
+    that is 4-bit already is checked against `config` and kept.
+
+    Args:
+        model: a model with its weights loaded, on any device that bitsandbytes serves.
+        config: how; `NF4Config()` by default.
+        skip: names of further modules to leave dense, matched like `modules_to_save`.
+        on_layer: called with (name, dense weight (out_features, in_features), quantized layer) after each layer, while
+            the dense weight still exists.
+
+    Returns:
+        the same model.
+
+    Raises:
+        BaseModelError: weights on the meta device, not finite, or of another dtype; no linear layer to quantize; a base
+            quantized by another method or with other settings; a compute dtype that the device cannot do.
+    """
+    config = config or NF4Config()
+    if is_quantized(model):
+        take_over(model, config)
+        return model
+    dense = _dense_names(model, config, skip)
+    layers = dict(_quantizable(model, dense))
+    _check(model, layers, config)
+    before = footprint(model)
+    _convert(layers, config, on_layer)
+    _mark(model, config, dense)
+    logger.info("Quantized %d linear layers to NF4 in place: %s, was %s.", len(layers), footprint(model), before)
+    _name_dense_experts(model)
+    return model
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the model holds weights of any quantization method."""
+    if getattr(model, "quantization_method", None) is not None:
+        return True
+    return any(isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) for module in model.modules())
+
+
+def take_over(model: nn.Module, config: NF4Config | None) -> None:
+    """Make a base that is 4-bit already safe to train on, after checking it against `config` (None: no check).
+
+    Raises:
+        BaseModelError: another method, quantization type, nesting or block size; both sides are named.
+    """
+    method = getattr(model, "quantization_method", "bitsandbytes")
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
+    if config is not None:
+        if not layers:
+            found = getattr(method, "value", method)
+            raise BaseModelError(
+                f"The base is quantized by another method ({found}), not to 4 bits by bitsandbytes; "
+                f"the config asks for {config}. Load the base dense or in NF4, or set quantization=None."
+            )
+        for name, module in layers:
+            _check_same_settings(name, module, config)
+        _check_compute_dtype(config, layers[0][1].weight.device)
+    for name, module in layers:
+        if type(module) is bnb.nn.Linear4bit:
+            adopt_linear(module, name, config.compute_dtype if config else None)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if type(quantizer) is Bnb4BitHfQuantizer:
+        quantizer.__class__ = NF4Quantizer
+
+
+def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every NF4 layer by a dense one of the class it was made from, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Linear4bit):
+                setattr(parent, name, child.to_dense(child.dequantize(dtype)))
+    return model
+
+
+def forget_quantization(model: nn.Module) -> None:
+    """Remove the marks of a quantized base from a model that has become dense."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, Bnb4BitHfQuantizer):
+        quantizer.remove_quantization_config(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
+    if getattr(model, "is_loaded_in_4bit", False):
+        model.is_loaded_in_4bit = False  # type: ignore[assignment]
+
+
+def footprint(model: nn.Module) -> Footprint:
+    """Count the bytes of a model's parameters and buffers; storage that several hold is counted once."""
+    seen: set[tuple[torch.device, int]] = set()
+    sizes = dict.fromkeys(("code", "scale", "table", "dense"), 0)
+    params = {"code": 0, "dense": 0}
+
+    def count(kind: str, tensor: Tensor, numel: int = 0) -> None:
+        key = (tensor.device, tensor.data_ptr())
+        if tensor.numel() and key not in seen:
+            seen.add(key)
+            sizes[kind] += tensor.numel() * tensor.element_size()
+            if kind in params:
+                params[kind] += numel
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        state: QuantState | None = getattr(tensor, "quant_state", None)
+        if state is None:
+            count("dense", tensor, tensor.numel())
+            continue
+        count("code", tensor, state.shape.numel())
+        for kind, part in _state_tensors(state):
+            count(kind, part)
+    return Footprint(sizes["code"], sizes["scale"], sizes["table"], sizes["dense"], params["code"], params["dense"])
+
+
+def _state_tensors(state: QuantState) -> Iterator[tuple[str, Tensor]]:
+    yield "scale", state.absmax
+    yield "table", state.code
+    if state.nested:
+        yield "scale", state.offset
+        yield "scale", state.state2.absmax
+        yield "table", state.state2.code
+
+
+def _dense_names(model: nn.Module, config: NF4Config, skip: Collection[str]) -> list[str]:
+    """Names and dotted suffixes of the modules that stay dense; transformers reads the list when it loads the saved base."""
+    names = [*config.skip_modules, *skip]
+    if isinstance(model, PreTrainedModel):
+        names += get_keys_to_not_convert(model)
+        names += model._keep_in_fp32_modules or []
+    names += [name for name, _ in model.named_modules() if name.rpartition(".")[2] in ROUTER_NAMES]
+    return sorted(set(names))
+
+
+def _quantizable(model: nn.Module, dense: Collection[str]) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
+    # A weight that another kind of module holds too is tied (an output head to its embedding).
+    tied = {id(p) for m in model.modules() if not _is_linear(m) for p in m.parameters(recurse=False)}
+    for name, module in model.named_modules():
+        if _is_linear(module) and id(module.weight) not in tied and not _matches_any(name, dense):
+            yield name, module  # type: ignore[misc]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Subclasses are left alone: nn.MultiheadAttention's projection is one, and reads `.weight` past its forward.
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def _matches_any(name: str, parts: Collection[str]) -> bool:
+    """Whether a run of whole name components is in `parts`: "classifier" matches "bert.classifier.dense"."""
+    return any(f".{part}." in f".{name}." for part in parts)
+
+
+def _check(model: nn.Module, layers: dict[str, nn.Linear | Conv1D], config: NF4Config) -> None:
+    if not layers:
+        kinds = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
+        raise BaseModelError(
+            f"No linear layer to quantize: the model's layers are {kinds[:10]}, and nn.Linear or Conv1D that are neither "
+            "tied, nor heads, nor in skip_modules or modules_to_save are needed. Set quantization=None for plain LoRA."
+        )
+    for name, layer in layers.items():
+        weight = layer.weight
+        if weight.device.type == "meta":
+            raise BaseModelError(
+                f"{name}.weight is on the meta device, without data. Load the model's weights before quantizing it "
+                "(from_pretrained without init_empty_weights, and without offloading to CPU or disk)."
+            )
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise BaseModelError(
+                f"{name}.weight has dtype {weight.dtype}; only float32, bfloat16 and float16 can be quantized. "
+                "Load the model with dtype=torch.bfloat16."
+            )
+        if not all(bool(piece.isfinite().all()) for piece in weight.detach().reshape(-1).split(CHUNK)):
+            raise BaseModelError(f"{name}.weight has NaN or infinite values; the checkpoint is damaged or was cast to a narrow dtype.")
+    _check_compute_dtype(config, next(iter(layers.values())).weight.device)
+
+
+def _check_compute_dtype(config: NF4Config, device: torch.device) -> None:
+    dtype = config.compute_dtype
+    if not isinstance(dtype, torch.dtype):
+        return
+    if device.type == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise BaseModelError(f"compute_dtype={dtype} is not supported by {name}; use torch.float16 or torch.float32.")
+    try:
+        probe = torch.ones(2, 2, dtype=dtype, device=device)
+        probe @ probe
+    except RuntimeError as error:
+        raise BaseModelError(f"compute_dtype={dtype} is not supported on {device}: {error}. Use torch.float32.") from error
+
+
+def _check_same_settings(name: str, module: bnb.nn.Linear4bit, config: NF4Config) -> None:
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        raise BaseModelError(f"{name} is a Linear4bit without quantized data; move the model to its device first.")
+    nested = state.nested or getattr(state, "original_nested", False)
+    base = {"quant_type": state.quant_type, "double_quant": bool(nested), "block_size": state.blocksize}
+    wanted = {"quant_type": config.quant_type, "double_quant": config.double_quant, "block_size": config.block_size}
+    if base != wanted:
+        raise BaseModelError(
+            f"The base is already quantized with {base} ({name}), but the config asks for {wanted}. Load the base dense or "
+            "with NF4Config(...).to_bitsandbytes(), change the config to match, or set quantization=None to take it as it is."
+        )
+
+
+def _convert(layers: dict[str, nn.Linear | Conv1D], config: NF4Config, on_layer: OnLayer | None) -> None:
+    counts = Counter(id(layer.weight) for layer in layers.values())
+    # Modules that share one parameter (layer replication) share its packed weight; the parameter is kept for its id.
+    done: dict[int, tuple[nn.Parameter, tuple[Tensor, QuantState]]] = {}
+    for name, layer in tqdm(layers.items(), desc="Quantizing to NF4", unit="layer", delay=PROGRESS_DELAY_S, leave=False):
+        parameter, weight = layer.weight, dense_weight(layer)
+        _, data = done.get(id(parameter)) or (None, quantize_weight(weight, config))
+        if counts[id(parameter)] > 1:
+            done[id(parameter)] = (parameter, data)
+        quantized = become_linear4bit(layer, *data, config.compute_dtype)
+        if on_layer is not None:
+            on_layer(name, weight, quantized)
+
+
+def _mark(model: nn.Module, config: NF4Config, dense: list[str]) -> None:
+    """Set what transformers, Trainer and PEFT look for on a model that from_pretrained has quantized."""
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    if not isinstance(model, PreTrainedModel):
+        return
+    quantizer = AutoHfQuantizer.from_config(bitsandbytes_config(config, dense), pre_quantized=True)
+    quantizer.__class__ = NF4Quantizer
+    quantizer.modules_to_not_convert = dense
+    model.hf_quantizer = quantizer
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = quantizer.quantization_config.quant_method
+    quantizer.postprocess_model(model)
+
+
+def _name_dense_experts(model: nn.Module) -> None:
+    experts = [(name, p) for name, p in model.named_parameters() if p.ndim >= 3 and p.is_floating_point()]
+    if experts:
+        counted = footprint(model)
+        share = sum(p.numel() for _, p in experts) / (counted.quantized_params + counted.dense_params)
+        logger.warning(
+            "%d weights stay dense because bitsandbytes' linear layers cannot hold 3-D parameters: %s, …, %.0f %% of all.",
+            len(experts),
+            experts[0][0],
+            100 * share,
+        )

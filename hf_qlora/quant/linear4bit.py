@@ -1,0 +1,189 @@
+"""The NF4 linear layer: bitsandbytes' `Linear4bit` as storage, with a CPU forward that leaves the weight alone.
+
+bitsandbytes repacks the weight in place at the first eval forward on AVX512-BF16 processors. From then on training gets
+no gradient through the layer, merging reads the packed bytes as if they were not, and the scales have been rounded to
+bfloat16. So on the CPU this class never calls bitsandbytes' forward: it dequantizes, multiplies, and forgets the dense
+weight. On other devices bitsandbytes' forward is right, and fast for generation, and is used as it is.
+
+Dense layers and stock 4-bit layers are converted by changing their class in place: the module object stays, and with it
+every reference, hook and shared use of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from bitsandbytes.functional import (
+    QuantState,
+    _convert_weight_packed_for_cpu_inverse,
+    dequantize_4bit,
+    quantize_4bit,
+    quantize_blockwise,
+)
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_qlora.config import NF4Config
+from hf_qlora.kernels.functional import frozen_linear
+
+
+logger = logging.getLogger(__name__)
+
+# Weights quantized at a time: bitsandbytes' CPU kernel takes seven times its input as workspace.
+CHUNK = 2**20
+NESTED_BLOCK_SIZE = 256
+
+_tables: dict[tuple[torch.device, bytes], Tensor] = {}
+
+
+class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
+    """An NF4 linear layer, (in_features → out_features), frozen; a subclass of `bitsandbytes.nn.Linear4bit`."""
+
+    source_cls: type[nn.Module]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x, (..., in_features); the result has x's dtype."""
+        if x.device.type != "cpu":
+            result: Tensor = super().forward(x)
+            return result
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.compute_dtype or x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
+            return frozen_linear(x.to(dtype), lambda: self.dequantize(dtype), bias).to(x.dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight, (out_features, in_features), in `dtype` or the dtype it was quantized from."""
+        weight: Tensor = dequantize_4bit(self.weight.data, self.weight.quant_state)
+        return weight if dtype is None else weight.to(dtype)
+
+    def to_dense(self, weight: Tensor | None = None) -> nn.Linear | Conv1D:
+        """A new dense layer of the class this one was made from.
+
+        Args:
+            weight (`torch.Tensor`, (out_features, in_features), *optional*): its weight instead of the dequantized one.
+        """
+        weight = self.dequantize() if weight is None else weight
+        dense: nn.Linear | Conv1D
+        with torch.device("meta"):
+            if self.source_cls is Conv1D:
+                dense = Conv1D(self.out_features, self.in_features)
+                weight = weight.t().contiguous()
+            else:
+                dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        dense._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        dense._parameters["bias"] = self.bias
+        return dense.train(self.training)
+
+
+def dense_weight(layer: nn.Linear | Conv1D) -> Tensor:
+    """The weight of a dense layer as (out_features, in_features); a copy for `Conv1D`, which keeps it transposed."""
+    weight = layer.weight.detach()
+    return weight.t().contiguous() if isinstance(layer, Conv1D) else weight
+
+
+def become_linear4bit(
+    layer: nn.Linear | Conv1D, packed: Tensor, state: QuantState, compute_dtype: torch.dtype | str | None
+) -> Linear4bit:
+    """Turn a dense layer into a `Linear4bit` with the given packed weight, in place; the dense weight is let go."""
+    converted = _become(layer, type(layer), state.shape, compute_dtype or state.dtype)
+    # Not through `__setattr__`: PEFT's low_cpu_mem_usage patches parameter registration to move everything to meta.
+    converted._parameters["weight"] = bnb.nn.Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=packed.dtype,
+        bnb_quantized=True,
+        module=converted,
+    )
+    converted.quant_state = state
+    return converted
+
+
+def adopt_linear(layer: bnb.nn.Linear4bit, name: str, compute_dtype: torch.dtype | None) -> None:
+    """Turn a stock `bitsandbytes.nn.Linear4bit` into ours, in place, undoing bitsandbytes' CPU repacking."""
+    weight = layer.weight
+    state = weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        logger.warning(
+            "%s was repacked by bitsandbytes in an eval forward on this CPU, which rounds its scales to bfloat16; it is "
+            "unpacked, but its weights differ from the checkpoint's by up to 0.4 %%. Load the base anew to avoid this.",
+            name,
+        )
+        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    source_cls = getattr(layer, "source_cls", nn.Linear)
+    dtype = compute_dtype or layer.compute_dtype or weight.quant_state.dtype
+    _become(layer, source_cls, torch.Size([layer.out_features, layer.in_features]), dtype)
+    share_tables(weight.quant_state)
+
+
+def quantize_weight(weight: Tensor, config: NF4Config) -> tuple[Tensor, QuantState]:
+    """Quantize as `bitsandbytes.functional.quantize_4bit` does, with a bounded workspace.
+
+    Blocks run over the flat, row-major weight, so that pieces of whole blocks have the codes and scales of the whole;
+    the scales are nested over the whole weight.
+
+    Args:
+        weight (`torch.Tensor`, any shape, float32, bfloat16 or float16)
+
+    Returns:
+        the packed codes, `torch.uint8`, (⌈numel / 2⌉, 1), and the `QuantState`.
+    """
+    flat = weight.detach().reshape(-1)
+    packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-flat.numel() // config.block_size), dtype=torch.float32, device=flat.device)
+    for start in range(0, flat.numel(), CHUNK):
+        piece, state = quantize_4bit(flat[start : start + CHUNK], blocksize=config.block_size, quant_type=config.quant_type)
+        packed[start // 2 : start // 2 + piece.numel()] = piece.view(-1, 1)
+        absmax[start // config.block_size :][: state.absmax.numel()] = state.absmax
+    result = QuantState(
+        absmax=absmax,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        blocksize=config.block_size,
+        code=state.code,
+        quant_type=config.quant_type,
+    )
+    if config.double_quant:
+        result.offset = absmax.mean()
+        result.absmax, result.state2 = quantize_blockwise(absmax - result.offset, blocksize=NESTED_BLOCK_SIZE)
+        result.nested = True
+    share_tables(result)
+    return packed, result
+
+
+def share_tables(state: QuantState) -> None:
+    """Let all layers of a device share the constant code tables, which bitsandbytes keeps per layer (1 KiB each)."""
+    state.code = _shared(state.code)
+    if state.nested:
+        state.state2.code = _shared(state.state2.code)
+
+
+def _shared(table: Tensor) -> Tensor:
+    return _tables.setdefault((table.device, table.cpu().numpy().tobytes()), table)
+
+
+def _become(layer: nn.Module, source_cls: type[nn.Module], shape: torch.Size, compute_dtype: Any) -> Linear4bit:
+    """Change the class of `layer` in place to `Linear4bit` and set what bitsandbytes' own constructor would."""
+    hook = getattr(layer, "_hf_hook", None)
+    if hook is not None:  # accelerate's hook has bound the old class's forward
+        remove_hook_from_module(layer)
+    layer.__class__ = Linear4bit
+    assert isinstance(layer, Linear4bit)
+    layer.source_cls = source_cls
+    layer.out_features, layer.in_features = shape
+    layer.compute_dtype = compute_dtype
+    layer.compute_type_is_set = True
+    layer.quant_storage = torch.uint8
+    layer.support_avx512bf16_for_cpu = False
+    layer.requires_grad_(False)
+    if hook is not None:
+        add_hook_to_module(layer, hook)
+    return layer

@@ -1,0 +1,203 @@
+"""`QLoRAModel`, the tuner PEFT picks for LoRA adapters: quantize → wrap → route. A no-op for stock configs."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, LoraModel, PeftConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_config_for_transformers,
+    get_model_conversion_mapping,
+)
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_qlora.config import ConfigError, NF4Config, QLoRAConfig
+from hf_qlora.layers import fold
+from hf_qlora.layers.linear import Linear4bit, adopt
+from hf_qlora.layers.loftq import loftq_factors
+from hf_qlora.quant.base import (
+    dequantize_layers,
+    footprint,
+    forget_quantization,
+    is_quantized,
+    quantize_model,
+    take_over,
+)
+
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterError(ValueError):
+    """An adapter's tensors do not fit the model; the message names the first of them and the likely cause."""
+
+
+class QLoRAModel(LoraModel):
+    """`peft.LoraModel`, which also quantizes the base where the config is a `QLoRAConfig`."""
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        # transformers' load_adapter and AutoModel.from_pretrained(adapter) pass a bare config and then set the file's
+        # tensors past PEFT: what they read is folded, so the adapter must be.
+        if isinstance(peft_config, QLoRAConfig) and peft_config.record is not None:
+            peft_config.become_portable()
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, QLoRAConfig):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        else:
+            self._check_targets(config, model)
+            factors = self._prepare_base(config, model)
+            with _initialised_here(config):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._start_from(factors, adapter_name)
+        if any(isinstance(other, QLoRAConfig) for other in self.peft_config.values()):
+            adopt(model)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        dense = [module.dense_bytes for module in self.model.modules() if isinstance(module, Linear4bit)]
+        if sum(dense):
+            logger.warning(
+                "While merged, %d layers hold dense weights beside the packed ones: %.0f MiB until unmerge_adapter().",
+                sum(map(bool, dense)),
+                sum(dense) / 2**20,
+            )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        ours = any(isinstance(config, QLoRAConfig) for config in self.peft_config.values())
+        if ours and not merge:
+            self.unmerge_adapter()  # the packed base is what unloading returns
+        result: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if ours and merge:
+            dequantize_layers(result)
+            forget_quantization(result)
+        return result
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: LoraConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        return fold.fold(tensors, fold.factors(model, config, adapter_name), adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if fold.current_exchange().source:
+            _check_fits(model, tensors, adapter_name)
+        return fold.unfold(tensors, fold.factors(model, config, adapter_name), adapter_name)
+
+    def _check_targets(self, config: QLoRAConfig, model: nn.Module) -> None:
+        """Find out that nothing matches before the base is touched."""
+        if isinstance(model, PreTrainedModel):  # PEFT renames the targets of models that transformers has refactored
+            convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
+        config = self._prepare_adapter_config(config, self.get_model_config(model))
+        targets = config.target_modules
+        if config.target_parameters or not targets:
+            return
+        if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            return
+        if any(check_target_module_exists(config, name) for name, _ in model.named_modules() if name):
+            return
+        names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        layers = f" with layers_to_transform={config.layers_to_transform}" if config.layers_to_transform is not None else ""
+        raise NoMatchingPeftModuleError(
+            f"target_modules={targets!r}{layers} matches no module of {type(model).__name__}. Its linear layers are called "
+            f"{names}: name some of these, a regular expression for whole names, or 'all-linear'."
+        )
+
+    def _prepare_base(self, config: QLoRAConfig, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        """Quantize the base, or check one that is 4-bit; the LoftQ factors of its layers by name."""
+        if config.quantization is None:
+            if is_quantized(model):
+                take_over(model, None)
+            return {}
+        assert isinstance(config.quantization, NF4Config)
+        factors: dict[str, tuple[Tensor, Tensor]] = {}
+        wants_loftq = config.init_lora_weights == "loftq"
+        if is_quantized(model):
+            if wants_loftq:
+                raise ConfigError(
+                    "init_lora_weights='loftq' needs the dense weights, but the base is already quantized. Load the base "
+                    "dense and let get_peft_model quantize it, or use init_lora_weights=True."
+                )
+            take_over(model, config.quantization)
+            return {}
+
+        def keep_factors(name: str, weight: Tensor, layer: Any) -> None:
+            factors[name] = loftq_factors(weight, layer.dequantize(), config, name)
+
+        before = footprint(model)
+        quantize_model(
+            model,
+            config.quantization,
+            skip=config.modules_to_save or (),
+            on_layer=keep_factors if wants_loftq else None,
+        )
+        if config.record is not None:
+            logger.warning(
+                "The adapter was trained on an NF4 base: quantized the dense base in place, %s, was %s. For the dense "
+                "base, set quantization=None on QLoRAConfig.from_pretrained(...) and pass it as config=.",
+                footprint(model),
+                before,
+            )
+        return factors
+
+    def _start_from(self, factors: dict[str, tuple[Tensor, Tensor]], adapter_name: str) -> None:
+        for name, module in self.model.named_modules():
+            if name in factors and isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+                A, B = factors[name]
+                if module.lora_A[adapter_name].weight.device.type != "meta":  # else a file's tensors follow
+                    module.lora_A[adapter_name].weight.data = A
+                    module.lora_B[adapter_name].weight.data = B
+
+
+@contextmanager
+def _initialised_here(config: QLoRAConfig) -> Iterator[None]:
+    """Keep PEFT from its own LoftQ, which rewrites the base."""
+    init = config.init_lora_weights
+    if init == "loftq" and config.quantization is not None:
+        config.init_lora_weights = True
+    try:
+        yield
+    finally:
+        config.init_lora_weights = init
+
+
+def _check_fits(model: nn.Module, tensors: dict[str, Tensor], adapter: str) -> None:
+    """Refuse a file with tensors missing, left over or of another shape, before any is set."""
+    exchange = fold.current_exchange()
+    own = {
+        name: parameter.shape
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if ".lora_" in name and (f".{adapter}." in name or name.endswith(f".{adapter}"))
+    }
+    missing = sorted(own.keys() - tensors.keys())
+    left_over = sorted(name for name in tensors.keys() - own.keys() if ".lora_" in name)
+    misshapen = [name for name in own.keys() & tensors.keys() if own[name] != tensors[name].shape]
+    found = []
+    if missing:
+        found.append(f"{len(missing)} of {len(own)} tensors are missing ({missing[0]})")
+    if left_over:
+        found.append(f"{len(left_over)} belong to no adapted layer ({left_over[0]})")
+    if misshapen and not exchange.any_shape:
+        name = min(misshapen)
+        found.append(f"{len(misshapen)} have another shape ({name}: {tuple(tensors[name].shape)}, not {tuple(own[name])})")
+    if found:
+        raise AdapterError(
+            f"{exchange.source} does not fit the model: {'; '.join(found)}. It was trained on another architecture or with "
+            "another config, or the file is incomplete."
+        )
