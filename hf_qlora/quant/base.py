@@ -62,8 +62,9 @@ class NF4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
                 )
         return None, {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        return dequantize_layers(model, dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
+        # transformers passes model.config.dtype, a string after a config was read from a file
+        return dequantize_layers(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,11 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
             return frozen_linear(x.to(dtype), lambda: self.dequantize(dtype), bias).to(x.dtype)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        table = f"{prefix}weight.quant_map"  # shared in memory; safetensors takes no shared tensors
+        destination[table] = destination[table].clone()
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, (out_features, in_features), in `dtype` or the dtype it was quantized from."""
         weight: Tensor = dequantize_4bit(self.weight.data, self.weight.quant_state)
