@@ -3,9 +3,9 @@
     import hf_qlora
     model = get_peft_model(model, hf_qlora.QLoRAConfig(r=64, lora_alpha=16, target_modules="all-linear"))
 
-quantizes the loaded model to double-quantized NF4 in place, wraps its linear layers with LoRA and makes them trainable;
-from there PEFT, Trainer and the Hub work as always. Importing the package registers it with PEFT; stock configs behave as
-before.
+quantizes the loaded model to double-quantized NF4 in place, wraps its linear layers with LoRA and makes them
+trainable; from there PEFT, Trainer and the Hub work as always. Importing the package registers it with PEFT; stock
+configs behave as before.
 """
 
 from hf_qlora.config import NF4Config, QLoRAConfig

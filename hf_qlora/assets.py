@@ -132,8 +132,8 @@ def instruction_pairs(
 ) -> list[InstructionPair]:
     """Instruction, prompt and answer of 50 small tasks.
 
-    Each task has 10 test rows. Training rows with the prompt of a test row of the same task (eight tasks have some) are
-    left out, so that a score on the test rows is a held-out one. One task, `diabetes.dev.v0`, has 94 % of all rows.
+    Each task has 10 test rows. Training rows with a test row's prompt (eight tasks have some) are left out, so that a
+    score on the test rows is a held-out one. One task, `diabetes.dev.v0`, has 94 % of all rows.
 
     Args:
         tasks: names to keep, such as `"syllables.dev.v1"`; `None` keeps all.

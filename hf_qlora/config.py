@@ -5,8 +5,8 @@ A config has two forms.
 * In memory it is *native*: every field as the user set it, so that training continues as it began.
 * On disk it is *portable*: the top-level keys are those of a plain `peft.LoraConfig` whose scaling is `lora_alpha / r`
   everywhere (`use_rslora: false`, `alpha_pattern: {}`, `init_lora_weights: true`), because llama.cpp ignores the first
-  two and PEFT would re-run the third. What was taken out of the scaling is multiplied into `lora_B` (`layers/fold.py`),
-  and the native values stand under the one extra key, `hf_qlora`.
+  two and PEFT would re-run the third. What was taken out of the scaling is multiplied into `lora_B`
+  (`layers/fold.py`), and the native values stand under the one extra key, `hf_qlora`.
 
 Reading a JSON with that key gives the native config back. Everything is validated here, once; layers trust it.
 """
@@ -51,7 +51,7 @@ _NOT_ON_4BIT = ("velora_config", "monteclora_config", "kasa_config", "use_bdlora
 
 
 class ConfigError(ValueError):
-    """A configuration, in memory or in a file, that cannot be honoured. The message says what was given and what to do."""
+    """A configuration, in memory or in a file, that cannot be honoured; the message says what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class NF4Config:
     """
 
     double_quant: bool = field(
-        default=True, metadata={"help": "Quantize the block scales too, to 8 bits in blocks of 256: 4.127 bits a weight."}
+        default=True,
+        metadata={"help": "Quantize the block scales too, to 8 bits in blocks of 256: 4.127 bits a weight."},
     )
     block_size: int = field(default=64, metadata={"help": f"Weights that share one scale; one of {BLOCK_SIZES}."})
     compute_dtype: torch.dtype | str | None = field(
@@ -72,8 +73,8 @@ class NF4Config:
     skip_modules: tuple[str, ...] = field(
         default=("lm_head",),
         metadata={
-            "help": "Names or dotted suffixes of modules to leave dense, beside output heads, embeddings, tied weights, "
-            "routers and `modules_to_save`, which always stay dense."
+            "help": "Names or dotted suffixes of modules to leave dense, beside output heads, embeddings, tied "
+            "weights, routers and `modules_to_save`, which always stay dense."
         },
     )
 
@@ -147,11 +148,12 @@ def bitsandbytes_config(config: NF4Config, skip_modules: list[str] | None) -> Bi
 class QLoRAConfig(LoraConfig):
     """LoRA over an NF4 base, in one config: `get_peft_model(model, QLoRAConfig(r=64, target_modules="all-linear"))`.
 
-    Every field of `peft.LoraConfig` works as there. What is saved is an ordinary LoRA adapter (`peft_type: "LORA"`) plus
-    one JSON key, `hf_qlora`.
+    Every field of `peft.LoraConfig` works as there. What is saved is an ordinary LoRA adapter (`peft_type: "LORA"`)
+    plus one JSON key, `hf_qlora`.
 
-    `init_lora_weights="loftq"` is LoftQ (arXiv 2310.08659) in one iteration: `lora_A` and `lora_B` start as the rank-r SVD
-    of W − NF4(W), computed while the dense weight is at hand; the base keeps the codes it would have without LoftQ.
+    `init_lora_weights="loftq"` is LoftQ (arXiv 2310.08659) in one iteration: `lora_A` and `lora_B` start as the rank-r
+    SVD of W − NF4(W), computed while the dense weight is at hand; the base keeps the codes it would have without
+    LoftQ.
 
     Raises:
         ConfigError: a value out of range, or a setting that an NF4 base cannot honour.
@@ -163,7 +165,9 @@ class QLoRAConfig(LoraConfig):
     )
     portable: bool = field(
         default=True,
-        metadata={"help": "Save with rsLoRA and alpha_pattern folded into lora_B, so that every consumer computes the same."},
+        metadata={
+            "help": "Save with rsLoRA and alpha_pattern folded into lora_B, so that every consumer computes the same."
+        },
     )
 
     # What a file's `hf_qlora` key held, where this config was read from one. Not a field: never written or compared.
@@ -178,11 +182,13 @@ class QLoRAConfig(LoraConfig):
             return
         _check_honoured_on_nf4(self)
         # PEFT's own LoftQ wants scipy and rewrites the base; ours does neither, so PEFT must not prepare for it.
-        init, loftq = self.init_lora_weights, self.loftq_config
-        if init == "loftq":
-            self.init_lora_weights, self.loftq_config = True, {}
+        loftq = {name: self.__dict__[name] for name in ("init_lora_weights", "loftq_config")}
+        if loftq["init_lora_weights"] != "loftq":
+            super().__post_init__()
+            return
+        self.__dict__.update(init_lora_weights=True, loftq_config={})
         super().__post_init__()
-        self.init_lora_weights, self.loftq_config = init, loftq
+        self.__dict__.update(loftq)
 
     def to_dict(self) -> dict[str, Any]:
         """The native config as JSON types; `QLoRAConfig(**values)` reads it back."""
@@ -194,14 +200,21 @@ class QLoRAConfig(LoraConfig):
     def to_portable_dict(self) -> dict[str, Any]:
         """What `adapter_config.json` says: the keys of a stock `LoraConfig`, and `hf_qlora`."""
         values = self.to_dict()
-        originals = {name: values[name] for name in ("use_rslora", "alpha_pattern", "init_lora_weights", "loftq_config")}
+        originals = {
+            name: values[name] for name in ("use_rslora", "alpha_pattern", "init_lora_weights", "loftq_config")
+        }
         if self.record is not None:  # the initialisation that this adapter once had
             originals["init_lora_weights"] = self.record["originals"]["init_lora_weights"]
         own = {name: values.pop(name) for name in _OWN_FIELDS}
         values |= {"init_lora_weights": True, "loftq_config": {}}
         if self.portable:
             values |= {"use_rslora": False, "alpha_pattern": {}}
-        values[RECORD_KEY] = {"format_version": FORMAT_VERSION, "type": type(self).__name__, **own, "originals": originals}
+        values[RECORD_KEY] = {
+            "format_version": FORMAT_VERSION,
+            "type": type(self).__name__,
+            **own,
+            "originals": originals,
+        }
         return values
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -228,7 +241,9 @@ class QLoRAConfig(LoraConfig):
         known = {f.name for f in dataclasses.fields(config_cls)}
         unknown = sorted(name for name in stock if name not in known or name in _OWN_FIELDS)
         if unknown:
-            _say_once(f"adapter_config.json has keys that this PEFT does not know: {unknown}; they are ignored. Upgrade peft.")
+            _say_once(
+                f"adapter_config.json has keys that this PEFT does not know, now ignored: {unknown}. Upgrade peft."
+            )
             stock = {name: value for name, value in stock.items() if name not in unknown}
         native = {name: record["originals"][name] for name in ("use_rslora", "alpha_pattern")}
         native |= {name: record[name] for name in _OWN_FIELDS if name in record}
@@ -236,7 +251,9 @@ class QLoRAConfig(LoraConfig):
         hints = typing.get_type_hints(config_cls)
         for name, value in merged.items():
             if not _matches(value, hints[name]):
-                raise ConfigError(f"adapter_config.json: {name}={value!r} has the wrong type; expected {_shown(hints[name])}.")
+                raise ConfigError(
+                    f"adapter_config.json: {name}={value!r} has the wrong type; expected {_shown(hints[name])}."
+                )
         config = config_cls(**merged)
         config.__dict__["record"] = record
         return config
@@ -250,7 +267,7 @@ class QLoRAConfig(LoraConfig):
     def become_portable(self) -> None:
         """Give up the native scaling, in place, for tensors that are already in the portable form."""
         if self.portable:
-            self.use_rslora, self.alpha_pattern = False, {}
+            self.__dict__.update(use_rslora=False, alpha_pattern={})
 
 
 _OWN_FIELDS = ("quantization", "portable")
@@ -281,7 +298,7 @@ def _as_compute_dtype(value: Any) -> torch.dtype | None:
 def _check_values(config: QLoRAConfig) -> None:
     """Ranges that PEFT checks late, or never."""
 
-    def positive(value: Any, kind: type | tuple[type, ...]) -> bool:
+    def positive(value: Any, kind: Any) -> bool:
         return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
     if not positive(config.r, int):
@@ -318,7 +335,7 @@ def _check_pattern(name: str, pattern: Any) -> None:
 
 
 def _check_honoured_on_nf4(config: QLoRAConfig) -> None:
-    init = config.init_lora_weights
+    init: Any = config.init_lora_weights
     if isinstance(init, str) and init.startswith(_CHANGES_BASE):
         raise ConfigError(
             f"init_lora_weights={init!r} rewrites the base weight or needs it dense, which an NF4 base is not. Use "
@@ -329,20 +346,24 @@ def _check_honoured_on_nf4(config: QLoRAConfig) -> None:
         loftq = dict(given) if isinstance(given, Mapping) else vars(given)
         if loftq.get("loftq_iter", 1) != 1 or loftq.get("loftq_bits", 4) != 4:
             raise ConfigError(
-                f"loftq_config={loftq} is not supported on NF4: further iterations change the base, and the base has 4 bits. "
-                "Use loftq_iter=1 and loftq_bits=4, or leave loftq_config out."
+                f"loftq_config={loftq} is not supported on NF4: further iterations change the base, and the base has "
+                "4 bits. Use loftq_iter=1 and loftq_bits=4, or leave loftq_config out."
             )
         config.loftq_config = loftq
     refused = [name for name in _NOT_ON_4BIT if getattr(config, name, None)]
     if refused:
-        raise ConfigError(f"{refused} cannot be honoured on an NF4 base: PEFT's 4-bit layers ignore it. Set quantization=None.")
+        raise ConfigError(
+            f"{refused} cannot be honoured on an NF4 base: PEFT's 4-bit layers ignore it. Set quantization=None."
+        )
 
 
 def _class_named(name: str) -> type[QLoRAConfig]:
     """The config class of that name among ours; nothing is imported by name."""
-    classes = {cls.__name__: cls for cls in (QLoRAConfig, *QLoRAConfig.__subclasses__())}
+    classes: dict[str, type[QLoRAConfig]] = {cls.__name__: cls for cls in (QLoRAConfig, *QLoRAConfig.__subclasses__())}
     if name not in classes:
-        raise ConfigError(f"The adapter's config type is {name!r}; this version knows {sorted(classes)}. Upgrade hf-qlora.")
+        raise ConfigError(
+            f"The adapter's config type is {name!r}; this version knows {sorted(classes)}. Upgrade hf-qlora."
+        )
     return classes[name]
 
 
@@ -355,10 +376,11 @@ def _checked_record(record: Any) -> dict[str, Any]:
         raise ConfigError(f"adapter_config.json: {RECORD_KEY}.format_version={version!r} must be a positive integer.")
     if version > FORMAT_VERSION:
         raise ConfigError(
-            f"The adapter has format_version {version}; this version of hf-qlora reads up to {FORMAT_VERSION}. Upgrade hf-qlora."
+            f"The adapter has format_version {version}; this version of hf-qlora reads up to {FORMAT_VERSION}. "
+            "Upgrade hf-qlora."
         )
     originals = record.get("originals")
-    expected = {"use_rslora": bool, "alpha_pattern": dict, "init_lora_weights": (bool, str)}
+    expected: dict[str, Any] = {"use_rslora": bool, "alpha_pattern": dict, "init_lora_weights": (bool, str)}
     for name, kind in expected.items():
         if not isinstance(originals, dict) or not isinstance(originals.get(name), kind):
             raise ConfigError(f"adapter_config.json: {RECORD_KEY}.originals has no valid {name!r}: {originals!r}.")
@@ -368,7 +390,7 @@ def _checked_record(record: Any) -> dict[str, Any]:
 
 
 def _matches(value: Any, hint: Any) -> bool:
-    """Whether a JSON value can stand for a field of type `hint` (a list for a tuple or set, a dict for a dataclass)."""
+    """Whether a JSON value can stand for a field of type `hint`: a list for a tuple or set, a dict for a dataclass."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -383,7 +405,7 @@ def _matches(value: Any, hint: Any) -> bool:
     if origin is dict or hint is dict:
         return isinstance(value, dict) and all(isinstance(name, str) for name in value)
     if dataclasses.is_dataclass(hint):
-        return isinstance(value, dict) or isinstance(value, typing.cast(type, hint))
+        return isinstance(value, (dict, typing.cast(type, hint)))
     if hint in (int, float):
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -2,7 +2,7 @@
 
     adapter_model.safetensors        the portable tensors, an ordinary LoRA adapter
     adapter_config.json              the portable config; its `hf_qlora` key holds the hash of the file above
-    hf_qlora_state.safetensors       in Trainer checkpoints where something was folded: the native lora_B, for exact resume
+    hf_qlora_state.safetensors       in Trainer checkpoints where something was folded: the native lora_B
 
 A save happens in a temporary folder inside the target and is moved in at the end, the config last. Two files cannot be
 swapped at once for a stock reader; ours refuses a mixture by the hash.
@@ -89,8 +89,9 @@ class AdapterFolder:
         expected = self.record.get("weights_sha256")
         if expected is not None and sha256(self.weights) != expected:
             raise AdapterFileError(
-                f"{self.weights} is not the file that {CONFIG_NAME} beside it was saved with (sha256 differs): it is truncated "
-                "or changed, or a save was interrupted between the two files. Save or download the adapter again."
+                f"{self.weights} is not the file that {CONFIG_NAME} beside it was saved with (sha256 differs): it is "
+                "truncated or changed, or a save was interrupted between the two files. Save or download the adapter "
+                "again."
             )
 
     def tensors(self, read: Callable[[], dict[str, Tensor]], device: str | None) -> AdapterTensors:
@@ -127,8 +128,12 @@ def adapter_folder(model_id: str | os.PathLike[str], **kwargs: Any) -> AdapterFo
             return None
         weights = local / SAFETENSORS_WEIGHTS_NAME
         if not weights.is_file():
-            pickled = f" {WEIGHTS_NAME} beside it is pickled and is not loaded." if (local / WEIGHTS_NAME).exists() else ""
-            raise AdapterFileError(f"{weights} does not exist.{pickled} Save the adapter again with safe_serialization=True.")
+            pickled = (
+                f" {WEIGHTS_NAME} beside it is pickled and is not loaded." if (local / WEIGHTS_NAME).exists() else ""
+            )
+            raise AdapterFileError(
+                f"{weights} does not exist.{pickled} Save the adapter again with safe_serialization=True."
+            )
         return AdapterFolder(str(local), weights, record, local / STATE_NAME)
     hub = {name: value for name, value in kwargs.items() if name in inspect.signature(hf_hub_download).parameters}
     try:
@@ -140,7 +145,9 @@ def adapter_folder(model_id: str | os.PathLike[str], **kwargs: Any) -> AdapterFo
     try:
         weights = Path(hf_hub_download(str(model_id), SAFETENSORS_WEIGHTS_NAME, **hub))
     except EntryNotFoundError as error:
-        raise AdapterFileError(f"{model_id} has no {SAFETENSORS_WEIGHTS_NAME}; pickled adapters are not loaded.") from error
+        raise AdapterFileError(
+            f"{model_id} has no {SAFETENSORS_WEIGHTS_NAME}; pickled adapters are not loaded."
+        ) from error
     return AdapterFolder(str(model_id), weights, record)
 
 
@@ -160,12 +167,16 @@ def save(
     if target.is_file():
         raise ValueError(f"{target} is a file; pass a folder to save the adapter in.")
     if not options["safe_serialization"]:
-        raise ValueError("safe_serialization=False would pickle the adapter; adapters of hf_qlora are saved as safetensors only.")
+        raise ValueError(
+            "safe_serialization=False would pickle the adapter; adapters of hf_qlora are saved as safetensors only."
+        )
     names = options["selected_adapters"] or list(model.peft_config)
     ours = [name for name in names if isinstance(model.peft_config.get(name), QLoRAConfig)]
     by = {name: fold.factors(model, model.peft_config[name], name) for name in ours}
     if options["path_initial_model_for_weight_conversion"] is not None and any(by.values()):
-        raise ValueError("path_initial_model_for_weight_conversion needs the native form: set portable=False in the config.")
+        raise ValueError(
+            "path_initial_model_for_weight_conversion needs the native form: set portable=False in the config."
+        )
     if not options["is_main_process"]:
         write(save_directory, *args, **kwargs)
         return
@@ -173,17 +184,25 @@ def save(
         target.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(dir=target, prefix=".saving-"))
     except OSError as error:
-        raise OSError(error.errno, f"Cannot save the adapter in {target}: {error.strerror}. Nothing was changed.") from error
+        raise OSError(
+            error.errno, f"Cannot save the adapter in {target}: {error.strerror}. Nothing was changed."
+        ) from error
     try:
         if (target / "README.md").is_file():  # PEFT extends it
             shutil.copy(target / "README.md", stage)
         write(stage, *args, **kwargs)
         for name in ours:
-            native = _native_tensors(model, name, options) if by[name] and _TRAINER_CHECKPOINT.fullmatch(target.name) else {}
+            native = (
+                _native_tensors(model, name, options)
+                if by[name] and _TRAINER_CHECKPOINT.fullmatch(target.name)
+                else {}
+            )
             _complete(stage / name if name != "default" else stage, by[name], native)
         _move(stage, target)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"Saving the adapter in {target} failed: {error}. What was there before is unchanged.") from error
+        raise OSError(
+            f"Saving the adapter in {target} failed: {error}. What was there before is unchanged."
+        ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -208,7 +227,9 @@ def _native_tensors(model: PeftModel, name: str, options: Mapping[str, Any]) -> 
         tensors = get_peft_model_state_dict(
             model, state_dict=options["kwargs"].get("state_dict"), adapter_name=name, save_embedding_layers=False
         )
-    return {key: tensor.contiguous() for key, tensor in tensors.items() if ".lora_B" in key or ".lora_embedding_B" in key}
+    return {
+        key: tensor.contiguous() for key, tensor in tensors.items() if ".lora_B" in key or ".lora_embedding_B" in key
+    }
 
 
 def _complete(folder: Path, by: dict[str, float], native: dict[str, Tensor]) -> None:

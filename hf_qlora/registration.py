@@ -1,8 +1,8 @@
 """The only writer to PEFT: how its public functions come to know our configs.
 
-`peft_type` stays `LORA`, in memory and on disk, because PEFT, transformers, TRL, vLLM and llama.cpp all know that type and
-refuse others. So two registry entries are replaced by supersets, and seven functions for which PEFT has no seam are
-wrapped. For a stock `LoraConfig` each of them does what PEFT did.
+`peft_type` stays `LORA`, in memory and on disk, because PEFT, transformers, TRL, vLLM and llama.cpp all know that type
+and refuse others. So two registry entries are replaced by supersets, and seven functions for which PEFT has no seam
+are wrapped. For a stock `LoraConfig` each of them does what PEFT did.
 
 | hook | why there is no other way |
 | --- | --- |
@@ -10,13 +10,13 @@ wrapped. For a stock `LoraConfig` each of them does what PEFT did.
 | `PEFT_TYPE_TO_CONFIG_MAPPING[LORA]` | a JSON with the `hf_qlora` key is a `QLoRAConfig` |
 | `BaseTuner.inject_adapter` | a tuner of another class (`PeftMixedModel`, a bare `LoraModel`) must refuse our config |
 | `PeftConfigMixin.from_json_file` | a broken JSON is named before PEFT stumbles over it |
-| `peft_model`, `hotswap`: `load_peft_weights` | the file is checked against its hash; a checkpoint's exact tensors are found |
+| `load_peft_weights` in `peft_model`, `hotswap` | the file is checked; a checkpoint has exact tensors beside |
 | `peft_model.set_peft_model_state_dict` | says in which form the tensors are; misfits are errors, not warnings |
 | `PeftModel.save_pretrained` | whole or not at all; hash and fold factors are written |
 | `hotswap.check_hotswap_configs_compatible`, `hotswap_adapter_from_state_dict` | both sides in portable form |
 
-Everything private of PEFT, transformers and bitsandbytes that the package leans on is in `PRIVATE`, each with a contract
-test.
+Everything private of PEFT, transformers and bitsandbytes that the package leans on is in `PRIVATE`, each with a
+contract test.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def resolve(name: str) -> Any:
     except (ImportError, AttributeError) as error:
         package = module.partition(".")[0]
         raise ImportError(
-            f"hf-qlora needs {name}, which {package} {version(package)} does not have; install a version in hf-qlora's range."
+            f"hf-qlora needs {name}, which {package} {version(package)} does not have; install a version in "
+            "hf-qlora's range."
         ) from error
 
 
@@ -136,7 +137,7 @@ class _Dispatch(type):
         return issubclass(subclass, LoraConfig)
 
 
-class _LoraConfig(LoraConfig, metaclass=_Dispatch):  # type: ignore[misc]
+class _LoraConfig(LoraConfig, metaclass=_Dispatch):
     """`LoraConfig` as the registry has it; its instances are plain `LoraConfig`s or ours."""
 
 
@@ -154,12 +155,14 @@ def _wrap(owner: Any, name: str, hook: Callable[..., Any]) -> None:
     setattr(owner, name, classmethod(wrapper) if isinstance(original, classmethod) else wrapper)
 
 
-def _inject_adapter(original: Callable[..., None], tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+def _inject_adapter(
+    original: Callable[..., None], tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
     config = tuner.peft_config[adapter_name]
     if isinstance(config, QLoRAConfig) and not isinstance(tuner, QLoRAModel):
         raise ConfigError(
-            f"{type(config).__name__} cannot be used with {type(tuner).__name__}, which would leave the base unquantized. Use "
-            "get_peft_model(model, config) without mixed=True, after importing hf_qlora."
+            f"{type(config).__name__} cannot be used with {type(tuner).__name__}, which would leave the base "
+            "unquantized. Use get_peft_model(model, config) without mixed=True, after importing hf_qlora."
         )
     original(tuner, model, adapter_name, *args, **kwargs)
 
@@ -172,7 +175,9 @@ def _from_json_file(original: Callable[..., Any], cls: type, path_json_file: str
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path_json_file} is not JSON: {error}.") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path_json_file} is not an adapter config: it holds {type(values).__name__}, not an object.")
+        raise ConfigError(
+            f"{path_json_file} is not an adapter config: it holds {type(values).__name__}, not an object."
+        )
     if RECORD_KEY in values:
         if values.get("peft_type") != PeftType.LORA:
             raise ConfigError(f"{path_json_file}: peft_type={values.get('peft_type')!r} must be 'LORA'.")
@@ -195,7 +200,7 @@ def _load_peft_weights(
 
 def _set_peft_model_state_dict(
     original: Callable[..., Any],
-    model: nn.Module,
+    model: Any,
     tensors: dict[str, Tensor],
     adapter_name: str = "default",
     ignore_mismatched_sizes: bool = False,
@@ -209,7 +214,9 @@ def _set_peft_model_state_dict(
         try:
             return original(model, given, adapter_name, ignore_mismatched_sizes, **kwargs)
         except KeyError as error:
-            raise AdapterError(f"{tensors.source} lacks {error}, which the config's modules_to_save asks for.") from error
+            raise AdapterError(
+                f"{tensors.source} lacks {error}, which the config's modules_to_save asks for."
+            ) from error
 
 
 def _save_pretrained(
@@ -231,11 +238,21 @@ def _check_hotswap_configs_compatible(original: Callable[..., None], old: Any, n
 
 
 def _hotswap_adapter_from_state_dict(
-    original: Callable[..., None], model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: LoraConfig, *args: Any, **kwargs: Any
+    original: Callable[..., None],
+    model: Any,
+    state_dict: dict[str, Tensor],
+    adapter_name: str,
+    config: LoraConfig,
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
     ours = model.peft_config[adapter_name]
     portable = _portable(config)
     original(model, state_dict, adapter_name, portable, *args, **kwargs)
     if isinstance(ours, QLoRAConfig):  # the tensors are folded now, so the adapter is
         fold.become_portable(model, adapter_name, portable)
-        ours.use_rslora, ours.alpha_pattern, ours.lora_alpha = portable.use_rslora, portable.alpha_pattern, portable.lora_alpha
+        ours.use_rslora, ours.alpha_pattern, ours.lora_alpha = (
+            portable.use_rslora,
+            portable.alpha_pattern,
+            portable.lora_alpha,
+        )

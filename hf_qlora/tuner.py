@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-from peft import LoraConfig, LoraModel, PeftConfig
+from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -113,10 +112,12 @@ class QLoRAModel(LoraModel):
         if any(check_target_module_exists(config, name) for name, _ in model.named_modules() if name):
             return
         names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-        layers = f" with layers_to_transform={config.layers_to_transform}" if config.layers_to_transform is not None else ""
+        layers = (
+            f" with layers_to_transform={config.layers_to_transform}" if config.layers_to_transform is not None else ""
+        )
         raise NoMatchingPeftModuleError(
-            f"target_modules={targets!r}{layers} matches no module of {type(model).__name__}. Its linear layers are called "
-            f"{names}: name some of these, a regular expression for whole names, or 'all-linear'."
+            f"target_modules={targets!r}{layers} matches no module of {type(model).__name__}. Its linear layers are "
+            f"called {names}: name some of these, a regular expression for whole names, or 'all-linear'."
         )
 
     def _prepare_base(self, config: QLoRAConfig, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -131,8 +132,8 @@ class QLoRAModel(LoraModel):
         if is_quantized(model):
             if wants_loftq:
                 raise ConfigError(
-                    "init_lora_weights='loftq' needs the dense weights, but the base is already quantized. Load the base "
-                    "dense and let get_peft_model quantize it, or use init_lora_weights=True."
+                    "init_lora_weights='loftq' needs the dense weights, but the base is already quantized. Load the "
+                    "base dense and let get_peft_model quantize it, or use init_lora_weights=True."
                 )
             take_over(model, config.quantization)
             return {}
@@ -195,9 +196,11 @@ def _check_fits(model: nn.Module, tensors: dict[str, Tensor], adapter: str) -> N
         found.append(f"{len(left_over)} belong to no adapted layer ({left_over[0]})")
     if misshapen and not exchange.any_shape:
         name = min(misshapen)
-        found.append(f"{len(misshapen)} have another shape ({name}: {tuple(tensors[name].shape)}, not {tuple(own[name])})")
+        found.append(
+            f"{len(misshapen)} have another shape ({name}: {tuple(tensors[name].shape)}, not {tuple(own[name])})"
+        )
     if found:
         raise AdapterError(
-            f"{exchange.source} does not fit the model: {'; '.join(found)}. It was trained on another architecture or with "
-            "another config, or the file is incomplete."
+            f"{exchange.source} does not fit the model: {'; '.join(found)}. It was trained on another architecture "
+            "or with another config, or the file is incomplete."
         )

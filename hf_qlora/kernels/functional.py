@@ -1,4 +1,4 @@
-"""A linear layer whose weight is frozen and kept packed: y = x Wᵀ + b, with W made for the product and dropped after it.
+"""A linear layer whose weight is frozen and kept packed: y = x Wᵀ + b, with W made for the product, then dropped.
 
 Backward needs W again and makes it again; what autograd holds in between is the packed weight, which the layer owns
 anyway. There is no gradient for W.
@@ -36,7 +36,7 @@ class _FrozenLinear(torch.autograd.Function):
         return torch.nn.functional.linear(x, unpack(), bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         dx = grad @ ctx.unpack() if ctx.needs_input_grad[0] else None
         db = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None

@@ -5,9 +5,9 @@ A stock reader scales B A by `lora_alpha / r`. Where the native scaling is anoth
 
     c = native scaling / (lora_alpha / r)
 
-is multiplied into `lora_B` on the way out and divided out on the way in, in float32. c is computed from the layer as it
-is, never from `scaling`, which `set_scale` and hot-swap change for a time. Folding does not invert to the bit; what must
-(Trainer's checkpoints) keeps the native tensors beside.
+is multiplied into `lora_B` on the way out and divided out on the way in, in float32. c is computed from the layer as
+it is, never from `scaling`, which `set_scale` and hot-swap change for a time. Folding does not invert to the bit; what
+must (Trainer's checkpoints) keeps the native tensors beside.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Exchange:
     any_shape: bool = False
 
 
-_exchange: ContextVar[Exchange] = ContextVar("hf_qlora_exchange", default=Exchange())
+_CALLERS_OWN = Exchange()
+_exchange: ContextVar[Exchange] = ContextVar("hf_qlora_exchange", default=_CALLERS_OWN)
 
 
 @contextmanager
@@ -79,14 +80,18 @@ def fold(tensors: dict[str, Tensor], by: dict[str, float], adapter: str) -> dict
     """The tensors as they leave the model; those that change are float32."""
     if current_exchange().form == "native":
         return tensors
-    return {name: t.float() * by[m] if (m := _scaled_module(name, adapter)) in by else t for name, t in tensors.items()}
+    return {
+        name: t.float() * by[m] if (m := _scaled_module(name, adapter)) in by else t for name, t in tensors.items()
+    }
 
 
 def unfold(tensors: dict[str, Tensor], by: dict[str, float], adapter: str) -> dict[str, Tensor]:
     """The tensors as they enter the model."""
     if current_exchange().form == "native":
         return tensors
-    return {name: t.float() / by[m] if (m := _scaled_module(name, adapter)) in by else t for name, t in tensors.items()}
+    return {
+        name: t.float() / by[m] if (m := _scaled_module(name, adapter)) in by else t for name, t in tensors.items()
+    }
 
 
 def become_portable(model: nn.Module, adapter: str, config: LoraConfig) -> None:

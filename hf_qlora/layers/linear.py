@@ -11,6 +11,8 @@ the packed layer, the same object, back.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -23,9 +25,11 @@ class MergeError(ValueError):
     """An adapter that cannot be merged; the message names the layer and the way out."""
 
 
-class Linear4bit(PeftLinear4bit):  # type: ignore[misc]
-    """A LoRA layer whose base layer is `quant.linear4bit.Linear4bit`. Made from PEFT's by `adopt`, never constructed."""
+class Linear4bit(PeftLinear4bit):
+    """A LoRA layer over `quant.linear4bit.Linear4bit`; made from PEFT's by `adopt`, never constructed."""
 
+    base_layer: Any
+    merged_adapters: list[str]
     # The packed base layer while a dense one stands in its place; in a tuple, so that it is no submodule then.
     _packed: tuple[BaseLinear4bit, ...] = ()
 
@@ -44,8 +48,9 @@ class Linear4bit(PeftLinear4bit):  # type: ignore[misc]
             return
         if any(self.lora_bias[name] for name in names):
             raise MergeError(
-                "An adapter with lora_bias=True cannot be merged on a 4-bit base: the merged model would need biases that "
-                "its architecture may lack. Keep it unmerged, or load it on a dense base (quantization=None) and merge there."
+                "An adapter with lora_bias=True cannot be merged on a 4-bit base: the merged model would need biases "
+                "that its architecture may lack. Keep it unmerged, or load it on a dense base (quantization=None) "
+                "and merge there."
             )
         already = list(self.merged_adapters)
         packed = self._packed[0] if already else self.base_layer
@@ -69,13 +74,14 @@ class Linear4bit(PeftLinear4bit):  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter, (out_features, in_features), in float32 whatever the adapter's dtype."""
-        product = self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float()
-        return product * self.scaling[adapter]
+        product: Tensor = self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float()
+        scaling: float = self.scaling[adapter]
+        return product * scaling
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of the dense weight held while merged, else 0."""
-        return self.base_layer.weight.nbytes if self._packed else 0
+        return int(self.base_layer.weight.nbytes) if self._packed else 0
 
     def _merged_weight(self, name: str, weight: Tensor) -> Tensor:
         if name in self.lora_variant:  # DoRA and the like have their own rule
@@ -89,7 +95,7 @@ class Linear4bit(PeftLinear4bit):  # type: ignore[misc]
 
 
 def adopt(model: nn.Module) -> None:
-    """Turn PEFT's LoRA layers over an NF4 base of ours into `Linear4bit`, in place; stock adapters in them profit too."""
+    """Turn PEFT's LoRA layers over an NF4 base of ours into `Linear4bit`, in place, stock adapters with them."""
     for module in model.modules():
         if type(module) is PeftLinear4bit and isinstance(module.base_layer, BaseLinear4bit) and not module.merged:
             module.__class__ = Linear4bit

@@ -1,8 +1,8 @@
 """The quantized base: a loaded model converted in place, a 4-bit one checked and taken over, and the way back.
 
-Heads, embeddings, tied weights, routers, `modules_to_save` and `skip_modules` stay dense. Everything that could fail is
-checked before the first weight is touched. Layers are converted one at a time and each dense weight is freed before the
-next, so that the peak is the dense model and one layer.
+Heads, embeddings, tied weights, routers, `modules_to_save` and `skip_modules` stay dense. Everything that could fail
+is checked before the first weight is touched. Layers are converted one at a time and each dense weight is freed before
+the next, so that the peak is the dense model and one layer.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class BaseModelError(ValueError):
     """The base model cannot be used as asked; the message names what was found, what is allowed and the way out."""
 
 
-class NF4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
-    """transformers' quantizer for a base of ours: it gives `Conv1D` back on dequantizing and does not save a merged base."""
+class NF4Quantizer(Bnb4BitHfQuantizer):
+    """transformers' quantizer, which also gives `Conv1D` back on dequantizing and does not save a merged base."""
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Called by transformers when the base is saved."""
@@ -56,9 +56,9 @@ class NF4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             merged = [name for name, module in model.named_modules() if getattr(module, "merged", False) is True]
             if merged:
                 raise BaseModelError(
-                    f"The base has adapters merged into {len(merged)} layers ({merged[0]}, …), which then hold dense weights; "
-                    "saving it would write neither the base nor a loadable model. Call unmerge_adapter() first, or save "
-                    "the result of merge_and_unload()."
+                    f"The base has adapters merged into {len(merged)} layers ({merged[0]}, …), which then hold dense "
+                    "weights; saving it would write neither the base nor a loadable model. Call unmerge_adapter() "
+                    "first, or save the result of merge_and_unload()."
                 )
         return None, {}
 
@@ -112,8 +112,8 @@ def quantize_model(
 ) -> nn.Module:
     """Quantize the linear layers of a loaded model to NF4, in place.
 
-    `get_peft_model(model, QLoRAConfig(...))` does this by itself; call it alone to have just the quantized base. A model
-    that is 4-bit already is checked against `config` and kept.
+    `get_peft_model(model, QLoRAConfig(...))` does this by itself; call it alone to have just the quantized base. A
+    model that is 4-bit already is checked against `config` and kept.
 
     Args:
         model: a model with its weights loaded, on any device that bitsandbytes serves.
@@ -126,8 +126,8 @@ def quantize_model(
         the same model.
 
     Raises:
-        BaseModelError: weights on the meta device, not finite, or of another dtype; no linear layer to quantize; a base
-            quantized by another method or with other settings; a compute dtype that the device cannot do.
+        BaseModelError: weights on the meta device, not finite, or of another dtype; no linear layer to quantize; a
+            base quantized by another method or with other settings; a compute dtype that the device cannot do.
     """
     config = config or NF4Config()
     if is_quantized(model):
@@ -233,7 +233,7 @@ def _state_tensors(state: QuantState) -> Iterator[tuple[str, Tensor]]:
 
 
 def _dense_names(model: nn.Module, config: NF4Config, skip: Collection[str]) -> list[str]:
-    """Names and dotted suffixes of the modules that stay dense; transformers reads the list when it loads the saved base."""
+    """Names of the modules that stay dense, which transformers reads again when it loads the saved base."""
     names = [*config.skip_modules, *skip]
     if isinstance(model, PreTrainedModel):
         names += get_keys_to_not_convert(model)
@@ -247,7 +247,7 @@ def _quantizable(model: nn.Module, dense: Collection[str]) -> Iterator[tuple[str
     tied = {id(p) for m in model.modules() if not _is_linear(m) for p in m.parameters(recurse=False)}
     for name, module in model.named_modules():
         if _is_linear(module) and id(module.weight) not in tied and not _matches_any(name, dense):
-            yield name, module  # type: ignore[misc]
+            yield name, module
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -264,8 +264,9 @@ def _check(model: nn.Module, layers: dict[str, nn.Linear | Conv1D], config: NF4C
     if not layers:
         kinds = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
         raise BaseModelError(
-            f"No linear layer to quantize: the model's layers are {kinds[:10]}, and nn.Linear or Conv1D that are neither "
-            "tied, nor heads, nor in skip_modules or modules_to_save are needed. Set quantization=None for plain LoRA."
+            f"No linear layer to quantize: the model's layers are {kinds[:10]}, and nn.Linear or Conv1D that are "
+            "neither tied, nor heads, nor in skip_modules or modules_to_save are needed. Set quantization=None for "
+            "plain LoRA."
         )
     for name, layer in layers.items():
         weight = layer.weight
@@ -280,7 +281,9 @@ def _check(model: nn.Module, layers: dict[str, nn.Linear | Conv1D], config: NF4C
                 "Load the model with dtype=torch.bfloat16."
             )
         if not all(bool(piece.isfinite().all()) for piece in weight.detach().reshape(-1).split(CHUNK)):
-            raise BaseModelError(f"{name}.weight has NaN or infinite values; the checkpoint is damaged or was cast to a narrow dtype.")
+            raise BaseModelError(
+                f"{name}.weight has NaN or infinite values; the checkpoint is damaged or was cast to a narrow dtype."
+            )
     _check_compute_dtype(config, next(iter(layers.values())).weight.device)
 
 
@@ -288,14 +291,20 @@ def _check_compute_dtype(config: NF4Config, device: torch.device) -> None:
     dtype = config.compute_dtype
     if not isinstance(dtype, torch.dtype):
         return
-    if device.type == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        device.type == "cuda"
+        and dtype is torch.bfloat16
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         name = torch.cuda.get_device_name(device)
         raise BaseModelError(f"compute_dtype={dtype} is not supported by {name}; use torch.float16 or torch.float32.")
     try:
         probe = torch.ones(2, 2, dtype=dtype, device=device)
         probe @ probe
     except RuntimeError as error:
-        raise BaseModelError(f"compute_dtype={dtype} is not supported on {device}: {error}. Use torch.float32.") from error
+        raise BaseModelError(
+            f"compute_dtype={dtype} is not supported on {device}: {error}. Use torch.float32."
+        ) from error
 
 
 def _check_same_settings(name: str, module: bnb.nn.Linear4bit, config: NF4Config) -> None:
@@ -307,16 +316,19 @@ def _check_same_settings(name: str, module: bnb.nn.Linear4bit, config: NF4Config
     wanted = {"quant_type": config.quant_type, "double_quant": config.double_quant, "block_size": config.block_size}
     if base != wanted:
         raise BaseModelError(
-            f"The base is already quantized with {base} ({name}), but the config asks for {wanted}. Load the base dense or "
-            "with NF4Config(...).to_bitsandbytes(), change the config to match, or set quantization=None to take it as it is."
+            f"The base is already quantized with {base} ({name}), but the config asks for {wanted}. Load the base "
+            "dense or with NF4Config(...).to_bitsandbytes(), change the config to match, or set quantization=None to "
+            "take it as it is."
         )
 
 
 def _convert(layers: dict[str, nn.Linear | Conv1D], config: NF4Config, on_layer: OnLayer | None) -> None:
     counts = Counter(id(layer.weight) for layer in layers.values())
     # Modules that share one parameter (layer replication) share its packed weight; the parameter is kept for its id.
-    done: dict[int, tuple[nn.Parameter, tuple[Tensor, QuantState]]] = {}
-    for name, layer in tqdm(layers.items(), desc="Quantizing to NF4", unit="layer", delay=PROGRESS_DELAY_S, leave=False):
+    done: dict[int, tuple[Tensor, tuple[Tensor, QuantState]]] = {}
+    for name, layer in tqdm(
+        layers.items(), desc="Quantizing to NF4", unit="layer", delay=PROGRESS_DELAY_S, leave=False
+    ):
         parameter, weight = layer.weight, dense_weight(layer)
         _, data = done.get(id(parameter)) or (None, quantize_weight(weight, config))
         if counts[id(parameter)] > 1:
@@ -335,7 +347,7 @@ def _mark(model: nn.Module, config: NF4Config, dense: list[str]) -> None:
     quantizer.__class__ = NF4Quantizer
     quantizer.modules_to_not_convert = dense
     model.hf_quantizer = quantizer
-    model.is_quantized = True  # type: ignore[assignment]
+    model.is_quantized = True
     model.quantization_method = quantizer.quantization_config.quant_method
     quantizer.postprocess_model(model)
 
@@ -346,7 +358,8 @@ def _name_dense_experts(model: nn.Module) -> None:
         counted = footprint(model)
         share = sum(p.numel() for _, p in experts) / (counted.quantized_params + counted.dense_params)
         logger.warning(
-            "%d weights stay dense because bitsandbytes' linear layers cannot hold 3-D parameters: %s, …, %.0f %% of all.",
+            "%d weights stay dense because bitsandbytes' linear layers cannot hold 3-D parameters: %s, …, %.0f %% of "
+            "all.",
             len(experts),
             experts[0][0],
             100 * share,

@@ -1,12 +1,13 @@
 """The NF4 linear layer: bitsandbytes' `Linear4bit` as storage, with a CPU forward that leaves the weight alone.
 
-bitsandbytes repacks the weight in place at the first eval forward on AVX512-BF16 processors. From then on training gets
-no gradient through the layer, merging reads the packed bytes as if they were not, and the scales have been rounded to
-bfloat16. So on the CPU this class never calls bitsandbytes' forward: it dequantizes, multiplies, and forgets the dense
-weight. On other devices bitsandbytes' forward is right, and fast for generation, and is used as it is.
+bitsandbytes repacks the weight in place at the first eval forward on AVX512-BF16 processors. From then on training
+gets no gradient through the layer, merging reads the packed bytes as if they were not, and the scales have been
+rounded to bfloat16. So on the CPU this class never calls bitsandbytes' forward: it dequantizes, multiplies, and
+forgets the dense weight. On other devices bitsandbytes' forward is right, and fast for generation, and is used as it
+is.
 
-Dense layers and stock 4-bit layers are converted by changing their class in place: the module object stays, and with it
-every reference, hook and shared use of it.
+Dense layers and stock 4-bit layers are converted by changing their class in place: the module object stays, and with
+it every reference, hook and shared use of it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ NESTED_BLOCK_SIZE = 256
 _tables: dict[tuple[torch.device, bytes], Tensor] = {}
 
 
-class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
+class Linear4bit(bnb.nn.Linear4bit):
     """An NF4 linear layer, (in_features → out_features), frozen; a subclass of `bitsandbytes.nn.Linear4bit`."""
 
     source_cls: type[nn.Module]
@@ -70,7 +71,8 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         """A new dense layer of the class this one was made from.
 
         Args:
-            weight (`torch.Tensor`, (out_features, in_features), *optional*): its weight instead of the dequantized one.
+            weight (`torch.Tensor`, (out_features, in_features), *optional*): its weight instead of the dequantized
+                one.
         """
         weight = self.dequantize() if weight is None else weight
         dense: nn.Linear | Conv1D
@@ -112,14 +114,15 @@ def become_linear4bit(
     return converted
 
 
-def adopt_linear(layer: bnb.nn.Linear4bit, name: str, compute_dtype: torch.dtype | None) -> None:
+def adopt_linear(layer: bnb.nn.Linear4bit, name: str, compute_dtype: torch.dtype | str | None) -> None:
     """Turn a stock `bitsandbytes.nn.Linear4bit` into ours, in place, undoing bitsandbytes' CPU repacking."""
     weight = layer.weight
     state = weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         logger.warning(
-            "%s was repacked by bitsandbytes in an eval forward on this CPU, which rounds its scales to bfloat16; it is "
-            "unpacked, but its weights differ from the checkpoint's by up to 0.4 %%. Load the base anew to avoid this.",
+            "%s was repacked by bitsandbytes in an eval forward on this CPU, which rounds its scales to bfloat16; it "
+            "is unpacked, but its weights differ from the checkpoint's by up to 0.4 %%. Load the base anew to avoid "
+            "this.",
             name,
         )
         weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
@@ -145,7 +148,9 @@ def quantize_weight(weight: Tensor, config: NF4Config) -> tuple[Tensor, QuantSta
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-flat.numel() // config.block_size), dtype=torch.float32, device=flat.device)
     for start in range(0, flat.numel(), CHUNK):
-        piece, state = quantize_4bit(flat[start : start + CHUNK], blocksize=config.block_size, quant_type=config.quant_type)
+        piece, state = quantize_4bit(
+            flat[start : start + CHUNK], blocksize=config.block_size, quant_type=config.quant_type
+        )
         packed[start // 2 : start // 2 + piece.numel()] = piece.view(-1, 1)
         absmax[start // config.block_size :][: state.absmax.numel()] = state.absmax
     result = QuantState(
