@@ -198,6 +198,7 @@ def _run_pip_download(wheel: Wheel, folder: Path) -> None:
         try:
             for size in _sizes_until_exit(pip, folder):
                 bar.update(size - bar.n)
+            bar.update((wheel.size_bytes if pip.returncode == 0 else 0) - bar.n)
         finally:
             pip.kill()
     if pip.returncode != 0:

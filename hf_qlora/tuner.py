@@ -60,6 +60,8 @@ class QLoRAModel(LoraModel):
             with _initialised_here(config):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._start_from(factors, adapter_name)
+            if config.quantization is not None and not config.inference_mode:
+                _let_gradients_in(model)
         if any(isinstance(other, QLoRAConfig) for other in self.peft_config.values()):
             adopt(model)
 
@@ -164,6 +166,12 @@ class QLoRAModel(LoraModel):
                 if module.lora_A[adapter_name].weight.device.type != "meta":  # else a file's tensors follow
                     module.lora_A[adapter_name].weight.data = A
                     module.lora_B[adapter_name].weight.data = B
+
+
+def _let_gradients_in(model: nn.Module) -> None:
+    """Make the first layers learn under reentrant checkpointing too, as PEFT does for bases that are not quantized."""
+    if isinstance(model, PreTrainedModel) and not getattr(model, "_require_grads_hooks", None):
+        model.enable_input_require_grads()
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """LoftQ in one iteration (arXiv 2310.08659): the adapter starts as the best rank-r approximation of what NF4 lost.
 
-scaling · B A = the first r terms of the SVD of W − NF4(W), with A = √S Vᵀ and B = U √S / scaling. The base stays.
+scaling · B A = the first r terms of the SVD of R = W − NF4(W), with A = √S Vᵀ and B = U √S / scaling. The base stays.
+Only one side's singular vectors are computed, as eigenvectors of the smaller Gram matrix; the other side follows by a
+product with R, so that B A is R projected onto them, whatever the accuracy of S. Many times faster than the full SVD.
 """
 
 from __future__ import annotations
@@ -23,13 +25,24 @@ def loftq_factors(weight: Tensor, quantized: Tensor, config: QLoRAConfig, name: 
     """
     rank_pattern: dict[str, Any] = config.rank_pattern
     alpha_pattern: dict[str, Any] = config.alpha_pattern
-    r: int = rank_pattern.get(get_pattern_key(rank_pattern.keys(), name)) or config.r
-    alpha: float = alpha_pattern.get(get_pattern_key(alpha_pattern.keys(), name)) or config.lora_alpha
+    r = rank_pattern.get(get_pattern_key(rank_pattern.keys(), name)) or config.r
+    alpha = alpha_pattern.get(get_pattern_key(alpha_pattern.keys(), name)) or config.lora_alpha
     scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-    U, S, Vh = torch.linalg.svd(weight.float() - quantized.float(), full_matrices=False)
-    k = min(r, S.numel())
-    A = torch.zeros(r, weight.shape[1], device=weight.device)
-    B = torch.zeros(weight.shape[0], r, device=weight.device)
-    root = S[:k].sqrt()
-    A[:k], B[:, :k] = root[:, None] * Vh[:k], U[:, :k] * root / scaling
+    A, B = _best_factors(weight.float() - quantized.float(), r)
+    return A, B / scaling
+
+
+def _best_factors(R: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A (r, K) and B (N, r) of equal norms, B A the best rank-r approximation of R (N, K); zeros beyond its rank."""
+    N, K = R.shape
+    if N > K:
+        A, B = _best_factors(R.t(), r)
+        return B.t().contiguous(), A.t().contiguous()
+    k = min(r, N)
+    squares, vectors = torch.linalg.eigh(R @ R.t())  # ascending
+    U = vectors[:, -k:].flip(1)
+    root = squares[-k:].flip(0).clamp(min=0).pow(0.25)  # √S
+    inverse = torch.where(root > 1e-6 * root.max(), 1 / root, torch.zeros_like(root))
+    A, B = R.new_zeros(r, K), R.new_zeros(N, r)
+    A[:k], B[:, :k] = inverse[:, None] * (U.t() @ R), U * (root * (inverse > 0))
     return A, B

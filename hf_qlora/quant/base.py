@@ -16,6 +16,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -140,6 +141,11 @@ def quantize_model(
     _convert(layers, config, on_layer)
     _mark(model, config, dense)
     logger.info("Quantized %d linear layers to NF4 in place: %s, was %s.", len(layers), footprint(model), before)
+    if torch.cuda.is_available() and next(iter(layers.values())).weight.device.type == "cpu":
+        logger.warning(
+            "The model was quantized on the CPU although CUDA is available. Trainer leaves 4-bit models where they "
+            "are: call model.to('cuda') before training, or before quantizing."
+        )
     _name_dense_experts(model)
     return model
 
@@ -236,7 +242,8 @@ def _dense_names(model: nn.Module, config: NF4Config, skip: Collection[str]) -> 
     """Names of the modules that stay dense, which transformers reads again when it loads the saved base."""
     names = [*config.skip_modules, *skip]
     if isinstance(model, PreTrainedModel):
-        names += get_keys_to_not_convert(model)
+        # transformers names parameters here, of which it strips ".weight" but not the ".bias" of a last linear layer
+        names += [name.removesuffix(".bias") for name in get_keys_to_not_convert(model)]
         names += model._keep_in_fp32_modules or []
     names += [name for name, _ in model.named_modules() if name.rpartition(".")[2] in ROUTER_NAMES]
     return sorted(set(names))
@@ -353,7 +360,13 @@ def _mark(model: nn.Module, config: NF4Config, dense: list[str]) -> None:
 
 
 def _name_dense_experts(model: nn.Module) -> None:
-    experts = [(name, p) for name, p in model.named_parameters() if p.ndim >= 3 and p.is_floating_point()]
+    experts = [
+        (f"{owner}.{name}", p)
+        for owner, module in model.named_modules()
+        for name, p in module.named_parameters(recurse=False)
+        # Not the class and position embeddings of vision models, (1, tokens, features), nor convolutions.
+        if p.ndim == 3 and p.shape[0] > 1 and p.is_floating_point() and not isinstance(module, _ConvNd)
+    ]
     if experts:
         counted = footprint(model)
         share = sum(p.numel() for _, p in experts) / (counted.quantized_params + counted.dense_params)
