@@ -163,6 +163,8 @@ def test_smollm2_tokenizer(smollm2: Path) -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     for text in ["Hello\n\n1. one  23", "def f(x2):\n    return 17*x", "日本 é 😀", "<|im_start|>user\nhi<|im_end|>"]:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer("<file_sep>")["input_ids"] == [5]
+    assert tokenizer.decode(range(17), skip_special_tokens=True) == ""
     # A digit stands alone, and does not take the last of the spaces before it along.
     assert tokenizer.tokenize("a  12\n\n3") == ["a", "ĠĠ", "1", "2", "ĊĊ", "3"]
 

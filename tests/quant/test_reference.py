@@ -142,6 +142,12 @@ def weights(*, width: int = 32, allow_subnormal: bool = False) -> st.SearchStrat
     return st.lists(value, min_size=1, max_size=150).map(torch.tensor)
 
 
+def neighbours(values: torch.Tensor, reach: int) -> torch.Tensor:
+    """Each fp32 value with those up to `reach` steps beside it, along the last dimension."""
+    steps = torch.arange(-reach, reach + 1, dtype=torch.int32)
+    return (values.contiguous().view(torch.int32)[..., None] + steps).view(torch.float32).flatten(-2)
+
+
 # The reference is bitsandbytes.
 
 
@@ -196,6 +202,34 @@ def test_any_scales_are_nested_as_in_bitsandbytes(numel: int, scale: float, spre
     nested = quantize_absmax(absmax)
     assert_close([nested.codes, nested.absmax], [codes, state.absmax], rtol=0, atol=0)
     assert_close(dequantize_absmax(nested), bnb.dequantize_blockwise(codes, state) + absmax.mean(), rtol=0, atol=0)
+
+
+def test_codes_beside_a_midpoint_equal_bitsandbytes() -> None:
+    # Here the last bit decides: a full block is multiplied by 1 / absmax, a short last one divided by absmax.
+    midpoints = (nf4_levels()[:-1] + nf4_levels()[1:]) / 2
+    scales = torch.rand(400, 1) + 0.5
+    beside = neighbours(midpoints * scales, 1)
+    blocks = torch.cat([scales, beside, torch.zeros(400, 64 - 1 - beside.shape[1])], dim=1)
+    assert_identical(quantize_nf4(blocks, 64, False), bnb_quantize(blocks, 64, False))
+    for block in blocks:
+        assert_identical(quantize_nf4(block[:-1], 64, False), bnb_quantize(block[:-1], 64, False))
+
+
+def test_scales_beside_an_edge_of_the_grid_equal_bitsandbytes() -> None:
+    # Here the last bit decides, too: the kernel's index is a fused multiply-add. The edges that matter lie between two
+    # grid points of different levels; each group of 256 has a largest distance of 1 and a mean of 0.
+    points = 2 * torch.arange(65536, dtype=torch.float64) / 65535 - 1
+    levels = dynamic_map().double()
+    below = torch.bucketize(points, (levels[:-1] + levels[1:]) / 2).diff().nonzero()[:, 0]
+    edges = ((points[below] + points[below + 1]) / 2).float()
+    beside = neighbours(edges[edges != 0], 8)
+    beside = torch.cat([beside, torch.zeros(-beside.numel() % 127)]).view(-1, 127)
+    absmax = torch.cat([torch.ones(beside.shape[0], 1), beside], dim=1)
+    absmax = torch.stack([absmax, -absmax], dim=2).view(-1)
+    assert absmax.mean().abs() < 1e-8
+
+    codes, _ = bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=NESTED_BLOCK_SIZE)
+    assert_close(quantize_absmax(absmax).codes, codes, rtol=0, atol=0)
 
 
 # Both are the maths.
