@@ -8,7 +8,8 @@ A config has two forms.
   two and PEFT would re-run the third. What was taken out of the scaling is multiplied into `lora_B`
   (`layers/fold.py`), and the native values stand under the one extra key, `hf_qlora`.
 
-Reading a JSON with that key gives the native config back. Everything is validated here, once; layers trust it.
+Reading a JSON with that key gives the native config back. Everything is validated when a config is made
+(`validation.py`); layers trust it.
 """
 
 from __future__ import annotations
@@ -17,20 +18,19 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 import os
-import re
 import tempfile
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
+
+from hf_qlora.validation import ConfigError, check_honoured_on_nf4, check_types, check_values, matches
 
 
 if typing.TYPE_CHECKING:
@@ -42,16 +42,6 @@ FORMAT_VERSION = 1
 RECORD_KEY = "hf_qlora"
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Initialisations that overwrite the base weight (PiSSA 2404.02948, OLoRA 2406.01775, CorDA 2406.05223, LoRA-GA
-# 2407.05000) or need to read it dense (MiCA 2604.01694).
-_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "mica")
-# LoRA variants that PEFT's 4-bit layer ignores without a word.
-_NOT_ON_4BIT = ("velora_config", "monteclora_config", "kasa_config", "use_bdlora", "use_qalora", "megatron_config")
-
-
-class ConfigError(ValueError):
-    """A configuration, in memory or in a file, that cannot be honoured; the message says what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +73,9 @@ class NF4Config:
     def __post_init__(self) -> None:
         if not isinstance(self.double_quant, bool):
             raise ConfigError(f"double_quant={self.double_quant!r} must be True or False.")
-        if isinstance(self.block_size, bool) or self.block_size not in BLOCK_SIZES:
+        if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
             raise ConfigError(f"block_size={self.block_size!r} is not supported; choose one of {BLOCK_SIZES}.")
-        if isinstance(self.skip_modules, str) or not all(isinstance(name, str) for name in self.skip_modules):
+        if not matches(self.skip_modules, tuple[str, ...]):
             raise ConfigError(f"skip_modules={self.skip_modules!r} must be a tuple of module names, as ('lm_head',).")
         object.__setattr__(self, "skip_modules", tuple(self.skip_modules))
         object.__setattr__(self, "compute_dtype", _as_compute_dtype(self.compute_dtype))
@@ -103,14 +93,11 @@ class NF4Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NF4Config:
         known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known - {"quant_type"})
+        unknown = sorted(map(str, set(values) - known - {"quant_type"}))
         if unknown:
             raise ConfigError(f"Unknown quantization settings {unknown}; known are {sorted(known)}.")
         if values.get("quant_type", cls.quant_type) != cls.quant_type:
             raise ConfigError(f"quant_type={values['quant_type']!r} is not supported; only {cls.quant_type!r} is.")
-        names = values.get("skip_modules", ())
-        if not isinstance(names, list | tuple):
-            raise ConfigError(f"skip_modules={names!r} must be a list of module names.")
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def to_bitsandbytes(self) -> BitsAndBytesConfig:
@@ -170,17 +157,26 @@ class QLoRAConfig(LoraConfig):
         },
     )
 
-    # What a file's `hf_qlora` key held, where this config was read from one. Not a field: never written or compared.
-    record: ClassVar[dict[str, Any] | None] = None
+    record: dict[str, Any] | None = field(
+        default=None,
+        repr=False,
+        compare=False,
+        metadata={"help": "What a file's `hf_qlora` key held, where this config was read from one. Not for users."},
+    )
 
     def __post_init__(self) -> None:
-        _check_values(self)
+        if self.rank_pattern is None or self.alpha_pattern is None:  # null in a JSON
+            self.__dict__.update(rank_pattern=self.rank_pattern or {}, alpha_pattern=self.alpha_pattern or {})
+        check_types(self)
+        check_values(self)
         if isinstance(self.quantization, Mapping):
             self.quantization = NF4Config.from_dict(self.quantization)
         if self.quantization is None:
             super().__post_init__()
             return
-        _check_honoured_on_nf4(self)
+        if dataclasses.is_dataclass(self.loftq_config):
+            self.__dict__.update(loftq_config=vars(self.loftq_config))
+        check_honoured_on_nf4(self)
         # PEFT's own LoftQ wants scipy and rewrites the base; ours does neither, so PEFT must not prepare for it.
         loftq = {name: self.__dict__[name] for name in ("init_lora_weights", "loftq_config")}
         if loftq["init_lora_weights"] != "loftq":
@@ -193,6 +189,7 @@ class QLoRAConfig(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """The native config as JSON types; `QLoRAConfig(**values)` reads it back."""
         values: dict[str, Any] = super().to_dict()
+        del values["record"]
         if isinstance(self.quantization, NF4Config):
             values["quantization"] = self.quantization.to_dict()
         return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
@@ -200,15 +197,13 @@ class QLoRAConfig(LoraConfig):
     def to_portable_dict(self) -> dict[str, Any]:
         """What `adapter_config.json` says: the keys of a stock `LoraConfig`, and `hf_qlora`."""
         values = self.to_dict()
-        originals = {
-            name: values[name] for name in ("use_rslora", "alpha_pattern", "init_lora_weights", "loftq_config")
-        }
+        originals = {name: values[name] for name in (*_STOCK_SCALING, *_STOCK_INIT)}
         if self.record is not None:  # the initialisation that this adapter once had
-            originals["init_lora_weights"] = self.record["originals"]["init_lora_weights"]
+            originals |= {name: self.record["originals"].get(name, values[name]) for name in _STOCK_INIT}
         own = {name: values.pop(name) for name in _OWN_FIELDS}
-        values |= {"init_lora_weights": True, "loftq_config": {}}
+        values |= _STOCK_INIT
         if self.portable:
-            values |= {"use_rslora": False, "alpha_pattern": {}}
+            values |= _STOCK_SCALING
         values[RECORD_KEY] = {
             "format_version": FORMAT_VERSION,
             "type": type(self).__name__,
@@ -245,18 +240,12 @@ class QLoRAConfig(LoraConfig):
                 f"adapter_config.json has keys that this PEFT does not know, now ignored: {unknown}. Upgrade peft."
             )
             stock = {name: value for name, value in stock.items() if name not in unknown}
-        native = {name: record["originals"][name] for name in ("use_rslora", "alpha_pattern")}
+        native = {name: record["originals"][name] for name in _STOCK_SCALING}
         native |= {name: record[name] for name in _OWN_FIELDS if name in record}
-        merged = stock | native
-        hints = typing.get_type_hints(config_cls)
-        for name, value in merged.items():
-            if not _matches(value, hints[name]):
-                raise ConfigError(
-                    f"adapter_config.json: {name}={value!r} has the wrong type; expected {_shown(hints[name])}."
-                )
-        config = config_cls(**merged)
-        config.__dict__["record"] = record
-        return config
+        try:
+            return config_cls(**stock | native, record=record)
+        except (TypeError, AttributeError, KeyError) as error:  # PEFT's, from a sub-config of the wrong kind
+            raise ConfigError(f"adapter_config.json cannot be read: {error}.") from error
 
     def portable_form(self) -> LoraConfig:
         """The stock config that a consumer without this package reads from the file."""
@@ -267,10 +256,19 @@ class QLoRAConfig(LoraConfig):
     def become_portable(self) -> None:
         """Give up the native scaling, in place, for tensors that are already in the portable form."""
         if self.portable:
-            self.__dict__.update(use_rslora=False, alpha_pattern={})
+            self.__dict__.update(_STOCK_SCALING)
 
 
 _OWN_FIELDS = ("quantization", "portable")
+# What a stock reader is to see in the place of what was folded, and of an initialisation that has been.
+_STOCK_SCALING: dict[str, Any] = {"use_rslora": False, "alpha_pattern": {}}
+_STOCK_INIT: dict[str, Any] = {
+    "init_lora_weights": True,
+    "loftq_config": {},
+    "eva_config": None,
+    "corda_config": None,
+    "lora_ga_config": None,
+}
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -287,74 +285,12 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _as_compute_dtype(value: Any) -> torch.dtype | None:
-    if value is None or value in COMPUTE_DTYPES.values():
-        return typing.cast("torch.dtype | None", value)
-    name = value.removeprefix("torch.") if isinstance(value, str) else value
-    if isinstance(name, str) and name in COMPUTE_DTYPES:
+    name = str(value).removeprefix("torch.")
+    if value is None:
+        return None
+    if isinstance(value, str | torch.dtype) and name in COMPUTE_DTYPES:
         return COMPUTE_DTYPES[name]
     raise ConfigError(f"compute_dtype={value!r} is not supported; choose one of {tuple(COMPUTE_DTYPES)} or None.")
-
-
-def _check_values(config: QLoRAConfig) -> None:
-    """Ranges that PEFT checks late, or never."""
-
-    def positive(value: Any, kind: Any) -> bool:
-        return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-
-    if not positive(config.r, int):
-        raise ConfigError(f"r={config.r!r} must be a positive integer, as r=16.")
-    if not positive(config.lora_alpha, (int, float)):
-        raise ConfigError(f"lora_alpha={config.lora_alpha!r} must be a positive number, as lora_alpha=16.")
-    dropout = config.lora_dropout
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ConfigError(f"lora_dropout={dropout!r} must be a number in [0, 1).")
-    for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
-        patterns = getattr(config, name)
-        if patterns is None:
-            setattr(config, name, {})
-        elif not isinstance(patterns, Mapping):
-            raise ConfigError(f"{name}={patterns!r} must be a dict from module names to values.")
-        for pattern, value in (patterns or {}).items():
-            if not positive(value, kind):
-                raise ConfigError(f"{name}[{pattern!r}]={value!r} must be positive.")
-            _check_pattern(name, pattern)
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(getattr(config, name), str):
-            _check_pattern(name, getattr(config, name))
-    if not isinstance(config.portable, bool):
-        raise ConfigError(f"portable={config.portable!r} must be True or False.")
-    if config.quantization is not None and not isinstance(config.quantization, NF4Config | Mapping):
-        raise ConfigError(f"quantization={config.quantization!r} must be an NF4Config, its dict, or None.")
-
-
-def _check_pattern(name: str, pattern: Any) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ConfigError(f"{name}: {pattern!r} is not a regular expression: {error}.") from error
-
-
-def _check_honoured_on_nf4(config: QLoRAConfig) -> None:
-    init: Any = config.init_lora_weights
-    if isinstance(init, str) and init.startswith(_CHANGES_BASE):
-        raise ConfigError(
-            f"init_lora_weights={init!r} rewrites the base weight or needs it dense, which an NF4 base is not. Use "
-            "'loftq' (base unchanged), True, 'gaussian' or 'orthogonal', or set quantization=None."
-        )
-    if init == "loftq":
-        given = config.loftq_config or {}
-        loftq = dict(given) if isinstance(given, Mapping) else vars(given)
-        if loftq.get("loftq_iter", 1) != 1 or loftq.get("loftq_bits", 4) != 4:
-            raise ConfigError(
-                f"loftq_config={loftq} is not supported on NF4: further iterations change the base, and the base has "
-                "4 bits. Use loftq_iter=1 and loftq_bits=4, or leave loftq_config out."
-            )
-        config.loftq_config = loftq
-    refused = [name for name in _NOT_ON_4BIT if getattr(config, name, None)]
-    if refused:
-        raise ConfigError(
-            f"{refused} cannot be honoured on an NF4 base: PEFT's 4-bit layers ignore it. Set quantization=None."
-        )
 
 
 def _class_named(name: str) -> type[QLoRAConfig]:
@@ -389,32 +325,6 @@ def _checked_record(record: Any) -> dict[str, Any]:
     return record
 
 
-def _matches(value: Any, hint: Any) -> bool:
-    """Whether a JSON value can stand for a field of type `hint`: a list for a tuple or set, a dict for a dataclass."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_matches(value, argument) for argument in arguments)
-    if origin is Literal:
-        # PEFT's Literal for init_lora_weights holds a placeholder, 'pissa_niter_[number of iters]'
-        return value in arguments or (isinstance(value, str) and value.startswith("pissa_niter_"))
-    if origin in (list, set, tuple):
-        inner = arguments[0] if arguments else Any
-        return isinstance(value, list | tuple | set) and all(_matches(item, inner) for item in value)
-    if origin is dict or hint is dict:
-        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
-    if dataclasses.is_dataclass(hint):
-        return isinstance(value, (dict, typing.cast(type, hint)))
-    if hint in (int, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
 @functools.cache
 def _say_once(message: str) -> None:
     logger.warning(message)
-
-
-def _shown(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

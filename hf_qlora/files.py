@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -138,7 +138,7 @@ def adapter_folder(model_id: str | os.PathLike[str], **kwargs: Any) -> AdapterFo
     hub = {name: value for name, value in kwargs.items() if name in inspect.signature(hf_hub_download).parameters}
     try:
         record = _record(Path(hf_hub_download(str(model_id), CONFIG_NAME, **hub)))
-    except (OSError, ValueError):
+    except (EntryNotFoundError, HFValidationError):
         return None  # PEFT reads next and says what is wrong
     if record is None:
         return None

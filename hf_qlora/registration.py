@@ -39,9 +39,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from hf_qlora import files
-from hf_qlora.config import RECORD_KEY, ConfigError, QLoRAConfig
+from hf_qlora.config import RECORD_KEY, QLoRAConfig
 from hf_qlora.layers import fold
 from hf_qlora.tuner import AdapterError, QLoRAModel
+from hf_qlora.validation import ConfigError
 
 
 PEFT_RANGE = ("0.21.0", "0.22")
@@ -74,6 +75,7 @@ PRIVATE = {
     "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer.get_state_dict_and_metadata": "quant.base",
     "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer._dequantize": "quant.base",
     "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer.remove_quantization_config": "quant.base",
+    "transformers.integrations.bitsandbytes:Bnb4bitDeserialize": "quant.base",
 }
 
 
@@ -172,8 +174,8 @@ def _from_json_file(original: Callable[..., Any], cls: type, path_json_file: str
         values = original(cls, path_json_file, **kwargs)
     except json.JSONDecodeError as error:
         raise json.JSONDecodeError(f"{path_json_file} is not JSON: {error.msg}", error.doc, error.pos) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path_json_file} is not JSON: {error}.") from error
+    except (ValueError, TypeError, RecursionError) as error:  # not text, not an object, or past the parser's limits
+        raise ConfigError(f"{path_json_file} is not an adapter config: {error}.") from error
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path_json_file} is not an adapter config: it holds {type(values).__name__}, not an object."

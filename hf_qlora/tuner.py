@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from peft import LoraConfig, LoraModel
@@ -19,18 +20,19 @@ from peft.utils.transformers_weight_conversion import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_qlora.config import ConfigError, NF4Config, QLoRAConfig
+from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.layers import fold
 from hf_qlora.layers.linear import Linear4bit, adopt
 from hf_qlora.layers.loftq import loftq_factors
 from hf_qlora.quant.base import (
     dequantize_layers,
-    footprint,
     forget_quantization,
     is_quantized,
     quantize_model,
     take_over,
 )
+from hf_qlora.quant.footprint import footprint
+from hf_qlora.validation import ConfigError
 
 
 logger = logging.getLogger(__name__)
@@ -65,7 +67,22 @@ class QLoRAModel(LoraModel):
         if any(isinstance(other, QLoRAConfig) for other in self.peft_config.values()):
             adopt(model)
 
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """As PEFT's. The result has stock scaling and no initialisation, whatever the first adapter has."""
+        first = self.peft_config.get(adapters[0]) if adapters else None
+        if not isinstance(first, QLoRAConfig):
+            super().add_weighted_adapter(adapters, *args, **kwargs)
+            return
+        stock: dict[str, Any] = {"use_rslora": False, "init_lora_weights": True, "loftq_config": {}, "record": None}
+        plain = replace(first, **stock)
+        self.peft_config[adapters[0]] = plain
+        try:
+            super().add_weighted_adapter(adapters, *args, **kwargs)
+        finally:
+            self.peft_config[adapters[0]] = first
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_mergeable(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         dense = [module.dense_bytes for module in self.model.modules() if isinstance(module, Linear4bit)]
         if sum(dense):
@@ -77,13 +94,24 @@ class QLoRAModel(LoraModel):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         ours = any(isinstance(config, QLoRAConfig) for config in self.peft_config.values())
-        if ours and not merge:
-            self.unmerge_adapter()  # the packed base is what unloading returns
+        if ours and merge:
+            names = kwargs.get("adapter_names")
+            self._check_mergeable(names, kwargs.get("safe_merge", False))
+        elif ours:
+            for module in self.model.modules():  # the packed base is what unloading returns
+                if isinstance(module, Linear4bit):
+                    module.unmerge()
         result: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if ours and merge:
             dequantize_layers(result)
             forget_quantization(result)
         return result
+
+    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Find out what cannot be merged before the first layer is."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, Linear4bit):
+                module.check_mergeable(name, adapter_names, safe_merge)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -166,6 +194,18 @@ class QLoRAModel(LoraModel):
                 if module.lora_A[adapter_name].weight.device.type != "meta":  # else a file's tensors follow
                     module.lora_A[adapter_name].weight.data = A
                     module.lora_B[adapter_name].weight.data = B
+                    _renew_magnitude(module, adapter_name)
+
+
+def _renew_magnitude(layer: LoraLayer, adapter_name: str) -> None:
+    """Let a DoRA adapter start from the adapter's new weights as it would have from its first ones."""
+    if adapter_name in layer.lora_magnitude_vector:
+        layer.lora_magnitude_vector[adapter_name].update_layer(
+            base_layer=layer.get_base_layer(),
+            lora_A=layer.lora_A[adapter_name].weight,
+            lora_B=layer.lora_B[adapter_name].weight,
+            scaling=layer.scaling[adapter_name],
+        )
 
 
 def _let_gradients_in(model: nn.Module) -> None:

@@ -39,5 +39,5 @@ class _FrozenLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         dx = grad @ ctx.unpack() if ctx.needs_input_grad[0] else None
-        db = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        db = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, db

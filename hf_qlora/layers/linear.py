@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -46,23 +47,26 @@ class Linear4bit(PeftLinear4bit):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        if any(self.lora_bias[name] for name in names):
-            raise MergeError(
-                "An adapter with lora_bias=True cannot be merged on a 4-bit base: the merged model would need biases "
-                "that its architecture may lack. Keep it unmerged, or load it on a dense base (quantization=None) "
-                "and merge there."
-            )
-        already = list(self.merged_adapters)
-        packed = self._packed[0] if already else self.base_layer
-        self._restore(packed)  # DoRA reads the base weight through the layer
-        weight = packed.dequantize(torch.float32)
-        for name in already + names:
-            weight = self._merged_weight(name, weight)
-            if safe_merge and not torch.isfinite(weight).all():
-                raise MergeError(f"Merging adapter {name!r} gives NaN or infinite weights; the adapter is broken.")
+        self.check_mergeable("This layer", names, safe_merge)
+        packed = self._packed[0] if self.merged else self.base_layer
+        weight = self._merged_weight(packed, self.merged_adapters + names)
         self.base_layer = packed.to_dense(weight.to(packed.weight.quant_state.dtype))
         self._packed = (packed,)
-        self.merged_adapters = already + names
+        self.merged_adapters = self.merged_adapters + names
+
+    def check_mergeable(self, layer_name: str, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise what `merge` would raise, without merging; `layer_name` is for the message."""
+        names = [name for name in adapter_names or self.active_adapters if name in self.lora_A]
+        if any(self.lora_bias[name] for name in names):
+            raise MergeError(
+                f"{layer_name} has an adapter with lora_bias=True, which cannot be merged on a 4-bit base: the merged "
+                "model would need biases that its architecture may lack. Keep it unmerged, or load it on a dense base "
+                "(quantization=None) and merge there."
+            )
+        if safe_merge:
+            packed = self._packed[0] if self.merged else self.base_layer
+            if not torch.isfinite(self._merged_weight(packed, names)).all():
+                raise MergeError(f"{layer_name}: merging {names} gives NaN or infinite weights; an adapter is broken.")
 
     def unmerge(self) -> None:
         """Put the packed base layer back; nothing is computed."""
@@ -83,11 +87,22 @@ class Linear4bit(PeftLinear4bit):
         """Bytes of the dense weight held while merged, else 0."""
         return int(self.base_layer.weight.nbytes) if self._packed else 0
 
-    def _merged_weight(self, name: str, weight: Tensor) -> Tensor:
-        if name in self.lora_variant:  # DoRA and the like have their own rule
-            merged: Tensor = self.lora_variant[name].merge_safe(self, name, weight)
-            return merged
-        return weight + self.get_delta_weight(name)
+    def _merged_weight(self, packed: BaseLinear4bit, names: list[str]) -> Tensor:
+        """The dequantized weight with the adapters of `names` added one after the other, in float32."""
+        base = packed.dequantize(torch.float32)
+        weight = base
+        for name in names:
+            variant, delta = self.lora_variant.get(name), self.get_delta_weight(name)
+            if variant is None:
+                weight = weight + delta
+            elif isinstance(variant, DoraLinearVariant):
+                # arXiv 2402.09353; the norm is that of the base and this adapter alone
+                magnitude = self.lora_magnitude_vector[name]
+                norm = magnitude.get_weight_norm(base, delta, scaling=1).detach()
+                weight = (magnitude.weight / norm)[:, None] * (weight + delta)
+            else:
+                weight = variant.merge_safe(self, name, weight)
+        return weight.detach()
 
     def _restore(self, packed: BaseLinear4bit) -> None:
         self.base_layer = packed

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from hf_qlora.config import NF4Config, bitsandbytes_config
+from hf_qlora.quant.footprint import footprint
 from hf_qlora.quant.linear4bit import (
     CHUNK,
     Linear4bit,
@@ -63,45 +65,24 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
                 )
         return None, {}
 
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """Called by transformers when the base has become dense."""
+        super().remove_quantization_config(model)
+        model.is_loaded_in_4bit = False
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
+        # A model read from a 4-bit checkpoint remembers how to read 4-bit weights, which saving would try to undo.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in conversions if not _reads_4bit(c)] or None
+
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
         # transformers passes model.config.dtype, a string after a config was read from a file
         return dequantize_layers(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes that the parameters of a model take, every storage counted once.
-
-    Attributes:
-        code_bytes, scale_bytes, table_bytes: packed weights, their scales at both levels, shared code tables.
-        dense_bytes: all other parameters and buffers.
-        quantized_params, dense_params: numbers of weights.
-    """
-
-    code_bytes: int = 0
-    scale_bytes: int = 0
-    table_bytes: int = 0
-    dense_bytes: int = 0
-    quantized_params: int = 0
-    dense_params: int = 0
-
-    @property
-    def total_bytes(self) -> int:
-        return self.code_bytes + self.scale_bytes + self.table_bytes + self.dense_bytes
-
-    @property
-    def bits_per_quantized_param(self) -> float:
-        """Codes and scales, without the constant tables."""
-        return 8 * (self.code_bytes + self.scale_bytes) / max(self.quantized_params, 1)
-
-    def __str__(self) -> str:
-        text = f"{self.total_bytes / 2**20:.1f} MiB"
-        if self.quantized_params:
-            text += (
-                f" ({self.quantized_params / 1e6:.1f}M weights at {self.bits_per_quantized_param:.3f} bits, "
-                f"{self.dense_params / 1e6:.1f}M dense)"
-            )
-        return text
+def _reads_4bit(conversion: Any) -> bool:
+    return any(isinstance(operation, Bnb4bitDeserialize) for operation in getattr(conversion, "operations", ()))
 
 
 def quantize_model(
@@ -134,8 +115,7 @@ def quantize_model(
     if is_quantized(model):
         take_over(model, config)
         return model
-    dense = _dense_names(model, config, skip)
-    layers = dict(_quantizable(model, dense))
+    layers, dense = _quantizable(model, config, skip)
     _check(model, layers, config)
     before = footprint(model)
     _convert(layers, config, on_layer)
@@ -167,7 +147,8 @@ def take_over(model: nn.Module, config: NF4Config | None) -> None:
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
     if config is not None:
         if not layers:
-            found = getattr(method, "value", method)
+            eight = any(isinstance(module, bnb.nn.Linear8bitLt) for module in model.modules())
+            found = "bitsandbytes, 8 bits" if eight else getattr(method, "value", method)
             raise BaseModelError(
                 f"The base is quantized by another method ({found}), not to 4 bits by bitsandbytes; "
                 f"the config asks for {config}. Load the base dense or in NF4, or set quantization=None."
@@ -185,85 +166,53 @@ def take_over(model: nn.Module, config: NF4Config | None) -> None:
 
 def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every NF4 layer by a dense one of the class it was made from, in place."""
+    dense: dict[Linear4bit, nn.Module] = {}  # a layer with two parents is made dense once
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):
             if isinstance(child, Linear4bit):
-                setattr(parent, name, child.to_dense(child.dequantize(dtype)))
+                if child not in dense:
+                    dense[child] = child.to_dense(child.dequantize(dtype))
+                setattr(parent, name, dense[child])
     return model
 
 
 def forget_quantization(model: nn.Module) -> None:
     """Remove the marks of a quantized base from a model that has become dense."""
     quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, Bnb4BitHfQuantizer):
+    if isinstance(quantizer, NF4Quantizer):
         quantizer.remove_quantization_config(model)
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config.__dict__.pop("_is_quantized", None)
-    if getattr(model, "is_loaded_in_4bit", False):
+    elif getattr(model, "is_loaded_in_4bit", False):
         model.is_loaded_in_4bit = False  # type: ignore[assignment]
 
 
-def footprint(model: nn.Module) -> Footprint:
-    """Count the bytes of a model's parameters and buffers; storage that several hold is counted once."""
-    seen: set[tuple[torch.device, int]] = set()
-    sizes = dict.fromkeys(("code", "scale", "table", "dense"), 0)
-    params = {"code": 0, "dense": 0}
-
-    def count(kind: str, tensor: Tensor, numel: int = 0) -> None:
-        key = (tensor.device, tensor.data_ptr())
-        if tensor.numel() and key not in seen:
-            seen.add(key)
-            sizes[kind] += tensor.numel() * tensor.element_size()
-            if kind in params:
-                params[kind] += numel
-
-    for tensor in (*model.parameters(), *model.buffers()):
-        state: QuantState | None = getattr(tensor, "quant_state", None)
-        if state is None:
-            count("dense", tensor, tensor.numel())
-            continue
-        count("code", tensor, state.shape.numel())
-        for kind, part in _state_tensors(state):
-            count(kind, part)
-    return Footprint(sizes["code"], sizes["scale"], sizes["table"], sizes["dense"], params["code"], params["dense"])
-
-
-def _state_tensors(state: QuantState) -> Iterator[tuple[str, Tensor]]:
-    yield "scale", state.absmax
-    yield "table", state.code
-    if state.nested:
-        yield "scale", state.offset
-        yield "scale", state.state2.absmax
-        yield "table", state.state2.code
-
-
-def _dense_names(model: nn.Module, config: NF4Config, skip: Collection[str]) -> list[str]:
-    """Names of the modules that stay dense, which transformers reads again when it loads the saved base."""
-    names = [*config.skip_modules, *skip]
+def _quantizable(
+    model: nn.Module, config: NF4Config, skip: Collection[str]
+) -> tuple[dict[str, nn.Linear | Conv1D], list[str]]:
+    """The layers to quantize by name, and the names of the linear layers that stay dense."""
+    names = {*config.skip_modules, *skip}
     if isinstance(model, PreTrainedModel):
         # transformers names parameters here, of which it strips ".weight" but not the ".bias" of a last linear layer
-        names += [name.removesuffix(".bias") for name in get_keys_to_not_convert(model)]
-        names += model._keep_in_fp32_modules or []
-    names += [name for name, _ in model.named_modules() if name.rpartition(".")[2] in ROUTER_NAMES]
-    return sorted(set(names))
-
-
-def _quantizable(model: nn.Module, dense: Collection[str]) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
-    # A weight that another kind of module holds too is tied (an output head to its embedding).
-    tied = {id(p) for m in model.modules() if not _is_linear(m) for p in m.parameters(recurse=False)}
-    for name, module in model.named_modules():
-        if _is_linear(module) and id(module.weight) not in tied and not _matches_any(name, dense):
-            yield name, module
+        names.update(name.removesuffix(".bias") for name in get_keys_to_not_convert(model))
+        names.update(model._keep_in_fp32_modules or [])
+    linear: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    chosen = {name: module for name, module in linear.items() if not _stays_dense(name, names)}
+    # A weight that any other module holds too is tied: an output head to its embedding, or one head to another.
+    others = set(model.modules()) - set(chosen.values())
+    tied = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+    layers = {name: module for name, module in chosen.items() if id(module.weight) not in tied}
+    return layers, sorted(linear.keys() - layers.keys())
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # Subclasses are left alone: nn.MultiheadAttention's projection is one, and reads `.weight` past its forward.
-    return type(module) in (nn.Linear, Conv1D)
+    # Subclasses are left alone: nn.MultiheadAttention's projection is one, and reads `.weight` past its forward. So
+    # are reparametrized layers, whose weight is computed from other parameters.
+    return type(module) in (nn.Linear, Conv1D) and "weight" in module._parameters
 
 
-def _matches_any(name: str, parts: Collection[str]) -> bool:
-    """Whether a run of whole name components is in `parts`: "classifier" matches "bert.classifier.dense"."""
+def _stays_dense(name: str, parts: Collection[str]) -> bool:
+    """Whether the module is a router, or a run of whole components of its name is in `parts`."""
+    if name.rpartition(".")[2] in ROUTER_NAMES:
+        return True
     return any(f".{part}." in f".{name}." for part in parts)
 
 
@@ -287,6 +236,8 @@ def _check(model: nn.Module, layers: dict[str, nn.Linear | Conv1D], config: NF4C
                 f"{name}.weight has dtype {weight.dtype}; only float32, bfloat16 and float16 can be quantized. "
                 "Load the model with dtype=torch.bfloat16."
             )
+        if not weight.numel():
+            raise BaseModelError(f"{name}.weight has no values: its shape is {tuple(weight.shape)}.")
         if not all(bool(piece.isfinite().all()) for piece in weight.detach().reshape(-1).split(CHUNK)):
             raise BaseModelError(
                 f"{name}.weight has NaN or infinite values; the checkpoint is damaged or was cast to a narrow dtype."

@@ -164,7 +164,7 @@ def unpack(packed: torch.Tensor, numel: int) -> torch.Tensor:
 
 
 def _scale_blocks(flat: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide every block by its largest magnitude: (values in [-1, 1] (n,), absmax (blocks,))."""
+    """Divide every block by its largest magnitude: (values in [-1, 1] but for a rounding (n,), absmax (blocks,))."""
     full = flat.numel() // block_size * block_size
     blocks, tail = flat[:full].view(-1, block_size), flat[full:]
     absmax = blocks.abs().amax(dim=1)
@@ -173,7 +173,7 @@ def _scale_blocks(flat: torch.Tensor, block_size: int) -> tuple[torch.Tensor, to
         tail_absmax = tail.abs().amax().clamp(min=SMALLEST_ABSMAX)
         absmax = torch.cat([absmax, tail_absmax[None]])
         scaled = torch.cat([scaled, tail / tail_absmax])
-    return scaled.clamp(-1.0, 1.0), absmax
+    return scaled, absmax
 
 
 def _nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -185,10 +185,9 @@ def _nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 def _snap_to_grid(scaled: torch.Tensor) -> torch.Tensor:
     """Move values in [-1, 1] to the nearest of 65,536 equidistant points; none of them is zero.
 
-    The kernel computes the index with a fused multiply-add, rounded once: fp64 holds the product exactly.
+    The kernel fuses the multiplication by 65535 with the addition: for every fp32 number the index is the same.
     """
-    position = ((scaled + 1.0) * 0.5).double() * GRID_INTERVALS + 0.5
-    index = position.float().trunc()
+    index = ((scaled + 1.0) * 0.5 * GRID_INTERVALS + 0.5).trunc()
     return 2.0 * index / GRID_INTERVALS - 1.0
 
 

@@ -1,0 +1,109 @@
+"""What a config is held to: types, ranges, and what an NF4 base can honour. Used once, when a config is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+# Initialisations that overwrite the base weight (PiSSA 2404.02948, OLoRA 2406.01775, CorDA 2406.05223, LoRA-GA
+# 2407.05000) or need to read it dense (MiCA 2604.01694).
+CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "mica")
+# LoRA variants that PEFT's 4-bit layer ignores without a word.
+NOT_ON_4BIT = ("velora_config", "monteclora_config", "kasa_config", "use_bdlora", "use_qalora", "megatron_config")
+
+
+class ConfigError(ValueError):
+    """A configuration, in memory or in a file, that cannot be honoured; the message says what to do instead."""
+
+
+def check_types(config: Any) -> None:
+    """Refuse a field whose value is of another type than its annotation; JSON's stand-ins pass (see `matches`)."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not matches(value, hints[field.name]):
+            raise ConfigError(f"{field.name}={value!r} has the wrong type; expected {_shown(hints[field.name])}.")
+
+
+def check_values(config: Any) -> None:
+    """Ranges that PEFT checks late, or never."""
+    if not _positive(config.r, int):
+        raise ConfigError(f"r={config.r!r} must be a positive integer, as r=16.")
+    if not _positive(config.lora_alpha, (int, float)):
+        raise ConfigError(f"lora_alpha={config.lora_alpha!r} must be a positive number, as lora_alpha=16.")
+    if not 0 <= config.lora_dropout < 1:
+        raise ConfigError(f"lora_dropout={config.lora_dropout!r} must be in [0, 1).")
+    for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        for pattern, value in (getattr(config, name) or {}).items():
+            if not _positive(value, kind):
+                raise ConfigError(f"{name}[{pattern!r}]={value!r} must be positive{', an integer' * (kind is int)}.")
+            _check_pattern(name, pattern)
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(getattr(config, name), str):
+            _check_pattern(name, getattr(config, name))
+
+
+def check_honoured_on_nf4(config: Any) -> None:
+    """Refuse what would change the base, or what 4-bit layers would ignore."""
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.startswith(CHANGES_BASE):
+        raise ConfigError(
+            f"init_lora_weights={init!r} rewrites the base weight or needs it dense, which an NF4 base is not. Use "
+            "'loftq' (base unchanged), True, 'gaussian' or 'orthogonal', or set quantization=None."
+        )
+    if init == "loftq":
+        loftq = config.loftq_config or {}
+        if loftq.get("loftq_iter", 1) != 1 or loftq.get("loftq_bits", 4) != 4:
+            raise ConfigError(
+                f"loftq_config={loftq} is not supported on NF4: further iterations change the base, and the base has "
+                "4 bits. Use loftq_iter=1 and loftq_bits=4, or leave loftq_config out."
+            )
+    refused = [name for name in NOT_ON_4BIT if getattr(config, name) not in (None, False)]
+    if refused:
+        raise ConfigError(
+            f"{refused} cannot be honoured on an NF4 base: PEFT's 4-bit layers ignore it. Set quantization=None."
+        )
+
+
+def matches(value: Any, hint: Any) -> bool:
+    """Whether `value` is of type `hint`, or JSON standing for it: a list for a set, a dict for a dataclass."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(matches(value, argument) for argument in arguments)
+    if origin is Literal:
+        # PEFT's Literal for init_lora_weights has a placeholder, 'pissa_niter_[number of iters]', and lacks 'lora_ga'
+        spelled = isinstance(value, str) and (value.startswith("pissa_niter_") or value in CHANGES_BASE)
+        return spelled or any(type(value) is type(argument) and value == argument for argument in arguments)
+    if origin in (list, set, tuple):
+        inner = arguments[0] if arguments else Any
+        return isinstance(value, list | tuple | set | frozenset) and all(matches(item, inner) for item in value)
+    if origin is dict or hint is dict:
+        return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, (Mapping, typing.cast(type, hint)))
+    if hint in (int, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _positive(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < math.inf and value < 2**31
+
+
+def _check_pattern(name: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{name}: {pattern!r:.200} is not a regular expression: {error}.") from error
+
+
+def _shown(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
