@@ -70,6 +70,7 @@ PRIVATE = {
     "peft.tuners.tuners_utils:check_adapters_to_merge": "layers.linear",
     "peft.tuners.lora.layer:LoraVariant.merge_safe": "layers.linear",
     "peft.utils.other:get_pattern_key": "layers.fold, layers.loftq",
+    "peft.utils.hotswap:_update_scaling": "layers.fold",
     "bitsandbytes.functional:_convert_weight_packed_for_cpu_inverse": "quant.linear4bit",
     "transformers.quantizers.base:get_keys_to_not_convert": "quant.base",
     "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer.get_state_dict_and_metadata": "quant.base",
@@ -251,10 +252,5 @@ def _hotswap_adapter_from_state_dict(
     ours = model.peft_config[adapter_name]
     portable = _portable(config)
     original(model, state_dict, adapter_name, portable, *args, **kwargs)
-    if isinstance(ours, QLoRAConfig):  # the tensors are folded now, so the adapter is
-        fold.become_portable(model, adapter_name, portable)
-        ours.use_rslora, ours.alpha_pattern, ours.lora_alpha = (
-            portable.use_rslora,
-            portable.alpha_pattern,
-            portable.lora_alpha,
-        )
+    if isinstance(ours, QLoRAConfig):
+        fold.after_hot_swap(model, adapter_name, ours, portable)

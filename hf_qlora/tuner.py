@@ -10,7 +10,7 @@ from typing import Any
 
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.transformers_weight_conversion import (
@@ -19,12 +19,14 @@ from peft.utils.transformers_weight_conversion import (
 )
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.layers import fold
 from hf_qlora.layers.linear import Linear4bit, adopt
 from hf_qlora.layers.loftq import loftq_factors
 from hf_qlora.quant.base import (
+    BaseModelError,
     dequantize_layers,
     forget_quantization,
     is_quantized,
@@ -135,19 +137,21 @@ class QLoRAModel(LoraModel):
             convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         targets = config.target_modules
-        if config.target_parameters or not targets:
-            return
         if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             return
         if any(check_target_module_exists(config, name) for name, _ in model.named_modules() if name):
             return
-        names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-        layers = (
-            f" with layers_to_transform={config.layers_to_transform}" if config.layers_to_transform is not None else ""
-        )
+        parameters = [name.replace(".base_layer.", ".") for name, _ in model.named_parameters()]
+        wanted = config.target_parameters or ()
+        if any(name == target or name.endswith(f".{target}") for target in wanted for name in parameters):
+            return
+        transformed = config.layers_to_transform
         raise NoMatchingPeftModuleError(
-            f"target_modules={targets!r}{layers} matches no module of {type(model).__name__}. Its linear layers are "
-            f"called {names}: name some of these, a regular expression for whole names, or 'all-linear'."
+            f"target_modules={targets!r}"
+            + (f", target_parameters={sorted(wanted)}" if wanted else "")
+            + (f" with layers_to_transform={transformed}" if transformed is not None else "")
+            + f" matches nothing in {type(model).__name__}. Its linear layers are called {_linear_names(model)}: name "
+            "some of these, a regular expression for whole names, or 'all-linear'."
         )
 
     def _prepare_base(self, config: QLoRAConfig, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -167,6 +171,14 @@ class QLoRAModel(LoraModel):
                 )
             take_over(model, config.quantization)
             return {}
+
+        adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+        if adapted:
+            raise BaseModelError(
+                f"The base is dense and {len(adapted)} of its layers have adapters already ({adapted[0]}, …); "
+                "quantizing it would change what they compute. Add this adapter with quantization=None, or load the "
+                "base anew and add it first."
+            )
 
         def keep_factors(name: str, weight: Tensor, layer: Any) -> None:
             factors[name] = loftq_factors(weight, layer.dequantize(), config, name)
@@ -212,6 +224,20 @@ def _let_gradients_in(model: nn.Module) -> None:
     """Make the first layers learn under reentrant checkpointing too, as PEFT does for bases that are not quantized."""
     if isinstance(model, PreTrainedModel) and not getattr(model, "_require_grads_hooks", None):
         model.enable_input_require_grads()
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """The last components of the names of a model's linear layers, adapted ones among them."""
+    names: set[str] = set()
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside) and inside:
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside += (f"{name}.",)
+        if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer):
+            names.add(name.rpartition(".")[2])
+    return sorted(names)
 
 
 @contextmanager

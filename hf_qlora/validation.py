@@ -14,6 +14,8 @@ from typing import Any, Literal
 # Initialisations that overwrite the base weight (PiSSA 2404.02948, OLoRA 2406.01775, CorDA 2406.05223, LoRA-GA
 # 2407.05000) or need to read it dense (MiCA 2604.01694).
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "mica")
+# Initialisations that PEFT makes in the dtype of the base weight, which is that of packed bytes.
+IN_BASE_DTYPE = ("orthogonal",)
 # LoRA variants that PEFT's 4-bit layer ignores without a word.
 NOT_ON_4BIT = ("velora_config", "monteclora_config", "kasa_config", "use_bdlora", "use_qalora", "megatron_config")
 
@@ -52,10 +54,10 @@ def check_values(config: Any) -> None:
 def check_honoured_on_nf4(config: Any) -> None:
     """Refuse what would change the base, or what 4-bit layers would ignore."""
     init = config.init_lora_weights
-    if isinstance(init, str) and init.startswith(CHANGES_BASE):
+    if isinstance(init, str) and init.startswith(CHANGES_BASE + IN_BASE_DTYPE):
         raise ConfigError(
             f"init_lora_weights={init!r} rewrites the base weight or needs it dense, which an NF4 base is not. Use "
-            "'loftq' (base unchanged), True, 'gaussian' or 'orthogonal', or set quantization=None."
+            "'loftq' (base unchanged), True or 'gaussian', or set quantization=None."
         )
     if init == "loftq":
         loftq = config.loftq_config or {}

@@ -13,6 +13,7 @@ must (Trainer's checkpoints) keeps the native tensors beside.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,7 @@ from typing import Literal
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils.hotswap import _update_scaling
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -67,13 +69,11 @@ def factors(model: nn.Module, config: LoraConfig, adapter: str) -> dict[str, flo
     """c of every module of an adapter where it is not 1, by the module's name in `model`."""
     if not isinstance(config, QLoRAConfig) or not config.portable:
         return {}
-    found = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and adapter in layer.r:
-            c = _native_scaling(layer, adapter) * layer.r[adapter] / config.lora_alpha
-            if not math.isclose(c, 1.0, rel_tol=1e-12):
-                found[_plain(name)] = c
-    return found
+    found = {
+        name: _native_scaling(layer, adapter) * layer.r[adapter] / config.lora_alpha
+        for name, layer in _adapted(model, adapter)
+    }
+    return {name: c for name, c in found.items() if not math.isclose(c, 1.0, rel_tol=1e-12)}
 
 
 def fold(tensors: dict[str, Tensor], by: dict[str, float], adapter: str) -> dict[str, Tensor]:
@@ -94,13 +94,45 @@ def unfold(tensors: dict[str, Tensor], by: dict[str, float], adapter: str) -> di
     }
 
 
-def become_portable(model: nn.Module, adapter: str, config: LoraConfig) -> None:
-    """Give an adapter of a model the scaling of `config`, for tensors that are folded already (hot-swap)."""
+def after_hot_swap(model: nn.Module, adapter: str, config: LoraConfig, swapped_in: LoraConfig) -> None:
+    """Make layers and config of a hot-swapped adapter say what its tensors, which are folded, now are.
+
+    PEFT has fitted the tensors in, padding ranks that are smaller than the old ones. Its scaling does not see the new
+    config's patterns, because it matches them against tensor names, so that it is set here again.
+    """
+    layers = dict(_adapted(model, adapter))
+    ranks = {name: _rank(layer, adapter) for name, layer in layers.items()}
+    config.r = max(ranks.values(), key=list(ranks.values()).count)
+    config.lora_alpha = swapped_in.lora_alpha
+    config.use_rslora, config.rank_pattern, config.alpha_pattern = False, {}, {}
+    for name, layer in layers.items():
+        layer.r[adapter], layer.use_rslora[adapter] = ranks[name], False
+        module = name.removeprefix("base_model.model.")
+        scaling = _scaling_in(swapped_in, module)
+        _update_scaling(layer, adapter, scaling)
+        layer.lora_alpha[adapter] = scaling * ranks[name]
+        key = re.escape(module)
+        if ranks[name] != config.r:
+            config.rank_pattern[key] = ranks[name]
+        if not math.isclose(layer.lora_alpha[adapter], config.lora_alpha, rel_tol=1e-12):
+            config.alpha_pattern[key] = layer.lora_alpha[adapter]
+
+
+def _scaling_in(config: LoraConfig, module: str) -> float:
+    rank: int = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
+    alpha: float = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def _adapted(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and adapter in layer.r:
-            pattern = get_pattern_key(config.alpha_pattern.keys(), _plain(name))
-            layer.lora_alpha[adapter] = config.alpha_pattern.get(pattern, config.lora_alpha)
-            layer.use_rslora[adapter] = config.use_rslora
+            yield _plain(name), layer
+
+
+def _rank(layer: LoraLayer, adapter: str) -> int:
+    A = layer.lora_A[adapter].weight if adapter in layer.lora_A else layer.lora_embedding_A[adapter]
+    return int(A.shape[0])
 
 
 def _native_scaling(layer: LoraLayer, adapter: str) -> float:
