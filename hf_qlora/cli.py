@@ -54,11 +54,14 @@ def demo(
         "qlora-demo"
     ),
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 40,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 8,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter; its alpha is twice that.")] = 16,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="At the start; falls to 0.")] = 2e-3,
+    loftq: Annotated[
+        bool, typer.Option("--loftq", help="Start the adapter from what quantizing loses (LoftQ), not from zero.")
+    ] = False,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="At the start; falls to 0.")] = 1e-3,
     held_out: Annotated[int, typer.Option(min=2, help="Examples kept from training, for the perplexity.")] = 24,
-    max_length: Annotated[int, typer.Option(min=8, help="Longest example used, in tokens.")] = 256,
+    max_length: Annotated[int, typer.Option(min=8, help="Longest example used, in tokens.")] = 160,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of examples, the adapter and the dropout.")] = 0,
     save_merged: Annotated[
         bool, typer.Option("--save-merged", help="Save the merged model too, as OUTPUT/merged.")
@@ -79,6 +82,7 @@ def demo(
         steps=steps,
         batch_size=batch_size,
         rank=rank,
+        loftq=loftq,
         learning_rate=learning_rate,
         held_out=held_out,
         max_length=max_length,

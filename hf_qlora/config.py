@@ -19,7 +19,7 @@ import functools
 import json
 import logging
 import os
-import tempfile
+import threading
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ import torch
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
-from hf_qlora.validation import ConfigError, check_honoured_on_nf4, check_types, check_values, matches
+from hf_qlora.validation import CHANGES_BASE, ConfigError, check_honoured_on_nf4, check_types, check_values, matches
 
 
 if typing.TYPE_CHECKING:
@@ -76,7 +76,7 @@ class NF4Config:
         if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
             raise ConfigError(f"block_size={self.block_size!r} is not supported; choose one of {BLOCK_SIZES}.")
         if not matches(self.skip_modules, tuple[str, ...]):
-            raise ConfigError(f"skip_modules={self.skip_modules!r} must be a tuple of module names, as ('lm_head',).")
+            raise ConfigError(f"skip_modules={self.skip_modules!r} must be a list of module names, as ('lm_head',).")
         object.__setattr__(self, "skip_modules", tuple(self.skip_modules))
         object.__setattr__(self, "compute_dtype", _as_compute_dtype(self.compute_dtype))
 
@@ -165,10 +165,13 @@ class QLoRAConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.rank_pattern is None or self.alpha_pattern is None:  # null in a JSON
-            self.__dict__.update(rank_pattern=self.rank_pattern or {}, alpha_pattern=self.alpha_pattern or {})
-        check_types(self)
+        for name in ("rank_pattern", "alpha_pattern", "loftq_config"):  # may be null in a JSON
+            if self.__dict__[name] is None:
+                self.__dict__[name] = {}
+        if not (self.quantization is None or isinstance(self.quantization, NF4Config | Mapping)):
+            raise ConfigError(f"quantization={self.quantization!r} must be an NF4Config, its dict, or None.")
         check_values(self)
+        check_types(self)
         if isinstance(self.quantization, Mapping):
             self.quantization = NF4Config.from_dict(self.quantization)
         if self.quantization is None:
@@ -186,6 +189,12 @@ class QLoRAConfig(LoraConfig):
         super().__post_init__()
         self.__dict__.update(loftq)
 
+    @property
+    def folds(self) -> bool:
+        """Whether saving folds scales into `lora_B`. With PiSSA and the like a reader's base depends on them."""
+        repeated = isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(CHANGES_BASE)
+        return self.portable and not repeated
+
     def to_dict(self) -> dict[str, Any]:
         """The native config as JSON types; `QLoRAConfig(**values)` reads it back."""
         values: dict[str, Any] = super().to_dict()
@@ -201,8 +210,9 @@ class QLoRAConfig(LoraConfig):
         if self.record is not None:  # the initialisation that this adapter once had
             originals |= {name: self.record["originals"].get(name, values[name]) for name in _STOCK_INIT}
         own = {name: values.pop(name) for name in _OWN_FIELDS}
-        values |= _STOCK_INIT
-        if self.portable:
+        if self.quantization is not None:  # else it may be PiSSA or another that a reader must repeat on its base
+            values |= _STOCK_INIT
+        if self.folds:
             values |= _STOCK_SCALING
         values[RECORD_KEY] = {
             "format_version": FORMAT_VERSION,
@@ -231,7 +241,7 @@ class QLoRAConfig(LoraConfig):
             ConfigError: wrong types, unknown settings, or a newer format.
         """
         stock = dict(values)
-        record = _checked_record(stock.pop(RECORD_KEY, None))
+        record = checked_record(stock.pop(RECORD_KEY, None))
         config_cls = _class_named(record["type"])
         known = {f.name for f in dataclasses.fields(config_cls)}
         unknown = sorted(name for name in stock if name not in known or name in _OWN_FIELDS)
@@ -244,7 +254,7 @@ class QLoRAConfig(LoraConfig):
         native |= {name: record[name] for name in _OWN_FIELDS if name in record}
         try:
             return config_cls(**stock | native, record=record)
-        except (TypeError, AttributeError, KeyError) as error:  # PEFT's, from a sub-config of the wrong kind
+        except (TypeError, AttributeError, KeyError, ImportError) as error:  # PEFT's, from a sub-config
             raise ConfigError(f"adapter_config.json cannot be read: {error}.") from error
 
     def portable_form(self) -> LoraConfig:
@@ -255,7 +265,7 @@ class QLoRAConfig(LoraConfig):
 
     def become_portable(self) -> None:
         """Give up the native scaling, in place, for tensors that are already in the portable form."""
-        if self.portable:
+        if self.folds:
             self.__dict__.update(_STOCK_SCALING)
 
 
@@ -273,15 +283,12 @@ _STOCK_INIT: dict[str, Any] = {
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write `values` to a temporary name beside `path`, then rename."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    aside = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
     try:
-        with open(descriptor, "w") as file:
-            json.dump(values, file, indent=2, sort_keys=True)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        aside.write_text(json.dumps(values, indent=2, sort_keys=True))
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _as_compute_dtype(value: Any) -> torch.dtype | None:
@@ -303,7 +310,7 @@ def _class_named(name: str) -> type[QLoRAConfig]:
     return classes[name]
 
 
-def _checked_record(record: Any) -> dict[str, Any]:
+def checked_record(record: Any) -> dict[str, Any]:
     """The `hf_qlora` key of an adapter_config.json, with the parts that are read below known to be there."""
     if not isinstance(record, dict):
         raise ConfigError(f"adapter_config.json: {RECORD_KEY}={record!r} must be an object.")

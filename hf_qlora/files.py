@@ -10,9 +10,12 @@ swapped at once for a stock reader; ours refuses a mixture by the hash.
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
 import inspect
 import json
+import logging
 import os
 import re
 import shutil
@@ -27,13 +30,15 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_qlora.config import RECORD_KEY, QLoRAConfig, write_json
+from hf_qlora.config import RECORD_KEY, QLoRAConfig, checked_record, write_json
 from hf_qlora.layers import fold
 
+
+logger = logging.getLogger(__name__)
 
 STATE_NAME = "hf_qlora_state.safetensors"
 VERSIONED = ("hf-qlora", "peft", "transformers", "torch", "bitsandbytes")
@@ -86,8 +91,7 @@ class AdapterFolder:
         Raises:
             AdapterFileError: no safetensors file, or not the one that the config was saved with.
         """
-        expected = self.record.get("weights_sha256")
-        if expected is not None and sha256(self.weights) != expected:
+        if not _is_whole(self.weights, self.record.get("weights_sha256"), self.weights.stat().st_mtime_ns):
             raise AdapterFileError(
                 f"{self.weights} is not the file that {CONFIG_NAME} beside it was saved with (sha256 differs): it is "
                 "truncated or changed, or a save was interrupted between the two files. Save or download the adapter "
@@ -103,12 +107,13 @@ class AdapterFolder:
                 f"{self.weights} cannot be read as safetensors ({error}); it is truncated or of another kind. "
                 "Save or download the adapter again."
             ) from error
-        if self.state is not None and self.state.is_file():
-            with safe_open(self.state, framework="pt") as file:
-                belongs = (file.metadata() or {}).get("weights_sha256") == self.record.get("weights_sha256")
-            if belongs:
+        expected = self.record.get("state_sha256")
+        if expected is not None and self.state is not None and self.state.is_file():
+            if sha256(self.state) == expected:
                 result.native = load_file(self.state, device=device or "cpu")
                 result.folded_by = self.record.get("fold", {})
+            else:
+                logger.warning("%s is damaged and is not used: training resumes closely, not exactly.", self.state)
         return result
 
 
@@ -151,6 +156,12 @@ def adapter_folder(model_id: str | os.PathLike[str], **kwargs: Any) -> AdapterFo
     return AdapterFolder(str(model_id), weights, record)
 
 
+def has_config(model_id: str | os.PathLike[str], **kwargs: Any) -> bool:
+    """Whether the adapter has an adapter_config.json; weights alone are taken to be as the config given with them."""
+    local = Path(model_id, kwargs.get("subfolder") or "")
+    return not local.is_dir() or (local / CONFIG_NAME).is_file()
+
+
 def save(
     write: Callable[..., None], save_directory: str | os.PathLike[str], model: PeftModel, *args: Any, **kwargs: Any
 ) -> None:
@@ -170,7 +181,8 @@ def save(
         raise ValueError(
             "safe_serialization=False would pickle the adapter; adapters of hf_qlora are saved as safetensors only."
         )
-    names = options["selected_adapters"] or list(model.peft_config)
+    chosen = options["selected_adapters"]
+    names = list(model.peft_config) if chosen is None else chosen
     ours = [name for name in names if isinstance(model.peft_config.get(name), QLoRAConfig)]
     by = {name: fold.factors(model, model.peft_config[name], name) for name in ours}
     if options["path_initial_model_for_weight_conversion"] is not None and any(by.values()):
@@ -187,6 +199,8 @@ def save(
         raise OSError(
             error.errno, f"Cannot save the adapter in {target}: {error.strerror}. Nothing was changed."
         ) from error
+    inference_mode = {name: config.inference_mode for name, config in model.peft_config.items()}
+    moving = False
     try:
         if (target / "README.md").is_file():  # PEFT extends it
             shutil.copy(target / "README.md", stage)
@@ -198,13 +212,31 @@ def save(
                 else {}
             )
             _complete(stage / name if name != "default" else stage, by[name], native)
-        _move(stage, target)
+        moves = _moves(stage, target)
+        moving = True
+        for path, final in moves:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, final)
     except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"Saving the adapter in {target} failed: {error}. What was there before is unchanged."
-        ) from error
+        state = "Loading refuses the files if they do not belong together" if moving else "What was there is unchanged"
+        raise OSError(f"Saving the adapter in {target} failed: {error}. {state}; make room and save again.") from error
     finally:
+        for name, mode in inference_mode.items():  # PEFT sets it while it writes
+            model.peft_config[name].inference_mode = mode
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def check_beside(config_file: Path, record: dict[str, Any]) -> None:
+    """Refuse a config whose weights lie beside it and are not the ones it was saved with."""
+    weights = config_file.with_name(SAFETENSORS_WEIGHTS_NAME)
+    if weights.is_file():
+        AdapterFolder(str(config_file.parent), weights, record).check()
+
+
+@functools.lru_cache(maxsize=64)
+def _is_whole(path: Path, expected: str | None, changed_ns: int) -> bool:
+    """Whether a file has the expected hash; loading asks several times, and `changed_ns` tells the times apart."""
+    return expected is None or sha256(path) == expected
 
 
 def sha256(path: Path) -> str:
@@ -218,8 +250,15 @@ def sha256(path: Path) -> str:
 def _record(config_file: Path) -> dict[str, Any] | None:
     if not config_file.is_file():
         return None
-    values = json.loads(config_file.read_text())
-    return values.get(RECORD_KEY) if isinstance(values, dict) else None
+    try:
+        values = json.loads(config_file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{config_file} is not JSON that can be read: {error}.") from error
+    if not isinstance(values, dict):
+        raise AdapterFileError(
+            f"{config_file} is not an adapter config: it holds {type(values).__name__}, not an object."
+        )
+    return checked_record(values[RECORD_KEY]) if RECORD_KEY in values else None
 
 
 def _native_tensors(model: PeftModel, name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -234,12 +273,13 @@ def _native_tensors(model: PeftModel, name: str, options: Mapping[str, Any]) -> 
 
 def _complete(folder: Path, by: dict[str, float], native: dict[str, Tensor]) -> None:
     """Add to a staged adapter what only the saved file and the model know."""
-    digest = sha256(folder / SAFETENSORS_WEIGHTS_NAME)
     values = json.loads((folder / CONFIG_NAME).read_text())
-    values[RECORD_KEY] |= {"weights_sha256": digest, "fold": by, "versions": _versions()}
-    write_json(folder / CONFIG_NAME, values)
+    record = values[RECORD_KEY]
+    record |= {"weights_sha256": sha256(folder / SAFETENSORS_WEIGHTS_NAME), "fold": by, "versions": _versions()}
     if native:
-        save_file(native, folder / STATE_NAME, metadata={"format": "pt", "weights_sha256": digest})
+        save_file(native, folder / STATE_NAME, metadata={"format": "pt"})
+        record["state_sha256"] = sha256(folder / STATE_NAME)
+    write_json(folder / CONFIG_NAME, values)
 
 
 def _versions() -> dict[str, str]:
@@ -252,9 +292,11 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _move(stage: Path, target: Path) -> None:
-    staged = [path for path in stage.rglob("*") if path.is_file()]
-    for path in sorted(staged, key=lambda path: path.name == CONFIG_NAME):
-        final = target / path.relative_to(stage)
-        final.parent.mkdir(exist_ok=True)
-        os.replace(path, final)
+def _moves(stage: Path, target: Path) -> list[tuple[Path, Path]]:
+    """What goes from where to where, the configs last."""
+    staged = sorted((path for path in stage.rglob("*") if path.is_file()), key=lambda path: path.name == CONFIG_NAME)
+    moves = [(path, target / path.relative_to(stage)) for path in staged]
+    for _, final in moves:
+        if final.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder has the name of a file to write", str(final))
+    return moves

@@ -26,6 +26,7 @@ import importlib
 import json
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -73,6 +74,8 @@ PRIVATE = {
     "peft.utils.hotswap:_update_scaling": "layers.fold",
     "bitsandbytes.functional:_convert_weight_packed_for_cpu_inverse": "quant.linear4bit",
     "transformers.quantizers.base:get_keys_to_not_convert": "quant.base",
+    "transformers.modeling_utils:PreTrainedModel._keep_in_fp32_modules": "quant.base",
+    "transformers.integrations.peft:PeftAdapterMixin._hf_peft_config_loaded": "quant.base",
     "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer.get_state_dict_and_metadata": "quant.base",
     "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer._dequantize": "quant.base",
     "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer.remove_quantization_config": "quant.base",
@@ -87,7 +90,8 @@ def register() -> None:
         ImportError: a PEFT outside the range this version knows how to extend; the versions are named.
     """
     found = version("peft")
-    if not Version(PEFT_RANGE[0]) <= Version(found) < Version(PEFT_RANGE[1]):
+    release = Version(Version(found).base_version)  # a pre-release of the upper bound has what that will have
+    if Version(found) < Version(PEFT_RANGE[0]) or release >= Version(PEFT_RANGE[1]):
         raise ImportError(
             f"hf-qlora extends peft >= {PEFT_RANGE[0]}, < {PEFT_RANGE[1]}, but peft {found} is installed: "
             f"pip install 'peft>={PEFT_RANGE[0]},<{PEFT_RANGE[1]}', or upgrade hf-qlora."
@@ -145,6 +149,7 @@ class _LoraConfig(LoraConfig, metaclass=_Dispatch):
 
 
 _LoraConfig.__name__ = _LoraConfig.__qualname__ = "LoraConfig"  # PEFT's warnings name the class
+_LoraConfig.__annotations__ = LoraConfig.__annotations__  # PEFT looks keyword arguments up there
 
 
 def _wrap(owner: Any, name: str, hook: Callable[..., Any]) -> None:
@@ -175,8 +180,10 @@ def _from_json_file(original: Callable[..., Any], cls: type, path_json_file: str
         values = original(cls, path_json_file, **kwargs)
     except json.JSONDecodeError as error:
         raise json.JSONDecodeError(f"{path_json_file} is not JSON: {error.msg}", error.doc, error.pos) from error
-    except (ValueError, TypeError, RecursionError) as error:  # not text, not an object, or past the parser's limits
-        raise ConfigError(f"{path_json_file} is not an adapter config: {error}.") from error
+    except (ValueError, RecursionError) as error:  # not text, or past the parser's limits
+        raise ConfigError(f"{path_json_file} is not JSON that can be read: {error}.") from error
+    except TypeError as error:  # null or a number, which PEFT has looked into
+        raise ConfigError(f"{path_json_file} is not an adapter config: it holds a value, not an object.") from error
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path_json_file} is not an adapter config: it holds {type(values).__name__}, not an object."
@@ -188,6 +195,7 @@ def _from_json_file(original: Callable[..., Any], cls: type, path_json_file: str
             QLoRAConfig.from_portable_dict(values)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path_json_file}: {error}") from error
+        files.check_beside(Path(path_json_file), values[RECORD_KEY])
     return values
 
 
@@ -196,7 +204,8 @@ def _load_peft_weights(
 ) -> dict[str, Tensor]:
     folder = files.adapter_folder(model_id, **kwargs)
     if folder is None:
-        return files.AdapterTensors(original(model_id, device, *args, **kwargs), str(model_id), "native")
+        form: fold.Form = "native" if files.has_config(model_id, **kwargs) else "portable"
+        return files.AdapterTensors(original(model_id, device, *args, **kwargs), str(model_id), form)
     folder.check()
     return folder.tensors(lambda: original(model_id, device, *args, **kwargs), device)
 
@@ -204,12 +213,12 @@ def _load_peft_weights(
 def _set_peft_model_state_dict(
     original: Callable[..., Any],
     model: Any,
-    tensors: dict[str, Tensor],
+    peft_model_state_dict: dict[str, Tensor],
     adapter_name: str = "default",
     ignore_mismatched_sizes: bool = False,
     **kwargs: Any,
 ) -> Any:
-    config = model.peft_config[adapter_name]
+    config, tensors = model.peft_config[adapter_name], peft_model_state_dict
     if not isinstance(tensors, files.AdapterTensors) or not isinstance(config, QLoRAConfig):
         return original(model, tensors, adapter_name, ignore_mismatched_sizes, **kwargs)
     given, form = tensors.for_model(fold.factors(model, config, adapter_name))
@@ -220,6 +229,10 @@ def _set_peft_model_state_dict(
             raise AdapterError(
                 f"{tensors.source} lacks {error}, which the config's modules_to_save asks for."
             ) from error
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise AdapterError(f"{tensors.source} does not fit the model: {error}") from error
 
 
 def _save_pretrained(
@@ -236,8 +249,8 @@ def _portable(config: Any) -> Any:
     return config.portable_form() if isinstance(config, QLoRAConfig) else config
 
 
-def _check_hotswap_configs_compatible(original: Callable[..., None], old: Any, new: Any) -> None:
-    original(_portable(old), _portable(new))
+def _check_hotswap_configs_compatible(original: Callable[..., None], config0: Any, config1: Any) -> None:
+    original(_portable(config0), _portable(config1))
 
 
 def _hotswap_adapter_from_state_dict(
@@ -249,8 +262,8 @@ def _hotswap_adapter_from_state_dict(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    ours = model.peft_config[adapter_name]
     portable = _portable(config)
     original(model, state_dict, adapter_name, portable, *args, **kwargs)
+    ours = model.peft_config.get(adapter_name)
     if isinstance(ours, QLoRAConfig):
         fold.after_hot_swap(model, adapter_name, ours, portable)

@@ -128,7 +128,7 @@ class QLoRAModel(LoraModel):
     ) -> dict[str, Tensor]:
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if fold.current_exchange().source:
-            _check_fits(model, tensors, adapter_name)
+            _check_fits(model, config, tensors, adapter_name)
         return fold.unfold(tensors, fold.factors(model, config, adapter_name), adapter_name)
 
     def _check_targets(self, config: QLoRAConfig, model: nn.Module) -> None:
@@ -252,16 +252,20 @@ def _initialised_here(config: QLoRAConfig) -> Iterator[None]:
         config.init_lora_weights = init
 
 
-def _check_fits(model: nn.Module, tensors: dict[str, Tensor], adapter: str) -> None:
+def _check_fits(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], adapter: str) -> None:
     """Refuse a file with tensors missing, left over or of another shape, before any is set."""
     exchange = fold.current_exchange()
+    everything = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    biases = {"none": (), "lora_only": (".base_layer.bias",), "all": (".bias",)}[config.bias]
     own = {
-        name: parameter.shape
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if ".lora_" in name and (f".{adapter}." in name or name.endswith(f".{adapter}"))
+        name: tensor.shape
+        for name, tensor in everything.items()
+        if (f".{adapter}." in name or name.endswith(f".{adapter}"))
+        and any(kind in name for kind in (".lora_", ".modules_to_save.", ".trainable_tokens_delta."))
+        or (name.endswith(biases) and not any(kind in name for kind in (".lora_", ".modules_to_save.")))
     }
     missing = sorted(own.keys() - tensors.keys())
-    left_over = sorted(name for name in tensors.keys() - own.keys() if ".lora_" in name)
+    left_over = sorted(tensors.keys() - everything.keys())
     misshapen = [name for name in own.keys() & tensors.keys() if own[name] != tensors[name].shape]
     found = []
     if missing:

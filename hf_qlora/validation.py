@@ -29,6 +29,8 @@ def check_types(config: Any) -> None:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if field.name == "lora_alpha":  # PEFT says int, and computes with any number
+            continue
         if not matches(value, hints[field.name]):
             raise ConfigError(f"{field.name}={value!r} has the wrong type; expected {_shown(hints[field.name])}.")
 
@@ -39,10 +41,14 @@ def check_values(config: Any) -> None:
         raise ConfigError(f"r={config.r!r} must be a positive integer, as r=16.")
     if not _positive(config.lora_alpha, (int, float)):
         raise ConfigError(f"lora_alpha={config.lora_alpha!r} must be a positive number, as lora_alpha=16.")
-    if not 0 <= config.lora_dropout < 1:
+    dropout = config.lora_dropout
+    if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0 <= dropout < 1:
         raise ConfigError(f"lora_dropout={config.lora_dropout!r} must be in [0, 1).")
     for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
-        for pattern, value in (getattr(config, name) or {}).items():
+        patterns = getattr(config, name)
+        if not isinstance(patterns, Mapping):
+            raise ConfigError(f"{name}={patterns!r} must be a dict from module names to values.")
+        for pattern, value in patterns.items():
             if not _positive(value, kind):
                 raise ConfigError(f"{name}[{pattern!r}]={value!r} must be positive{', an integer' * (kind is int)}.")
             _check_pattern(name, pattern)
@@ -81,19 +87,23 @@ def matches(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(matches(value, argument) for argument in arguments)
     if origin is Literal:
-        # PEFT's Literal for init_lora_weights has a placeholder, 'pissa_niter_[number of iters]', and lacks 'lora_ga'
-        spelled = isinstance(value, str) and (value.startswith("pissa_niter_") or value in CHANGES_BASE)
-        return spelled or any(type(value) is type(argument) and value == argument for argument in arguments)
+        if "pissa" in arguments:  # init_lora_weights: PEFT's Literal has a placeholder for a number, and lacks lora_ga
+            arguments += ("lora_ga", value) if str(value).startswith("pissa_niter_") else ("lora_ga",)
+        return any(type(value) is type(argument) and value == argument for argument in arguments)
+    if origin is tuple and Ellipsis not in arguments:
+        same_length = isinstance(value, list | tuple) and len(value) == len(arguments)
+        return same_length and all(map(matches, value, arguments))
     if origin in (list, set, tuple):
         inner = arguments[0] if arguments else Any
         return isinstance(value, list | tuple | set | frozenset) and all(matches(item, inner) for item in value)
     if origin is dict or hint is dict:
-        return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+        inner = arguments[1] if arguments else Any
+        return isinstance(value, Mapping) and all(isinstance(k, str) and matches(v, inner) for k, v in value.items())
     if dataclasses.is_dataclass(hint):
         return isinstance(value, (Mapping, typing.cast(type, hint)))
-    if hint in (int, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    if hint is float:
+        hint = int | float
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 def _positive(value: Any, kind: Any) -> bool:
@@ -108,4 +118,6 @@ def _check_pattern(name: str, pattern: Any) -> None:
 
 
 def _shown(hint: Any) -> str:
+    if hint is bool:
+        return "True or False"
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

@@ -67,7 +67,7 @@ def current_exchange() -> Exchange:
 
 def factors(model: nn.Module, config: LoraConfig, adapter: str) -> dict[str, float]:
     """c of every module of an adapter where it is not 1, by the module's name in `model`."""
-    if not isinstance(config, QLoRAConfig) or not config.portable:
+    if not isinstance(config, QLoRAConfig) or not config.folds:
         return {}
     found = {
         name: _native_scaling(layer, adapter) * layer.r[adapter] / config.lora_alpha
