@@ -14,7 +14,7 @@ from hf_qlora.registration import register
 from hf_qlora.tuner import QLoRAModel
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = ["NF4Config", "QLoRAConfig", "QLoRAModel", "quantize_model"]
 
 register()

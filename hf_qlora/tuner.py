@@ -260,8 +260,10 @@ def _check_fits(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor]
     own = {
         name: tensor.shape
         for name, tensor in everything.items()
-        if (f".{adapter}." in name or name.endswith(f".{adapter}"))
-        and any(kind in name for kind in (".lora_", ".modules_to_save.", ".trainable_tokens_delta."))
+        if (
+            (f".{adapter}." in name or name.endswith(f".{adapter}"))
+            and any(kind in name for kind in (".lora_", ".modules_to_save.", ".trainable_tokens_delta."))
+        )
         or (name.endswith(biases) and not any(kind in name for kind in (".lora_", ".modules_to_save.")))
     }
     missing = sorted(own.keys() - tensors.keys())
