@@ -18,7 +18,7 @@ LLAMA_LIKE = {**SIZES, "num_key_value_heads": 2, "vocab_size": VOCAB, "pad_token
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family: how to make a model and its inputs, its PEFT task, and what stays dense beside embeddings and norms."""
+    """A family: how to make a model and its inputs, its PEFT task, and what stays dense."""
 
     name: str
     make: Callable[[], nn.Module]
