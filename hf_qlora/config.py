@@ -218,6 +218,7 @@ class QLoRAConfig(LoraConfig):
             "format_version": FORMAT_VERSION,
             "type": type(self).__name__,
             **own,
+            "folded": self.folds,
             "originals": originals,
         }
         return values

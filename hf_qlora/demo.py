@@ -24,10 +24,11 @@ import tempfile
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -67,7 +68,6 @@ ANSWER_TOKENS = 40
 NO_LABEL = -100  # left out by the models' cross entropy
 
 Messages = list[dict[str, str]]
-T = TypeVar("T")
 
 
 class DemoError(ValueError):
@@ -126,7 +126,7 @@ def run(settings: Settings, console: Console | None = None) -> Results:
     _quiet_libraries()
     _check_output(settings.output)
     chats = read_chats(settings.dataset, settings.seed)
-    base = settings.model or str(_fetched(assets.smollm2_135m_instruct))
+    base = settings.model or _default_model()
     tokenizer, model = _load(base)
     train_set, held_out = choose(chats, tokenizer, settings)
     report("model", f"{Path(base).name} on {model.device.type}")
@@ -164,7 +164,8 @@ def quantize(model: PreTrainedModel, settings: Settings, report: Report) -> Peft
         task_type="CAUSAL_LM",
         init_lora_weights="loftq" if settings.loftq else True,
     )
-    peft_model = get_peft_model(model, config)
+    with _explained(ValueError):  # a base that cannot be quantized
+        peft_model = get_peft_model(model, config)
     adapter = sum(parameter.nbytes for parameter in peft_model.parameters() if parameter.requires_grad)
     report("  quantized", f"{footprint(peft_model)}; {adapter / 2**20:.1f} MiB of it are the adapter")
     return peft_model
@@ -198,7 +199,8 @@ def train(model: PeftModel, examples: Sequence[Example], settings: Settings, rep
 
 def save_and_reload(model: PeftModel, base: str, examples: Sequence[Example], output: Path, report: Report) -> float:
     """Save the adapter and the logits of `examples`, and have a fresh process compare."""
-    model.save_pretrained(output)
+    with _explained(OSError):
+        model.save_pretrained(output)
     size = (output / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     report("adapter", f"{size / 2**20:.1f} MiB in {output}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -262,7 +264,8 @@ def read_chats(dataset: str | None, seed: int) -> list[Messages]:
     if dataset is not None:
         chats = [as_messages(row) for row in read_rows(dataset, seed)]
     else:
-        pairs = _fetched(lambda: assets.instruction_pairs([TASK]) + assets.instruction_pairs([TASK], split="test"))
+        with _explained(OSError, ValueError):
+            pairs = assets.instruction_pairs([TASK]) + assets.instruction_pairs([TASK], split="test")
         chats = [_exchange(f"{QUESTION}\n\n{p['prompt']}", p["answer"]) for p in pairs if p["answer"].startswith("[")]
     random.Random(seed).shuffle(chats)
     return chats
@@ -449,10 +452,17 @@ def _load_model(base: str) -> PreTrainedModel:
     return model.eval()
 
 
-def _fetched(fetch: Callable[[], T]) -> T:
+def _default_model() -> str:
+    with _explained(ImportError, OSError, ValueError):  # no gguf, no network, another file than the pinned one
+        return str(assets.smollm2_135m_instruct())
+
+
+@contextmanager
+def _explained(*errors: type[Exception]) -> Iterator[None]:
+    """Turn errors whose messages are made for users into `DemoError`."""
     try:
-        return fetch()
-    except (ImportError, OSError, ValueError) as error:  # no gguf, no network, another file than the pinned one
+        yield
+    except errors as error:
         raise DemoError(str(error)) from error
 
 

@@ -83,7 +83,7 @@ class AdapterFolder:
     portable: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "portable", bool(self.record.get("portable", True)))
+        object.__setattr__(self, "portable", bool(self.record.get("folded", True)))
 
     def check(self) -> None:
         """Refuse files that do not belong together.

@@ -221,7 +221,7 @@ def _set_peft_model_state_dict(
     config, tensors = model.peft_config[adapter_name], peft_model_state_dict
     if not isinstance(tensors, files.AdapterTensors) or not isinstance(config, QLoRAConfig):
         return original(model, tensors, adapter_name, ignore_mismatched_sizes, **kwargs)
-    given, form = tensors.for_model(fold.factors(model, config, adapter_name))
+    given, form = tensors.for_model(fold.factors(model, config, adapter_name, from_file=True))
     with fold.exchange(form, tensors.source, ignore_mismatched_sizes):
         try:
             return original(model, given, adapter_name, ignore_mismatched_sizes, **kwargs)

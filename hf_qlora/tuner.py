@@ -29,6 +29,7 @@ from hf_qlora.quant.base import (
     BaseModelError,
     dequantize_layers,
     forget_quantization,
+    is_interrupted,
     is_quantized,
     quantize_model,
     take_over,
@@ -131,9 +132,10 @@ class QLoRAModel(LoraModel):
         cls, model: nn.Module, config: LoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        if fold.current_exchange().source:
+        from_file = bool(fold.current_exchange().source)
+        if from_file:
             _check_fits(model, config, tensors, adapter_name)
-        return fold.unfold(tensors, fold.factors(model, config, adapter_name), adapter_name)
+        return fold.unfold(tensors, fold.factors(model, config, adapter_name, from_file), adapter_name)
 
     def _check_targets(self, config: QLoRAConfig, model: nn.Module) -> None:
         """Find out that nothing matches before the base is touched."""
@@ -160,6 +162,8 @@ class QLoRAModel(LoraModel):
 
     def _prepare_base(self, config: QLoRAConfig, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         """Quantize the base, or check one that is 4-bit; the LoftQ factors of its layers by name."""
+        if any(getattr(module, "merged", False) is True for module in model.modules()):
+            raise BaseModelError("Adapters are merged into the base; call unmerge_adapter() before adding another.")
         if config.quantization is None:
             if is_quantized(model):
                 take_over(model, None)
@@ -167,7 +171,9 @@ class QLoRAModel(LoraModel):
         assert isinstance(config.quantization, NF4Config)
         factors: dict[str, tuple[Tensor, Tensor]] = {}
         wants_loftq = config.init_lora_weights == "loftq"
-        if is_quantized(model):
+        if wants_loftq and config.layer_replication:
+            raise ConfigError("init_lora_weights='loftq' is not supported with layer_replication; use True.")
+        if is_quantized(model) and not is_interrupted(model):
             if wants_loftq:
                 raise ConfigError(
                     "init_lora_weights='loftq' needs the dense weights, but the base is already quantized. Load the "
@@ -266,7 +272,7 @@ def _check_fits(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor]
         for name, tensor in everything.items()
         if (
             (f".{adapter}." in name or name.endswith(f".{adapter}"))
-            and any(kind in name for kind in (".lora_", ".modules_to_save.", ".trainable_tokens_delta."))
+            and any(kind in name for kind in (".lora_", ".modules_to_save."))
         )
         or (name.endswith(biases) and not any(kind in name for kind in (".lora_", ".modules_to_save.")))
     }

@@ -288,6 +288,15 @@ def test_a_terminal_gets_a_bar(settings: Settings) -> None:
     assert "loss 1.250" in last
 
 
+def test_a_base_that_cannot_be_quantized_is_explained(settings: Settings, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(settings.model)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    tokenizer_of(settings).save_pretrained(tmp_path / "broken")
+    with pytest.raises(DemoError, match=r"layers\.1\.mlp\.up_proj\.weight has NaN"):
+        demo.run(replace(settings, model=str(tmp_path / "broken")), Console(file=io.StringIO()))
+
+
 def test_an_adapter_that_reloads_as_another_fails_the_demo(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

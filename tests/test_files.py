@@ -225,6 +225,35 @@ def test_a_loaded_adapter_computes_what_was_saved(
     assert (logits(model) - logits(base())).abs().max() > 1e-2  # the adapter does something
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trainable_token_indices": [1, 3]},
+        {"trainable_token_indices": {"embed_tokens": [1, 3]}},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    ],
+    ids=str,
+)
+def test_an_adapter_on_tied_embeddings_computes_what_was_saved(options: dict[str, Any], tmp_path: Path) -> None:
+    """Most small models tie them. PEFT's layers on the head then share the tensors of those on the embedding."""
+    model = adapted(config(**options), model=base(tie_word_embeddings=True))
+    model.save_pretrained(tmp_path)
+    assert (logits(load(tmp_path, base(tie_word_embeddings=True))) - logits(model)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("saved", [True, False])
+def test_the_file_says_its_form_whatever_the_config_given_will_save(saved: bool, given: bool, tmp_path: Path) -> None:
+    model = adapted(config(portable=saved, alpha_pattern={"v_proj": 24}))
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, config=config(portable=given, alpha_pattern={"v_proj": 24}))
+    assert (logits(loaded) - logits(model)).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("options", [name for name in DENSE if name not in ("not portable",)])
 def test_a_stock_reader_computes_what_was_saved(options: str, tmp_path: Path) -> None:
     """Without the key `hf_qlora` PEFT reads the file as it would without this package."""
@@ -669,6 +698,16 @@ def test_missing_weights_are_named(adapter: Path) -> None:
     assert "pickled" not in str(error.value)
 
 
+def test_weights_spoilt_after_they_were_loaded_are_refused(adapter: Path) -> None:
+    """Also with the time stamp of the whole file, as rsync and tar leave it."""
+    load(adapter)
+    path, times = adapter / WEIGHTS, (adapter / WEIGHTS).stat()
+    path.write_bytes(DAMAGE["bit in the data"](path.read_bytes()))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(AdapterFileError, match="sha256 differs"):
+        load(adapter)
+
+
 def test_a_folder_in_the_place_of_the_weights_is_refused(adapter: Path) -> None:
     (adapter / WEIGHTS).unlink()
     (adapter / WEIGHTS).mkdir()
@@ -750,7 +789,7 @@ def test_a_tensor_too_few_too_many_or_of_another_shape_is_refused(options: str, 
             continue  # one of each kind
         cases: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
             "1 of .* tensors are missing|lacks": drop(name),
-            "1 have another shape": lambda t, n=name: {**t, n: torch.cat([t[n], t[n]])},
+            "1 have another shape|size mismatch": lambda t, n=name: {**t, n: torch.cat([t[n], t[n]])},
         }
         if "layers.0" in name:
             other = name.replace("layers.0", "layers.9")
@@ -871,7 +910,11 @@ def test_a_newer_format_is_refused_where_another_config_is_given_too(adapter: Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("weights_sha256", 7), ("weights_sha256", "abc"), ("portable", "no"), ("portable", 0)]
+    ("name", "value"),
+    [
+        *(("weights_sha256", value) for value in (7, "abc")),
+        *((name, value) for name in ("portable", "folded") for value in ("no", 0, None)),
+    ],
 )
 def test_a_wrong_value_in_the_record_is_refused(name: str, value: Any, adapter: Path) -> None:
     values = read_config(adapter)

@@ -16,6 +16,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -531,6 +532,19 @@ def test_configs_are_copied_and_the_copies_are_their_own() -> None:
     deep.target_modules.add("v_proj")
     assert original.alpha_pattern == {"q_proj": 3}
     assert original.target_modules == {"q_proj"}
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_models_are_copied_and_pickled_as_stock_ones_are(copied: Callable[[nn.Module], nn.Module]) -> None:
+    tokens = torch.randint(1, VOCAB, (2, 8))
+    model = get_peft_model(llama(), config(init_lora_weights=False)).eval()
+    again = copied(model)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    again.merge_adapter()
+    again.unmerge_adapter()
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
 def test_a_spawned_process_gets_the_config_and_is_registered(adapter: Path) -> None:

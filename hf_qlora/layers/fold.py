@@ -65,9 +65,13 @@ def current_exchange() -> Exchange:
     return _exchange.get()
 
 
-def factors(model: nn.Module, config: LoraConfig, adapter: str) -> dict[str, float]:
-    """c of every module of an adapter where it is not 1, by the module's name in `model`."""
-    if not isinstance(config, QLoRAConfig) or not config.folds:
+def factors(model: nn.Module, config: LoraConfig, adapter: str, from_file: bool = False) -> dict[str, float]:
+    """c of every module of an adapter where it is not 1, by the module's name in `model`.
+
+    Args:
+        from_file: for tensors of a file, whose own record says whether they are folded, whatever the config will do.
+    """
+    if not isinstance(config, QLoRAConfig) or not (config.folds or from_file):
         return {}
     found = {
         name: _native_scaling(layer, adapter) * layer.r[adapter] / config.lora_alpha
@@ -132,7 +136,7 @@ def _adapted(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
 
 def _rank(layer: LoraLayer, adapter: str) -> int:
     A = layer.lora_A[adapter].weight if adapter in layer.lora_A else layer.lora_embedding_A[adapter]
-    return int(A.shape[0])
+    return int(A.shape[0]) // int(getattr(layer, "num_experts", 1))  # experts in 3-D parameters stack theirs
 
 
 def _native_scaling(layer: LoraLayer, adapter: str) -> float:

@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "gate_network")
 PROGRESS_DELAY_S = 3.0
 
+_INTERRUPTED = "_hf_qlora_interrupted"  # on a model while its layers are being converted, and after a failure there
+
 OnLayer = Callable[[str, Tensor, Linear4bit], None]
 
 
@@ -113,14 +115,18 @@ def quantize_model(
             base quantized by another method or with other settings; a compute dtype that the device cannot do.
     """
     config = config or NF4Config()
+    if is_interrupted(model):
+        raise BaseModelError("Quantizing this model was interrupted, and it is neither dense nor NF4. Load it anew.")
     if is_quantized(model):
         take_over(model, config)
         return model
     layers, dense = _quantizable(model, config, skip)
     _check(model, layers, config)
     before = footprint(model)
+    setattr(model, _INTERRUPTED, True)
     _convert(layers, config, on_layer)
     _mark(model, config, dense)
+    delattr(model, _INTERRUPTED)
     logger.info("Quantized %d linear layers to NF4 in place: %s, was %s.", len(layers), footprint(model), before)
     if torch.cuda.is_available() and next(iter(layers.values())).weight.device.type == "cpu":
         logger.warning(
@@ -136,6 +142,11 @@ def is_quantized(model: nn.Module) -> bool:
     if getattr(model, "quantization_method", None) is not None:
         return True
     return any(isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) for module in model.modules())
+
+
+def is_interrupted(model: nn.Module) -> bool:
+    """Whether converting the model began and did not end."""
+    return bool(getattr(model, _INTERRUPTED, False))
 
 
 def take_over(model: nn.Module, config: NF4Config | None) -> None:

@@ -86,6 +86,8 @@ class Linear4bit(bnb.nn.Linear4bit):
                 dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         dense._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         dense._parameters["bias"] = self.bias
+        if self.bias is not None and self.bias.dtype != weight.dtype:  # off the CPU, bitsandbytes casts it for good
+            self.bias.data = self.bias.data.to(weight.dtype)
         return dense.train(self.training)
 
 
@@ -215,7 +217,7 @@ def _become(layer: nn.Module, source_cls: type[nn.Module], shape: torch.Size, co
     layer.out_features, layer.in_features = shape
     layer.compute_dtype = compute_dtype
     layer.compute_type_is_set = True
-    layer.quant_storage = torch.uint8
+    layer.quant_storage = getattr(layer.weight, "quant_storage", torch.uint8)
     layer.support_avx512bf16_for_cpu = False
     layer.requires_grad_(False)
     if hook is not None:

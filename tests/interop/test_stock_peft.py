@@ -32,7 +32,7 @@ from hf_qlora import QLoRAConfig
 TOLERANCE = 1e-5
 
 CONSUMER = """
-import json, sys, warnings
+import json, sys, traceback, warnings
 from importlib.abc import MetaPathFinder
 
 mode, folder = sys.argv[1:]
@@ -62,7 +62,7 @@ import transformers
 
 cases = json.load(open(f"{folder}/cases.json"))
 inputs = load_file(f"{folder}/inputs.safetensors")
-logits, heard = {}, {}
+logits, heard, failures = {}, {}, {}
 
 
 def base(case, kind):
@@ -81,32 +81,39 @@ def base(case, kind):
     return model
 
 
-def note(name, model):
-    with torch.no_grad():
-        logits[name] = model.eval()(input_ids=inputs["small" if model.config.vocab_size == 500 else "large"]).logits
+def note(name, load):
+    try:
+        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+            warnings.simplefilter("always")
+            model = load().eval()
+            heard[name] = [str(warning.message) for warning in caught]
+            logits[name] = model(input_ids=inputs["small" if model.config.vocab_size == 500 else "large"]).logits
+    except Exception:
+        failures[name] = traceback.format_exc()
+
+
+def load(case, kind, again):
+    model = PeftModel.from_pretrained(base(case, kind), case["adapter"])
+    if mode == "without":
+        assert type(model.base_model) is LoraModel
+        if kind == "nf4":
+            model.save_pretrained(again)
+    return model
 
 
 for name, case in cases.items():
     for kind in case["bases"]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            model = PeftModel.from_pretrained(base(case, kind), case["adapter"])
-        heard[f"{name}/{kind}"] = [str(warning.message) for warning in caught]
-        note(f"{name}/{kind}", model)
-        if mode == "without":
-            assert type(model.base_model) is LoraModel
-            if kind == "nf4":
-                model.save_pretrained(f"{folder}/resaved/{name}")
+        note(f"{name}/{kind}", lambda: load(case, kind, f"{folder}/resaved/{name}"))
     if "auto" in case["ways"]:
-        note(f"{name}/auto", AutoPeftModelForCausalLM.from_pretrained(case["adapter"], dtype=torch.float32))
+        note(f"{name}/auto", lambda: AutoPeftModelForCausalLM.from_pretrained(case["adapter"], dtype=torch.float32))
     if "transformers" in case["ways"]:
-        model = transformers.AutoModelForCausalLM.from_pretrained(case["adapter"], dtype=torch.float32)
-        note(f"{name}/transformers", model)
+        from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
+        note(f"{name}/transformers", lambda: from_pretrained(case["adapter"], dtype=torch.float32))
 
 if mode == "without":
     assert not [name for name in sys.modules if name.partition(".")[0] == "hf_qlora"]
 save_file(logits, f"{folder}/{mode}.safetensors")
-json.dump(heard, open(f"{folder}/{mode}.json", "w"))
+json.dump([heard, failures], open(f"{folder}/{mode}.json", "w"))
 """
 
 
@@ -145,6 +152,9 @@ CASES = {
     "gpt2-square": Case("gpt2", {"target_modules": ["attn.c_proj"], "alpha_pattern": {"c_proj": 30}}),
     "gpt2-dora": Case("gpt2", {"target_modules": ["c_attn"], "use_dora": True, "use_rslora": True}),
     "gpt2-embeddings": Case("gpt2", {"target_modules": ["wte", "c_fc"], "use_rslora": True}),
+    "gpt2-tied-tokens": Case(
+        "gpt2", {"target_modules": ["c_attn"], "trainable_token_indices": [1, 2, 3], "use_rslora": True}
+    ),
     "gpt2-lora-bias": Case("gpt2", {"target_modules": ["c_attn"], "lora_bias": True, "use_rslora": True}),
     "bert": Case("bert", {"target_modules": ["query", "dense"], "use_rslora": True, "task_type": "SEQ_CLS"}),
     "bert-bias": Case(
@@ -159,15 +169,20 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2": gpt2, "ber
 
 @dataclass(frozen=True)
 class World:
-    """What was saved, and what everyone computed from it: logits by case and way."""
+    """What was saved, and the logits that everyone computed from it, by case and base or way of loading."""
 
     folder: Path
     adapters: dict[str, Path]
-    live: dict[str, Tensor]  # the model that was saved, and the same adapter loaded here on the dense base
-    base: dict[str, Tensor]  # adapters disabled
-    without: dict[str, Tensor]
-    with_package: dict[str, Tensor]
+    # "live": the model that was saved, the same with adapters disabled, and loaded here on the dense base;
+    # "without" and "with" the package: the other processes
+    results: dict[str, dict[str, Tensor]]
+    failures: dict[str, dict[str, str]]
     heard: dict[str, list[str]]  # warnings in the process without the package
+
+    def logits(self, who: str, key: str) -> Tensor:
+        if key not in self.results[who]:
+            pytest.fail(self.failures[who][key])
+        return self.results[who][key]
 
 
 def auto(name: str) -> type:
@@ -219,7 +234,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> World:
         bases[name] = folder / name
         model.save_pretrained(bases[name])
 
-    adapters, live, without_adapter, listed = {}, {}, {}, {}
+    adapters, live, failed, listed = {}, {}, {}, {}
     for name, case in CASES.items():
         tokens = inputs["large" if case.base == "smollm2" else "small"]
         config = QLoRAConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **case.options})
@@ -228,14 +243,18 @@ def world(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> World:
         randomize(model, 0.01 if case.base == "smollm2" else 0.05)  # 30 layers against 2
         live[f"{name}/nf4"] = logits(model, tokens)
         with model.disable_adapter():
-            without_adapter[name] = logits(model, tokens)
+            live[f"{name}/disabled"] = logits(model, tokens)
         model.save_pretrained(folder / "adapters" / name)
         adapters[name] = folder / "adapters" / name / ("" if case.adapter == "default" else case.adapter)
         if "dense" in case.without:
             opted_out = QLoRAConfig.from_pretrained(adapters[name])
             opted_out.quantization = None
             dense = auto(case.base).from_pretrained(bases[case.base], dtype=torch.float32)
-            live[f"{name}/dense"] = logits(PeftModel.from_pretrained(dense, adapters[name], config=opted_out), tokens)
+            try:
+                model = PeftModel.from_pretrained(dense, adapters[name], config=opted_out)
+                live[f"{name}/dense"] = logits(model, tokens)
+            except ValueError as error:
+                failed[f"{name}/dense"] = str(error)
         listed[name] = {
             "auto": auto(case.base).__name__,
             "base": str(bases[case.base]),
@@ -247,19 +266,14 @@ def world(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> World:
         }
 
     (folder / "cases.json").write_text(json.dumps(listed))
-    consumers = [consume("without", folder), consume("with", folder)]
-    for consumer in consumers:
+    results, failures, heard = {"live": live}, {"live": failed}, {}
+    consumers = {mode: consume(mode, folder) for mode in ("without", "with")}
+    for mode, consumer in consumers.items():
         output, _ = consumer.communicate(timeout=300)
         assert consumer.returncode == 0, output[-3000:]
-    return World(
-        folder,
-        adapters,
-        live,
-        without_adapter,
-        load_file(folder / "without.safetensors"),
-        load_file(folder / "with.safetensors"),
-        json.loads((folder / "without.json").read_text()),
-    )
+        results[mode] = load_file(folder / f"{mode}.safetensors")
+        heard[mode], failures[mode] = json.loads((folder / f"{mode}.json").read_text())
+    return World(folder, adapters, results, failures, heard["without"])
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:
@@ -269,38 +283,38 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("name", list(CASES))
 def test_every_case_computes_something_of_its_own(name: str, world: World) -> None:
     """Else the comparisons below would compare bases."""
-    assert (world.live[f"{name}/nf4"] - world.base[name]).abs().max() > 0.05
+    assert (world.logits("live", f"{name}/nf4") - world.logits("live", f"{name}/disabled")).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_stock_peft_on_a_stock_nf4_base_computes_the_same(name: str, world: World) -> None:
-    assert_same(world.without[f"{name}/nf4"], world.live[f"{name}/nf4"])
+    assert_same(world.logits("without", f"{name}/nf4"), world.logits("live", f"{name}/nf4"))
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_stock_peft_on_the_dense_base_computes_the_same(name: str, world: World) -> None:
     """As this package does on the dense base with `quantization=None`; the NF4 base's logits are others."""
-    assert_same(world.without[f"{name}/dense"], world.live[f"{name}/dense"])
-    assert (world.live[f"{name}/dense"] - world.live[f"{name}/nf4"]).abs().max() > 1e-3
+    assert_same(world.logits("without", f"{name}/dense"), world.logits("live", f"{name}/dense"))
+    assert (world.logits("live", f"{name}/dense") - world.logits("live", f"{name}/nf4")).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["nf4", "dense"])
 @pytest.mark.parametrize("name", TINY)
 def test_a_new_process_with_the_package_computes_the_same(name: str, kind: str, world: World) -> None:
     """On a base that is 4-bit already, and on the dense base, which is then quantized the same way."""
-    assert_same(world.with_package[f"{name}/{kind}"], world.live[f"{name}/nf4"])
+    assert_same(world.logits("with", f"{name}/{kind}"), world.logits("live", f"{name}/nf4"))
 
 
 def test_smollm2_in_a_new_process_with_the_package_computes_the_same(world: World) -> None:
-    assert_same(world.with_package["smollm2/nf4"], world.live["smollm2/nf4"])
+    assert_same(world.logits("with", "smollm2/nf4"), world.logits("live", "smollm2/nf4"))
 
 
 @pytest.mark.parametrize("way", ["auto", "transformers"])
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.ways])
 def test_the_folder_alone_is_enough(name: str, way: str, world: World) -> None:
     """`AutoPeftModel` and transformers' own loader find the base by its path: dense for stock, quantized with us."""
-    assert_same(world.without[f"{name}/{way}"], world.live[f"{name}/dense"])
-    assert_same(world.with_package[f"{name}/{way}"], world.live[f"{name}/nf4"])
+    assert_same(world.logits("without", f"{name}/{way}"), world.logits("live", f"{name}/dense"))
+    assert_same(world.logits("with", f"{name}/{way}"), world.logits("live", f"{name}/nf4"))
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -591,7 +591,8 @@ def test_a_saved_and_reloaded_base_trains_the_same(tmp_path: Path, packing: bool
     """The quantized base, saved after an eval forward and loaded as 4-bit, trains as one quantized in place."""
     tokens = torch.stack([row["input_ids"] for row in rows(2)])
     live = qlora(packing)
-    live.eval()(tokens)
+    with torch.no_grad():
+        live.eval()(tokens)
     live.unload().save_pretrained(tmp_path / "base")
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     outcomes = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from hf_qlora import QLoRAConfig, quantize_model
 from hf_qlora.layers import fold
+from hf_qlora.quant.base import BaseModelError
 
 
 ALPHA, RANK = 8, 4
@@ -327,3 +329,31 @@ def test_after_a_hot_swap_layers_and_config_agree(swapped_in: dict[str, Any]) ->
             scaling = swapped_in.get("lora_alpha", ALPHA) / own
             assert layer.scaling["default"] == pytest.approx(scaling, rel=1e-12), name
             assert twins[name].scaling["default"] == pytest.approx(scaling, rel=1e-12), name
+
+
+@pytest.mark.parametrize("portable", [True, False])
+def test_the_file_says_whether_it_is_folded_not_the_config_given_with_it(portable: bool, tmp_path: Path) -> None:
+    """Changing `portable` on a config read from a file changes how it will be saved, not what is read."""
+    base = llama()
+    config = QLoRAConfig(r=4, target_modules=["q_proj"], use_rslora=True, init_lora_weights=False, portable=portable)
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    model.save_pretrained(tmp_path)
+    given = QLoRAConfig.from_pretrained(tmp_path)
+    given.portable = not portable
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, config=given)
+    ids = torch.arange(1, 17)[None]
+    with torch.no_grad():
+        difference = (loaded(input_ids=ids).logits - model(input_ids=ids).logits).abs().max()
+    assert difference <= 1e-5  # folding rounds once in fp32
+
+
+def test_a_model_whose_quantization_was_interrupted_is_refused() -> None:
+    model = llama()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(model, on_layer=stop)
+    with pytest.raises(BaseModelError, match="interrupted"):
+        get_peft_model(model, QLoRAConfig(r=4, target_modules="all-linear"))

@@ -368,6 +368,7 @@ print(dense, status("VmHWM:"), status("VmRSS:"))
 LAYER_MIB = 64
 
 
+@pytest.mark.slow  # resident memory: other work on the machine must not disturb it
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_peak_memory_is_the_dense_model_and_one_layer(kind: str) -> None:
