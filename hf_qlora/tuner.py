@@ -35,6 +35,7 @@ from hf_qlora.quant.base import (
     take_over,
 )
 from hf_qlora.quant.footprint import footprint
+from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
 from hf_qlora.validation import ConfigError
 
 
@@ -162,7 +163,8 @@ class QLoRAModel(LoraModel):
 
     def _prepare_base(self, config: QLoRAConfig, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         """Quantize the base, or check one that is 4-bit; the LoftQ factors of its layers by name."""
-        if any(getattr(module, "merged", False) is True for module in model.modules()):
+        merged = [module for module in model.modules() if getattr(module, "merged", False) is True]
+        if merged and not any(isinstance(module, BaseLinear4bit) for module in model.modules()):
             raise BaseModelError("Adapters are merged into the base; call unmerge_adapter() before adding another.")
         if config.quantization is None:
             if is_quantized(model):

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,7 +208,7 @@ def consume(mode: str, folder: Path) -> subprocess.Popen[str]:
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # the nested offset depends on it
+        "OMP_NUM_THREADS": "1",  # the nested offset depends on it; as in `world`
     }
     return subprocess.Popen(
         [sys.executable, "-c", CONSUMER, mode, str(folder)],
@@ -220,7 +220,15 @@ def consume(mode: str, folder: Path) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> World:
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, smollm2: Path, one_thread: None) -> World:
     folder = tmp_path_factory.mktemp("consumers")
     torch.manual_seed(0)
     inputs = {"small": torch.randint(1, VOCAB, (2, 16)), "large": torch.randint(1, 49_000, (1, 16))}
