@@ -14,6 +14,7 @@ Reading a JSON with that key gives the native config back. Everything is validat
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -190,6 +191,11 @@ class QLoRAConfig(LoraConfig):
         self.__dict__.update(loftq)
 
     @property
+    def from_file(self) -> bool:
+        """Whether this config was read from an adapter's folder."""
+        return self.record is not None
+
+    @property
     def folds(self) -> bool:
         """Whether saving folds scales into `lora_B`. With PiSSA and the like a reader's base depends on them."""
         repeated = isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(CHANGES_BASE)
@@ -264,10 +270,12 @@ class QLoRAConfig(LoraConfig):
         del values[RECORD_KEY]
         return LoraConfig(**values)
 
-    def become_portable(self) -> None:
-        """Give up the native scaling, in place, for tensors that are already in the portable form."""
+    def with_portable_scaling(self) -> QLoRAConfig:
+        """A copy without the native scaling, for tensors that are already in the portable form."""
+        config = copy.copy(self)
         if self.folds:
-            self.__dict__.update(_STOCK_SCALING)
+            config.__dict__.update(_STOCK_SCALING)
+        return config
 
 
 _OWN_FIELDS = ("quantization", "portable")
@@ -328,8 +336,13 @@ def checked_record(record: Any) -> dict[str, Any]:
     for name, kind in expected.items():
         if not isinstance(originals, dict) or not isinstance(originals.get(name), kind):
             raise ConfigError(f"adapter_config.json: {RECORD_KEY}.originals has no valid {name!r}: {originals!r}.")
-    if not isinstance(record.get("type"), str):
-        raise ConfigError(f"adapter_config.json: {RECORD_KEY}.type={record.get('type')!r} must be a string.")
+    kinds = {"type": str, "folded": bool, "weights_sha256": str}
+    for name, value in record.items():
+        if name in kinds and not isinstance(value, kinds[name]):
+            raise ConfigError(f"adapter_config.json: {RECORD_KEY}.{name}={value!r} must be a {kinds[name].__name__}.")
+    lacking = sorted(kinds.keys() - record.keys() - {"weights_sha256"})
+    if lacking:
+        raise ConfigError(f"adapter_config.json: {RECORD_KEY} lacks {lacking}.")
     return record
 
 

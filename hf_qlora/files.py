@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -40,8 +41,12 @@ from hf_qlora.layers import fold
 
 logger = logging.getLogger(__name__)
 
+# What PEFT's loading functions pass on to the Hub's client, where given.
+HUB_OPTIONS = frozenset(inspect.signature(hf_hub_download).parameters)
 STATE_NAME = "hf_qlora_state.safetensors"
 VERSIONED = ("hf-qlora", "peft", "transformers", "torch", "bitsandbytes")
+LEFT_OVER_AFTER_S = 3600.0  # a staging folder that old belongs to a process that was killed
+_STAGING = ".saving-"
 _TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")  # transformers.trainer_utils.PREFIX_CHECKPOINT_DIR
 
 
@@ -91,11 +96,12 @@ class AdapterFolder:
         Raises:
             AdapterFileError: no safetensors file, or not the one that the config was saved with.
         """
-        if not _is_whole(self.weights, self.record.get("weights_sha256"), self.weights.stat().st_mtime_ns):
+        expected, found = self.record.get("weights_sha256"), self.weights.stat()
+        if expected is not None and expected != _sha256_of(self.weights, found.st_size, found.st_ctime_ns):
             raise AdapterFileError(
                 f"{self.weights} is not the file that {CONFIG_NAME} beside it was saved with (sha256 differs): it is "
                 "truncated or changed, or a save was interrupted between the two files. Save or download the adapter "
-                "again."
+                f"again; if you have rewritten it on purpose, remove weights_sha256 from {CONFIG_NAME}."
             )
 
     def tensors(self, read: Callable[[], dict[str, Tensor]], device: str | None) -> AdapterTensors:
@@ -140,11 +146,11 @@ def adapter_folder(model_id: str | os.PathLike[str], **kwargs: Any) -> AdapterFo
                 f"{weights} does not exist.{pickled} Save the adapter again with safe_serialization=True."
             )
         return AdapterFolder(str(local), weights, record, local / STATE_NAME)
-    hub = {name: value for name, value in kwargs.items() if name in inspect.signature(hf_hub_download).parameters}
+    hub = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
     try:
         record = _record(Path(hf_hub_download(str(model_id), CONFIG_NAME, **hub)))
-    except (EntryNotFoundError, HFValidationError):
-        return None  # PEFT reads next and says what is wrong
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return None  # PEFT asks next and says what is wrong
     if record is None:
         return None
     try:
@@ -189,12 +195,15 @@ def save(
         raise ValueError(
             "path_initial_model_for_weight_conversion needs the native form: set portable=False in the config."
         )
+    unfolded = [name for name in ours if by[name] and _TRAINER_CHECKPOINT.fullmatch(target.name)]
+    native = {name: _native_tensors(model, name, options) for name in unfolded}  # in all processes: it may gather
     if not options["is_main_process"]:
         write(save_directory, *args, **kwargs)
         return
     try:
         target.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(dir=target, prefix=".saving-"))
+        _remove_left_overs(target)
+        stage = Path(tempfile.mkdtemp(dir=target, prefix=_STAGING))
     except OSError as error:
         raise OSError(
             error.errno, f"Cannot save the adapter in {target}: {error.strerror}. Nothing was changed."
@@ -206,12 +215,7 @@ def save(
             shutil.copy(target / "README.md", stage)
         write(stage, *args, **kwargs)
         for name in ours:
-            native = (
-                _native_tensors(model, name, options)
-                if by[name] and _TRAINER_CHECKPOINT.fullmatch(target.name)
-                else {}
-            )
-            _complete(stage / name if name != "default" else stage, by[name], native)
+            _complete(stage / name if name != "default" else stage, by[name], native.get(name, {}))
         moves = _moves(stage, target)
         moving = True
         for path, final in moves:
@@ -234,9 +238,9 @@ def check_beside(config_file: Path, record: dict[str, Any]) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _is_whole(path: Path, expected: str | None, changed_ns: int) -> bool:
-    """Whether a file has the expected hash; loading asks several times, and `changed_ns` tells the times apart."""
-    return expected is None or sha256(path) == expected
+def _sha256_of(path: Path, size_bytes: int, changed_ns: int) -> str:
+    """The hash of a file, which loading asks for several times; the other arguments tell its versions apart."""
+    return sha256(path)
 
 
 def sha256(path: Path) -> str:
@@ -280,6 +284,12 @@ def _complete(folder: Path, by: dict[str, float], native: dict[str, Tensor]) -> 
         save_file(native, folder / STATE_NAME, metadata={"format": "pt"})
         record["state_sha256"] = sha256(folder / STATE_NAME)
     write_json(folder / CONFIG_NAME, values)
+
+
+def _remove_left_overs(target: Path) -> None:
+    for folder in target.glob(f"{_STAGING}*"):
+        if time.time() - folder.stat().st_mtime > LEFT_OVER_AFTER_S:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The only writer to PEFT: how its public functions come to know our configs.
 
 `peft_type` stays `LORA`, in memory and on disk, because PEFT, transformers, TRL, vLLM and llama.cpp all know that type
-and refuse others. So two registry entries are replaced by supersets, and seven functions for which PEFT has no seam
+and refuse others. So two registry entries are replaced by supersets, and ten functions for which PEFT has no seam
 are wrapped. For a stock `LoraConfig` each of them does what PEFT did.
 
 | hook | why there is no other way |
@@ -12,6 +12,8 @@ are wrapped. For a stock `LoraConfig` each of them does what PEFT did.
 | `PeftConfigMixin.from_json_file` | a broken JSON is named before PEFT stumbles over it |
 | `load_peft_weights` in `peft_model`, `hotswap` | the file is checked; a checkpoint has exact tensors beside |
 | `peft_model.set_peft_model_state_dict` | says in which form the tensors are; misfits are errors, not warnings |
+| `PeftModel.from_pretrained` | files that do not fit are refused before the base is quantized |
+| `PeftModel.load_adapter` | an adapter whose file is refused does not stay, without its weights |
 | `PeftModel.save_pretrained` | whole or not at all; hash and fold factors are written |
 | `hotswap.check_hotswap_configs_compatible`, `hotswap_adapter_from_state_dict` | both sides in portable form |
 
@@ -21,8 +23,10 @@ contract test.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
+import inspect
 import json
 from collections.abc import Callable
 from importlib.metadata import version
@@ -42,6 +46,8 @@ from torch import Tensor, nn
 from hf_qlora import files
 from hf_qlora.config import RECORD_KEY, QLoRAConfig
 from hf_qlora.layers import fold
+from hf_qlora.quant.base import is_quantized
+from hf_qlora.rehearsal import rehearse
 from hf_qlora.tuner import AdapterError, QLoRAModel
 from hf_qlora.validation import ConfigError
 
@@ -56,6 +62,8 @@ PRIVATE = {
     "peft.config:PeftConfigMixin.from_json_file": "registration",
     "peft.peft_model:load_peft_weights": "registration",
     "peft.peft_model:set_peft_model_state_dict": "registration",
+    "peft.peft_model:PeftModel.from_pretrained": "registration",
+    "peft.peft_model:PeftModel.load_adapter": "registration",
     "peft.peft_model:PeftModel.save_pretrained": "registration",
     "peft.utils.hotswap:load_peft_weights": "registration",
     "peft.utils.hotswap:check_hotswap_configs_compatible": "registration",
@@ -63,14 +71,11 @@ PRIVATE = {
     "peft.tuners.tuners_utils:BaseTuner._unload_and_optionally_merge": "tuner",
     "peft.tuners.tuners_utils:BaseTuner._remap_adapter_state_dict_for_load": "tuner",
     "peft.tuners.tuners_utils:BaseTuner._get_adapter_state_dict": "tuner",
-    "peft.tuners.tuners_utils:check_target_module_exists": "tuner",
-    "peft.tuners.lora.model:LoraModel._prepare_adapter_config": "tuner",
-    "peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers": "tuner",
-    "peft.utils.transformers_weight_conversion:get_model_conversion_mapping": "tuner",
+    "peft.tuners.trainable_tokens.layer:TrainableTokensLayer": "rehearsal",
     "peft.tuners.lora.bnb:Linear4bit": "layers.linear",
     "peft.tuners.tuners_utils:check_adapters_to_merge": "layers.linear",
     "peft.tuners.lora.layer:LoraVariant.merge_safe": "layers.linear",
-    "peft.utils.other:get_pattern_key": "layers.fold, layers.loftq",
+    "peft.utils.other:get_pattern_key": "layers.fold",
     "peft.utils.hotswap:_update_scaling": "layers.fold",
     "bitsandbytes.functional:_convert_weight_packed_for_cpu_inverse": "quant.linear4bit",
     "transformers.quantizers.base:get_keys_to_not_convert": "quant.base",
@@ -106,6 +111,8 @@ def register() -> None:
     _wrap(peft.config.PeftConfigMixin, "from_json_file", _from_json_file)
     _wrap(peft.peft_model, "load_peft_weights", _load_peft_weights)
     _wrap(peft.peft_model, "set_peft_model_state_dict", _set_peft_model_state_dict)
+    _wrap(PeftModel, "from_pretrained", _from_pretrained)
+    _wrap(PeftModel, "load_adapter", _load_adapter)
     _wrap(PeftModel, "save_pretrained", _save_pretrained)
     _wrap(peft.utils.hotswap, "load_peft_weights", _load_peft_weights)
     _wrap(peft.utils.hotswap, "check_hotswap_configs_compatible", _check_hotswap_configs_compatible)
@@ -233,6 +240,36 @@ def _set_peft_model_state_dict(
             if "size mismatch" not in str(error):
                 raise
             raise AdapterError(f"{tensors.source} does not fit the model: {error}") from error
+
+
+def _from_pretrained(
+    original: Callable[..., PeftModel], cls: type[PeftModel], model: nn.Module, *args: Any, **kwargs: Any
+) -> PeftModel:
+    bound = inspect.signature(original).bind(cls, model, *args, **kwargs)
+    bound.apply_defaults()
+    given = {name: value for name, value in bound.arguments.items() if name not in ("cls", "model", "kwargs")}
+    options = bound.arguments["kwargs"]
+    folder = files.adapter_folder(given["model_id"], **options)
+    if folder is not None:
+        folder.check()
+        given |= {"model_id": str(folder.weights.parent), "low_cpu_mem_usage": True}
+        given["config"] = copy.deepcopy(given["config"])  # PEFT writes to it
+        elsewhere = {name: value for name, value in options.items() if name not in files.HUB_OPTIONS}
+        if isinstance(model, nn.Module) and not is_quantized(model):
+            rehearse(model, lambda copied: original(cls, copied, **given, **{**elsewhere, "torch_device": "cpu"}))
+    return original(cls, model, *args, **kwargs)
+
+
+def _load_adapter(
+    original: Callable[..., Any], model: PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    is_new = adapter_name not in model.peft_config
+    try:
+        return original(model, model_id, adapter_name, *args, **kwargs)
+    except Exception:
+        if is_new and isinstance(model.peft_config.get(adapter_name), QLoRAConfig):
+            model.delete_adapter(adapter_name)
+        raise
 
 
 def _save_pretrained(

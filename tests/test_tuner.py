@@ -243,7 +243,7 @@ def test_orthogonal_initialisation_is_refused_on_nf4_and_honoured_on_a_dense_bas
     [
         ({"target_modules": ["nope", "neither"]}, ["neither", "nope", "q_proj", "down_proj", "all-linear"]),
         ({"target_modules": r".*\.nope"}, ["nope", "q_proj"]),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, ["layers_to_transform=[7]", "q_proj"]),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, ["layers_to_transform': [7]", "q_proj"]),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, ["q_proj", "down_proj"]),
     ],
     ids=["names", "regex", "layers", "excluded"],

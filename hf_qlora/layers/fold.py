@@ -47,6 +47,11 @@ class Exchange:
     any_shape: bool = False
 
 
+class FoldError(ValueError):
+    """Scales that belong to tensors which are not there."""
+
+
+_WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _CALLERS_OWN = Exchange()
 _exchange: ContextVar[Exchange] = ContextVar("hf_qlora_exchange", default=_CALLERS_OWN)
 
@@ -82,11 +87,17 @@ def factors(model: nn.Module, config: LoraConfig, adapter: str, from_file: bool 
 
 def fold(tensors: dict[str, Tensor], by: dict[str, float], adapter: str) -> dict[str, Tensor]:
     """The tensors as they leave the model; those that change are float32."""
-    if current_exchange().form == "native":
+    if current_exchange().form == "native" or not tensors:  # none: a process that holds no part of them
         return tensors
-    return {
-        name: t.float() * by[m] if (m := _scaled_module(name, adapter)) in by else t for name, t in tensors.items()
-    }
+    modules = {name: _scaled_module(name, adapter) for name in tensors}
+    lost = sorted(by.keys() - set(modules.values()))
+    if lost:
+        raise FoldError(
+            f"lora_B of {lost[0]} and {len(lost) - 1} others cannot be found among the tensors to save, so that their "
+            "scales cannot be folded into them. Wrap the model after get_peft_model with names that PEFT knows, or "
+            f"set portable=False in the config of adapter {adapter!r}."
+        )
+    return {name: t.float() * by[modules[name]] if modules[name] in by else t for name, t in tensors.items()}
 
 
 def unfold(tensors: dict[str, Tensor], by: dict[str, float], adapter: str) -> dict[str, Tensor]:
@@ -96,6 +107,14 @@ def unfold(tensors: dict[str, Tensor], by: dict[str, float], adapter: str) -> di
     return {
         name: t.float() / by[m] if (m := _scaled_module(name, adapter)) in by else t for name, t in tensors.items()
     }
+
+
+def rank_and_scaling(config: LoraConfig, module: str) -> tuple[int, float]:
+    """What a config gives the module of that name in the model, its patterns considered."""
+    ranks, alphas = config.rank_pattern, config.alpha_pattern
+    r = ranks.get(get_pattern_key(ranks.keys(), module), config.r)
+    alpha = alphas.get(get_pattern_key(alphas.keys(), module), config.lora_alpha)
+    return r, _scaling(r, alpha, config.use_rslora)
 
 
 def after_hot_swap(model: nn.Module, adapter: str, config: LoraConfig, swapped_in: LoraConfig) -> None:
@@ -112,7 +131,7 @@ def after_hot_swap(model: nn.Module, adapter: str, config: LoraConfig, swapped_i
     for name, layer in layers.items():
         layer.r[adapter], layer.use_rslora[adapter] = ranks[name], False
         module = name.removeprefix("base_model.model.")
-        scaling = _scaling_in(swapped_in, module)
+        scaling = rank_and_scaling(swapped_in, module)[1]
         _update_scaling(layer, adapter, scaling)
         layer.lora_alpha[adapter] = scaling * ranks[name]
         key = re.escape(module)
@@ -120,12 +139,6 @@ def after_hot_swap(model: nn.Module, adapter: str, config: LoraConfig, swapped_i
             config.rank_pattern[key] = ranks[name]
         if not math.isclose(layer.lora_alpha[adapter], config.lora_alpha, rel_tol=1e-12):
             config.alpha_pattern[key] = layer.lora_alpha[adapter]
-
-
-def _scaling_in(config: LoraConfig, module: str) -> float:
-    rank: int = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
-    alpha: float = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
-    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
 
 def _adapted(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
@@ -140,8 +153,11 @@ def _rank(layer: LoraLayer, adapter: str) -> int:
 
 
 def _native_scaling(layer: LoraLayer, adapter: str) -> float:
-    r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
-    return float(alpha / math.sqrt(r) if layer.use_rslora[adapter] else alpha / r)
+    return _scaling(layer.r[adapter], layer.lora_alpha[adapter], layer.use_rslora[adapter])
+
+
+def _scaling(r: int, alpha: float, use_rslora: bool) -> float:
+    return float(alpha / math.sqrt(r) if use_rslora else alpha / r)
 
 
 def _scaled_module(key: str, adapter: str) -> str:
@@ -153,5 +169,5 @@ def _scaled_module(key: str, adapter: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """A module's name without what torch.compile and FSDP put into it."""
-    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+    """A module's name without what torch.compile, FSDP and activation checkpointing put into it."""
+    return _WRAPPERS.sub("", name)

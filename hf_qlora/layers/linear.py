@@ -49,8 +49,7 @@ class Linear4bit(PeftLinear4bit):
             return
         self.check_mergeable("This layer", names, safe_merge)
         packed = self._packed[0] if self.merged else self.base_layer
-        weight = self._merged_weight(packed, self.merged_adapters + names)
-        self.base_layer = packed.to_dense(weight.to(packed.weight.quant_state.dtype))
+        self.base_layer = packed.to_dense(self._merged_weight(packed, self.merged_adapters + names))
         self._packed = (packed,)
         self.merged_adapters = self.merged_adapters + names
 
@@ -71,10 +70,10 @@ class Linear4bit(PeftLinear4bit):
     def unmerge(self) -> None:
         """Put the packed base layer back; nothing is computed."""
         if self.merged:
-            device = self.base_layer.weight.device
-            self._restore(self._packed[0])
-            if self.base_layer.weight.device != device:  # the model was moved while merged
-                self.base_layer.to(device)
+            dense, packed = self.base_layer.weight, self._packed[0]
+            self._restore(packed)
+            if (packed.weight.device, packed.weight.quant_state.dtype) != (dense.device, dense.dtype):
+                packed.to(dense.device, dense.dtype)  # where the model went while merged
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter, (out_features, in_features), in float32 whatever the adapter's dtype."""
@@ -88,7 +87,7 @@ class Linear4bit(PeftLinear4bit):
         return int(self.base_layer.weight.nbytes) if self._packed else 0
 
     def _merged_weight(self, packed: BaseLinear4bit, names: list[str]) -> Tensor:
-        """The dequantized weight with the adapters of `names` added one after the other, in float32."""
+        """The dequantized weight with the adapters of `names` added in float32, in the base's dtype."""
         base = packed.dequantize(torch.float32)
         weight = base
         for name in names:
@@ -102,7 +101,7 @@ class Linear4bit(PeftLinear4bit):
                 weight = (magnitude.weight / norm)[:, None] * (weight + delta)
             else:
                 weight = variant.merge_safe(self, name, weight)
-        return weight.detach()
+        return weight.detach().to(packed.weight.quant_state.dtype)
 
     def _restore(self, packed: BaseLinear4bit) -> None:
         self.base_layer = packed

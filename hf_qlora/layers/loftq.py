@@ -7,14 +7,11 @@ product with R, so that B A is R projected onto them, whatever the accuracy of S
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from hf_qlora.config import QLoRAConfig
+from hf_qlora.layers.fold import rank_and_scaling
 
 
 def loftq_factors(weight: Tensor, quantized: Tensor, config: QLoRAConfig, name: str) -> tuple[Tensor, Tensor]:
@@ -23,11 +20,7 @@ def loftq_factors(weight: Tensor, quantized: Tensor, config: QLoRAConfig, name: 
     Args:
         weight, quantized (`torch.Tensor`, (out_features, in_features)): the dense weight and its dequantized NF4 form.
     """
-    rank_pattern: dict[str, Any] = config.rank_pattern
-    alpha_pattern: dict[str, Any] = config.alpha_pattern
-    r = rank_pattern.get(get_pattern_key(rank_pattern.keys(), name)) or config.r
-    alpha = alpha_pattern.get(get_pattern_key(alpha_pattern.keys(), name)) or config.lora_alpha
-    scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+    r, scaling = rank_and_scaling(config, name)
     A, B = _best_factors(weight.float() - quantized.float(), r)
     return A, B / scaling
 

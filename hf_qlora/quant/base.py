@@ -29,10 +29,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from hf_qlora.config import NF4Config, bitsandbytes_config
 from hf_qlora.quant.footprint import footprint
 from hf_qlora.quant.linear4bit import (
-    CHUNK,
     Linear4bit,
     adopt_linear,
     become_linear4bit,
+    chunk_of,
     dense_weight,
     quantize_weight,
 )
@@ -122,6 +122,7 @@ def quantize_model(
         return model
     layers, dense = _quantizable(model, config, skip)
     _check(model, layers, config)
+    _warn_of_unknown_names(model, config)
     before = footprint(model)
     setattr(model, _INTERRUPTED, True)
     _convert(layers, config, on_layer)
@@ -149,8 +150,11 @@ def is_interrupted(model: nn.Module) -> bool:
     return bool(getattr(model, _INTERRUPTED, False))
 
 
-def take_over(model: nn.Module, config: NF4Config | None) -> None:
+def take_over(model: nn.Module, config: NF4Config | None, *, skip: Collection[str] = ()) -> None:
     """Make a base that is 4-bit already safe to train on, after checking it against `config` (None: no check).
+
+    Args:
+        skip: names of modules that are to be trained, as `modules_to_save`; they must be dense.
 
     Raises:
         BaseModelError: another method, quantization type, nesting or block size; both sides are named.
@@ -168,23 +172,45 @@ def take_over(model: nn.Module, config: NF4Config | None) -> None:
         for name, module in layers:
             _check_same_settings(name, module, config)
         _check_compute_dtype(config, layers[0][1].weight.device)
+    packed = [name for name, _ in layers if _is_named(name, skip)]
+    if packed:
+        raise BaseModelError(
+            f"modules_to_save={sorted(skip)} asks to train {packed[0]}, which is 4-bit in this base and cannot be "
+            f"trained. Load the base with llm_int8_skip_modules={packed}, or dense."
+        )
     for name, module in layers:
         if type(module) is bnb.nn.Linear4bit:
             adopt_linear(module, name, config.compute_dtype if config else None)
+    if layers:
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]
     quantizer = getattr(model, "hf_quantizer", None)
     if type(quantizer) is Bnb4BitHfQuantizer:
         quantizer.__class__ = NF4Quantizer
 
 
+def warn_of_other_layers(model: nn.Module, config: NF4Config, skip: Collection[str] = ()) -> None:
+    """Say where a 4-bit base without adapters is dense and `quantize_model` would not leave it so, or the reverse."""
+    packed = [name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
+    too_many = [name for name in packed if _stays_dense(name, config.skip_modules)]
+    too_few = list(_quantizable(model, config, skip)[0])
+    for names, found, expected in ((too_many, "4-bit", "dense"), (too_few, "dense", "4-bit")):
+        if names:
+            logger.warning(
+                "%d layers are %s in this base and would be %s in one quantized by the config: %s%s. An adapter "
+                "trained on the one computes something else on the other.",
+                len(names),
+                found,
+                expected,
+                ", ".join(names[:3]),
+                ", …" if len(names) > 3 else "",
+            )
+
+
 def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every NF4 layer by a dense one of the class it was made from, in place."""
-    dense: dict[Linear4bit, nn.Module] = {}  # a layer with two parents is made dense once
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if isinstance(child, Linear4bit):
-                if child not in dense:
-                    dense[child] = child.to_dense(child.dequantize(dtype))
-                setattr(parent, name, dense[child])
+    """Turn every NF4 layer into a dense one of the class it was made from, in place."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.become_dense(module.dequantize(dtype))
     return model
 
 
@@ -229,8 +255,10 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _stays_dense(name: str, parts: Collection[str]) -> bool:
     """Whether the module is a router, or a run of whole components of its name is in `parts`."""
-    if name.rpartition(".")[2] in ROUTER_NAMES:
-        return True
+    return name.rpartition(".")[2] in ROUTER_NAMES or _is_named(name, parts)
+
+
+def _is_named(name: str, parts: Collection[str]) -> bool:
     return any(f".{part}." in f".{name}." for part in parts)
 
 
@@ -242,6 +270,7 @@ def _check(model: nn.Module, layers: dict[str, nn.Linear | Conv1D], config: NF4C
             "neither tied, nor heads, nor in skip_modules or modules_to_save are needed. Set quantization=None for "
             "plain LoRA."
         )
+    finite: dict[str, list[Tensor]] = {}  # read at the end: each answer of a GPU is waited for
     for name, layer in layers.items():
         weight = layer.weight
         if weight.device.type == "meta":
@@ -256,7 +285,9 @@ def _check(model: nn.Module, layers: dict[str, nn.Linear | Conv1D], config: NF4C
             )
         if not weight.numel():
             raise BaseModelError(f"{name}.weight has no values: its shape is {tuple(weight.shape)}.")
-        if not all(bool(piece.isfinite().all()) for piece in weight.detach().reshape(-1).split(CHUNK)):
+        finite[name] = [piece.isfinite().all() for piece in weight.detach().reshape(-1).split(chunk_of(weight))]
+    for name, pieces in finite.items():
+        if not all(pieces):
             raise BaseModelError(
                 f"{name}.weight has NaN or infinite values; the checkpoint is damaged or was cast to a narrow dtype."
             )
@@ -267,13 +298,14 @@ def _check_compute_dtype(config: NF4Config, device: torch.device) -> None:
     dtype = config.compute_dtype
     if not isinstance(dtype, torch.dtype):
         return
-    if (
-        device.type == "cuda"
-        and dtype is torch.bfloat16
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        name = torch.cuda.get_device_name(device)
-        raise BaseModelError(f"compute_dtype={dtype} is not supported by {name}; use torch.float16 or torch.float32.")
+    if device.type == "cuda" and dtype is torch.bfloat16:
+        with torch.cuda.device(device):  # which the question is about
+            supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        if not supported:
+            name = torch.cuda.get_device_name(device)
+            raise BaseModelError(
+                f"compute_dtype={dtype} is not supported by {name}; use torch.float16 or torch.float32."
+            )
     try:
         probe = torch.ones(2, 2, dtype=dtype, device=device)
         probe @ probe
@@ -326,6 +358,14 @@ def _mark(model: nn.Module, config: NF4Config, dense: list[str]) -> None:
     model.is_quantized = True
     model.quantization_method = quantizer.quantization_config.quant_method
     quantizer.postprocess_model(model)
+
+
+def _warn_of_unknown_names(model: nn.Module, config: NF4Config) -> None:
+    names = [name for name, _ in model.named_modules()]
+    given = set(config.skip_modules) - set(NF4Config().skip_modules)
+    unknown = sorted(part for part in given if not any(_is_named(name, [part]) for name in names))
+    if unknown:
+        logger.warning("skip_modules: %s are no names of modules in %s.", unknown, type(model).__name__)
 
 
 def _name_dense_experts(model: nn.Module) -> None:

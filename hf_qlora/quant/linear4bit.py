@@ -15,8 +15,9 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
@@ -37,9 +38,21 @@ from hf_qlora.kernels.functional import frozen_linear
 
 logger = logging.getLogger(__name__)
 
-# Weights quantized at a time: on the CPU bitsandbytes compares each with all 16 levels, 128 bytes a weight.
-CHUNK = 2**17
+# Weights handled at a time: on the CPU bitsandbytes compares each with all 16 levels, 128 bytes a weight.
+CHUNK = {"cpu": 2**17, "cuda": 2**26}
 NESTED_BLOCK_SIZE = 256
+
+# What a layer has beside what every linear layer has.
+_OWN_ATTRIBUTES = (
+    "source_cls",
+    "compute_dtype",
+    "compute_type_is_set",
+    "quant_state",
+    "quant_storage",
+    "support_avx512bf16_for_cpu",
+    "in_features",
+    "out_features",
+)
 
 _tables: dict[tuple[torch.device, bytes], Tensor] = {}
 
@@ -48,6 +61,7 @@ class Linear4bit(bnb.nn.Linear4bit):
     """An NF4 linear layer, (in_features → out_features), frozen; a subclass of `bitsandbytes.nn.Linear4bit`."""
 
     source_cls: type[nn.Module]
+    compute_dtype: Any
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x, (..., in_features); the result has x's dtype."""
@@ -59,6 +73,21 @@ class Linear4bit(bnb.nn.Linear4bit):
         with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
             return frozen_linear(x.to(dtype), lambda: self.dequantize(dtype), bias).to(x.dtype)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
+        """Follow the model to another device (`to`, `cuda`) or dtype (`float`, `half`, `to`); the codes stay."""
+        super()._apply(fn, recurse)
+        state = self.weight.quant_state
+        self._follow(fn(torch.empty(0, dtype=state.dtype, device=self.weight.device)).dtype)
+        share_tables(state)
+        return self
+
+    def _follow(self, dtype: torch.dtype) -> None:
+        """Dequantize to `dtype` from now on, and compute in it unless the config chose another."""
+        state = self.weight.quant_state
+        if self.compute_dtype == state.dtype:
+            self.compute_dtype = dtype
+        state.dtype = dtype
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         table = f"{prefix}weight.quant_map"  # shared in memory; safetensors takes no shared tensors
@@ -69,26 +98,34 @@ class Linear4bit(bnb.nn.Linear4bit):
         weight = dequantize_weight(self.weight.data, self.weight.quant_state)
         return weight if dtype is None else weight.to(dtype)
 
-    def to_dense(self, weight: Tensor | None = None) -> nn.Linear | Conv1D:
-        """A new dense layer of the class this one was made from.
+    def to_dense(self, weight: Tensor) -> nn.Linear | Conv1D:
+        """A new dense layer of the class this one was made from, with its bias and hooks.
 
         Args:
-            weight (`torch.Tensor`, (out_features, in_features), *optional*): its weight instead of the dequantized
-                one.
+            weight (`torch.Tensor`, (out_features, in_features)): its weight.
         """
-        weight = self.dequantize() if weight is None else weight
-        dense: nn.Linear | Conv1D
-        with torch.device("meta"):
-            if self.source_cls is Conv1D:
-                dense = Conv1D(self.out_features, self.in_features)
+        dense = copy.copy(self)
+        dense._parameters = dict(self._parameters)
+        return dense.become_dense(weight)
+
+    def become_dense(self, weight: Tensor) -> nn.Linear | Conv1D:
+        """Turn this layer, in place, into a dense one of the class it was made from, and let the packed weight go."""
+        source_cls, (N, K) = self.source_cls, weight.shape
+        with _unhooked(self):
+            for name in _OWN_ATTRIBUTES:
+                self.__dict__.pop(name, None)
+            layer: Any = self
+            layer.__class__ = source_cls
+            if issubclass(source_cls, Conv1D):
+                layer.nf, layer.nx = N, K
                 weight = weight.t().contiguous()
             else:
-                dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        dense._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-        dense._parameters["bias"] = self.bias
-        if self.bias is not None and self.bias.dtype != weight.dtype:  # off the CPU, bitsandbytes casts it for good
-            self.bias.data = self.bias.data.to(weight.dtype)
-        return dense.train(self.training)
+                layer.out_features, layer.in_features = N, K
+            self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+            bias = self._parameters["bias"]
+            if bias is not None and bias.dtype != weight.dtype:  # off the CPU, bitsandbytes casts it for good
+                bias.data = bias.data.to(weight.dtype)
+        return cast(nn.Linear | Conv1D, layer)
 
 
 def dense_weight(layer: nn.Linear | Conv1D) -> Tensor:
@@ -152,7 +189,7 @@ def quantize_weight(weight: Tensor, config: NF4Config) -> tuple[Tensor, QuantSta
     """
     pieces = [
         quantize_4bit(piece.reshape(-1), blocksize=config.block_size, quant_type=config.quant_type)
-        for piece in weight.detach().split(_rows_at_a_time(weight.shape[1], config.block_size))
+        for piece in weight.detach().split(_rows_at_a_time(weight, config.block_size))
     ]
     absmax = torch.cat([state.absmax for _, state in pieces])
     result = QuantState(
@@ -171,10 +208,16 @@ def quantize_weight(weight: Tensor, config: NF4Config) -> tuple[Tensor, QuantSta
     return torch.cat([packed for packed, _ in pieces]), result
 
 
-def _rows_at_a_time(row_length: int, block_size: int) -> int:
-    """Rows of about `CHUNK` weights in all that make whole blocks, and with them whole bytes."""
+def chunk_of(weight: Tensor) -> int:
+    """How many weights to handle at a time on the weight's device."""
+    return CHUNK.get(weight.device.type, CHUNK["cpu"])
+
+
+def _rows_at_a_time(weight: Tensor, block_size: int) -> int:
+    """Rows of about a chunk of weights in all that make whole blocks, and with them whole bytes."""
+    row_length = weight.shape[1]
     whole = block_size // math.gcd(row_length, block_size)
-    return max(CHUNK // row_length // whole, 1) * whole
+    return max(chunk_of(weight) // row_length // whole, 1) * whole
 
 
 def dequantize_weight(packed: Tensor, state: QuantState) -> Tensor:
@@ -207,19 +250,26 @@ def _shared(table: Tensor) -> Tensor:
 
 def _become(layer: nn.Module, source_cls: type[nn.Module], shape: torch.Size, compute_dtype: Any) -> Linear4bit:
     """Change the class of `layer` in place to `Linear4bit` and set what bitsandbytes' own constructor would."""
+    with _unhooked(layer):
+        layer.__class__ = Linear4bit
+        assert isinstance(layer, Linear4bit)
+        layer.source_cls = source_cls
+        layer.out_features, layer.in_features = shape
+        layer.compute_dtype = compute_dtype
+        layer.compute_type_is_set = True
+        layer.quant_storage = getattr(layer.weight, "quant_storage", torch.uint8)
+        layer.support_avx512bf16_for_cpu = False
+        layer.requires_grad_(False)
+    return layer
+
+
+@contextmanager
+def _unhooked(layer: nn.Module) -> Iterator[None]:
+    """Take accelerate's hook, which has bound the class's forward, off while the class changes."""
     hook = getattr(layer, "_hf_hook", None)
-    if hook is not None:  # accelerate's hook has bound the old class's forward
+    if hook is not None:
         remove_hook_from_module(layer)
         layer.__dict__.pop("forward", None)
-    layer.__class__ = Linear4bit
-    assert isinstance(layer, Linear4bit)
-    layer.source_cls = source_cls
-    layer.out_features, layer.in_features = shape
-    layer.compute_dtype = compute_dtype
-    layer.compute_type_is_set = True
-    layer.quant_storage = getattr(layer.weight, "quant_storage", torch.uint8)
-    layer.support_avx512bf16_for_cpu = False
-    layer.requires_grad_(False)
+    yield
     if hook is not None:
         add_hook_to_module(layer, hook)
-    return layer

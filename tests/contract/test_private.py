@@ -25,6 +25,7 @@ import peft.peft_model
 import peft.tuners.lora.bnb
 import peft.tuners.lora.layer
 import peft.tuners.lora.model
+import peft.tuners.trainable_tokens.layer
 import peft.tuners.tuners_utils
 import peft.utils.hotswap
 import peft.utils.other
@@ -33,7 +34,7 @@ import pytest
 import torch
 import transformers
 import transformers.core_model_loading
-from architectures import ARCHITECTURES, llama
+from architectures import llama
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit, quantize_4bit
 from peft import LoraConfig, LoraModel, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.mixed import MixedModel
@@ -162,6 +163,24 @@ def _() -> None:
     assert calls_global(PeftModel.load_adapter, "set_peft_model_state_dict")
 
 
+@contract("peft.peft_model:PeftModel.from_pretrained")
+def _() -> None:
+    """Its arguments are bound by name; the last ones go on to `load_adapter` and to the Hub's client."""
+    names = parameters(PeftModel.from_pretrained)
+    assert names[:6] == ["cls", "model", "model_id", "adapter_name", "is_trainable", "config"]
+    assert "low_cpu_mem_usage" in names
+    assert names[-1] == "kwargs"
+
+
+@contract("peft.peft_model:PeftModel.load_adapter")
+def _() -> None:
+    """It takes the device to read to, adds an adapter that is not there, and then reads its weights."""
+    assert parameters(PeftModel.load_adapter)[:3] == ["self", "model_id", "adapter_name"]
+    assert "torch_device" in parameters(PeftModel.load_adapter)
+    assert calls_method(PeftModel.load_adapter, "add_adapter")
+    assert calls_method(PeftModel.from_pretrained, "load_adapter")
+
+
 @contract("peft.peft_model:PeftModel.save_pretrained")
 def _() -> None:
     """`files.save` binds its arguments by name and calls it on a folder of its own."""
@@ -268,51 +287,19 @@ def _() -> None:
     assert tensors.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-@contract("peft.tuners.tuners_utils:check_target_module_exists")
+@contract("peft.tuners.trainable_tokens.layer:TrainableTokensLayer")
 def _() -> None:
-    check = peft.tuners.tuners_utils.check_target_module_exists
-    name = "model.layers.1.self_attn.q_proj"
-    assert check(lora(), name)
-    assert check(lora(target_modules=r".*q_proj"), name)
-    assert not check(lora(target_modules=["proj"]), name)
-    assert not check(lora(exclude_modules=["q_proj"]), name)
-    assert not check(lora(layers_to_transform=[0]), name)
-    assert not check(lora(modules_to_save=["q_proj"]), name)
-
-
-@contract("peft.tuners.lora.model:LoraModel._prepare_adapter_config")
-def _() -> None:
-    """It fills in a family's default targets and returns the config."""
-    assert not parameters(LoraModel._prepare_adapter_config)[3:]
-    tuner = get_peft_model(llama(), lora()).base_model
-    config = tuner._prepare_adapter_config(lora(target_modules=None), {"model_type": "llama"})
-    assert config.target_modules == {"q_proj", "v_proj"}
-    assert calls_method(BaseTuner.inject_adapter, "_prepare_adapter_config")
-
-
-@contract("peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers")
-def _() -> None:
-    """Applied twice, by us before the base is touched and by PEFT after, it changes a config once."""
-    convert = peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers
-    assert parameters(convert)[:1] == ["peft_config"]
-    assert {"model", "conversions"} <= set(parameters(convert))
-    model = next(architecture for architecture in ARCHITECTURES if architecture.name == "mixtral").make()
-    conversions = peft.utils.transformers_weight_conversion.get_model_conversion_mapping(model)
-    config = lora(target_modules=["q_proj", "w1", "w2", "w3"])
-    convert(config, model=model, conversions=conversions)
-    once = config.to_dict()
-    assert once["target_modules"] != ["q_proj", "w1", "w2", "w3"]
-    convert(config, model=model, conversions=conversions)
-    assert config.to_dict() == once
-
-
-@contract("peft.utils.transformers_weight_conversion:get_model_conversion_mapping")
-def _() -> None:
-    get = peft.utils.transformers_weight_conversion.get_model_conversion_mapping
-    config = lora()
-    convert = peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers
-    convert(config, model=llama(), conversions=get(llama()))
-    assert config.to_dict() == lora().to_dict()
+    """It knows its indices by adapter, and its embedding."""
+    model = get_peft_model(llama(), lora(trainable_token_indices=[3, 5]))
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, peft.tuners.trainable_tokens.layer.TrainableTokensLayer)
+    ]
+    assert layers
+    for layer in layers:
+        assert layer.token_indices["default"] == [3, 5]
+        assert layer.get_base_layer().weight.shape[0] == model.config.vocab_size
 
 
 # PEFT: layers

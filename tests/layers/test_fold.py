@@ -357,3 +357,28 @@ def test_a_model_whose_quantization_was_interrupted_is_refused() -> None:
         quantize_model(model, on_layer=stop)
     with pytest.raises(BaseModelError, match="interrupted"):
         get_peft_model(model, QLoRAConfig(r=4, target_modules="all-linear"))
+
+
+def test_scales_whose_tensors_are_not_there_are_not_lost_in_silence(tmp_path: Path) -> None:
+    model = adapted(use_rslora=True)
+    tensors = {name.replace("q_proj", "other"): t for name, t in model.state_dict().items()}
+    with pytest.raises(fold.FoldError, match=r"q_proj and 1 others.*portable=False"):
+        model.save_pretrained(tmp_path, state_dict=tensors)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrapper", ["_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."])
+def test_wrapped_layers_are_folded_too(wrapper: str) -> None:
+    model = adapted(use_rslora=True)
+    expected = get_peft_model_state_dict(model)
+    by = fold.factors(model, model.peft_config["default"], "default")
+    with fold.exchange("native"):
+        found = get_peft_model_state_dict(model)
+    wrapped = {
+        name.replace("self_attn.", f"self_attn.{wrapper}").replace(".weight", ".default.weight"): tensor
+        for name, tensor in found.items()
+    }
+    folded = fold.fold(wrapped, by, "default")
+    assert len(folded) == len(expected)
+    for tensor, same in zip(folded.values(), expected.values(), strict=True):
+        assert torch.equal(tensor, same)

@@ -511,6 +511,38 @@ def test_moving_while_merged_loses_nothing() -> None:
     assert torch.equal(logits(model, ids), expected)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_a_model_cast_by_its_user_merges_and_unmerges_in_that_dtype(dtype: torch.dtype, merged_before: bool) -> None:
+    """PeftModel.to is not transformers'; it casts all that is not packed."""
+    model, ids = adapted(llama().to(torch.bfloat16)), tokens()
+    if merged_before:
+        model.merge_adapter()
+    model.to(dtype)
+    if merged_before:
+        model.unmerge_adapter()
+    expected = logits(model, ids)
+    model.merge_adapter()
+    logits(model, ids)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, ids), expected)
+    merged = model.merge_and_unload()
+    assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+    # The sum is rounded once, to 8 or 11 bits, and then through two layers of products.
+    assert relative(logits(merged, ids).float(), expected.float()) <= {torch.float32: MERGED}.get(dtype, 2**-5)
+
+
+def test_a_merged_layer_keeps_the_hooks_of_its_base() -> None:
+    model, seen = llama(), []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append("hook"))
+    peft_model, ids = get_peft_model(model, QLoRAConfig(r=2, target_modules=["up_proj"])), tokens()
+    for step in (peft_model.merge_adapter, peft_model.unmerge_adapter, peft_model.merge_and_unload):
+        step()
+        seen.clear()
+        logits(model, ids)
+        assert seen == ["hook"]
+
+
 def test_a_copy_made_while_merged_unmerges_too() -> None:
     model, ids = adapted(), tokens()
     expected = logits(model, ids)

@@ -7,10 +7,13 @@ Oracles: `bitsandbytes.functional.quantize_4bit` on the whole weight, a base tha
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import logging
+import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationMethod
 
-from hf_qlora import NF4Config, quantize_model
+from hf_qlora import NF4Config, QLoRAConfig, quantize_model
 from hf_qlora.config import BLOCK_SIZES
 from hf_qlora.quant import base, linear4bit
 from hf_qlora.quant.base import BaseModelError, dequantize_layers, footprint
@@ -121,7 +124,7 @@ def test_chunks_quantize_as_the_whole_weight(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Shapes below, one row over, and well over a chunk; with short last blocks and an odd number of weights."""
-    monkeypatch.setattr(linear4bit, "CHUNK", 4096)
+    monkeypatch.setitem(linear4bit.CHUNK, "cpu", 4096)
     layer = nn.Linear(shape[1], shape[0], dtype=dtype)
     expected, state = quantize_4bit(
         layer.weight.data, blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"
@@ -133,7 +136,7 @@ def test_chunks_quantize_as_the_whole_weight(
 
 
 def test_weights_larger_than_a_chunk_quantize_as_a_whole() -> None:
-    layer = nn.Linear(1000, 2 * linear4bit.CHUNK // 1000 + 1)  # two chunks and a part
+    layer = nn.Linear(1000, 2 * linear4bit.CHUNK["cpu"] // 1000 + 1)  # two chunks and a part
     expected, state = quantize_4bit(layer.weight.data, compress_statistics=True, quant_type="nf4")
     quantize_model(nn.Sequential(layer))
     assert torch.equal(layer.weight.data, expected)
@@ -803,3 +806,116 @@ def test_the_progress_bar_waits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(base, "PROGRESS_DELAY_S", 0.0)
     quantize_model(llama())
     assert "Quantizing to NF4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compute_dtype", [None, "float16"])
+def test_layers_follow_the_model_to_another_dtype(dtype: torch.dtype, compute_dtype: str | None) -> None:
+    """Through a wrapper, PEFT's for one, which transformers does not guard. The codes stay; products follow."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).to(torch.bfloat16)
+    quantize_model(model, NF4Config(compute_dtype=compute_dtype))
+    codes = {name: layer.weight.data.clone() for name, layer in quantized_layers(model).items()}
+    x = torch.randn(3, 64, dtype=dtype)
+    model.to(dtype)
+    assert model(x).dtype == dtype
+    for name, layer in quantized_layers(model).items():
+        assert torch.equal(layer.weight.data, codes[name])
+        assert layer.dequantize().dtype == layer.weight.quant_state.dtype == dtype
+        assert layer.compute_dtype == (torch.float16 if compute_dtype else dtype)
+    assert all(p.dtype == dtype for p in dequantize_layers(model).parameters())
+    assert model(x).dtype == dtype
+
+
+def test_tables_are_shared_again_after_a_move() -> None:
+    model = copy.deepcopy(quantize_model(llama()))  # which copies them
+    model.model.to("cpu")
+    layers = quantized_layers(model).values()
+    assert len({layer.weight.quant_state.code.data_ptr() for layer in layers}) == 1
+    assert len({layer.weight.quant_state.state2.code.data_ptr() for layer in layers}) == 1
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_layers_become_dense_in_place_with_their_hooks(make: Callable[..., nn.Module]) -> None:
+    model, ids = make(), tokens()
+    modules = dict(model.named_modules())
+    classes = {name: type(module) for name, module in modules.items()}
+    keys = {name: set(vars(modules[name])) for name in dense_layers(model)}
+    seen: list[str] = []
+    quantize_model(model)
+    for name, layer in quantized_layers(model).items():
+        layer.register_forward_hook(lambda *_, name=name: seen.append(name))
+    expected, packed = logits(model, ids), set(quantized_layers(model))
+    seen.clear()
+    dequantize_layers(model)
+    assert dict(model.named_modules()) == modules
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert {name: set(vars(modules[name])) for name in keys} == keys
+    assert torch.equal(logits(model, ids), expected)
+    assert set(seen) == packed
+
+
+def test_packed_weights_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without waiting for the garbage collector, so that the peak is the model and one layer."""
+    model = quantize_model(llama())
+    alive = [weakref.ref(layer.weight) for layer in quantized_layers(model).values()]
+    found: list[int] = []
+    original = Linear4bit.become_dense
+
+    def watched(layer: Linear4bit, weight: Tensor) -> nn.Module:
+        found.append(sum(ref() is not None for ref in alive))
+        return original(layer, weight)
+
+    monkeypatch.setattr(Linear4bit, "become_dense", watched)
+    gc.disable()
+    try:
+        dequantize_layers(model)
+    finally:
+        gc.enable()
+    assert found == list(range(len(alive), 0, -1))
+
+
+# --- a 4-bit base that differs from the config -----------------------------------------------------------------------
+
+
+def test_a_base_loaded_for_the_config_differs_in_nothing(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = stock_4bit(checkpoint)
+    caplog.clear()
+    get_peft_model(model, QLoRAConfig(r=2, target_modules=["q_proj"]))
+    assert "in this base" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("skipped", "config", "words"),
+    [
+        (["down_proj", "lm_head"], NF4Config(), r"2 layers are dense .* 4-bit .*down_proj"),
+        (None, NF4Config(skip_modules=("up_proj",)), r"2 layers are 4-bit .* dense .*up_proj"),
+    ],
+)
+def test_other_layers_in_4_bits_than_the_config_says_are_named(
+    skipped: list[str] | None, config: NF4Config, words: str, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = stock_4bit(checkpoint, llm_int8_skip_modules=skipped)
+    adapted = get_peft_model(model, QLoRAConfig(r=2, target_modules=["q_proj"], quantization=config))
+    assert re.search(words, caplog.text)
+    caplog.clear()
+    adapted.add_adapter("second", QLoRAConfig(r=2, target_modules=["q_proj"], quantization=config))
+    assert "in this base" not in caplog.text
+
+
+def test_modules_to_save_in_4_bits_are_refused(checkpoint: Path) -> None:
+    config = QLoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    with pytest.raises(BaseModelError, match=r"modules_to_save=\['down_proj'\].*llm_int8_skip_modules"):
+        get_peft_model(stock_4bit(checkpoint), config)
+
+
+def test_a_plain_module_with_4bit_layers_bears_the_mark() -> None:
+    model = nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4"))
+    model[0].weight = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4").to("cpu")
+    quantize_model(model)
+    assert model.is_loaded_in_4bit
+
+
+def test_a_misspelt_skip_module_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    quantize_model(llama(), NF4Config(skip_modules=("lm_haed", "o_proj")))
+    assert "'lm_haed'" in caplog.text
+    assert "o_proj" not in caplog.text
