@@ -30,10 +30,10 @@ from hf_qlora.quant.base import (
     is_quantized,
     quantize_model,
     take_over,
-    warn_of_other_layers,
 )
 from hf_qlora.quant.footprint import footprint
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
+from hf_qlora.quant.selection import warn_of_other_layers
 from hf_qlora.rehearsal import check_tokens, is_rehearsal, rehearse
 from hf_qlora.validation import ConfigError
 

@@ -566,11 +566,7 @@ def test_hot_swap_is_loading(name: str, trained: bool, base: nn.Module, ids: Ten
     ("family", "settings"),
     [
         ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}),
-        pytest.param(
-            "mixtral",
-            {"target_modules": ["w1", "w2", "w3"]},
-            marks=pytest.mark.xfail(reason="nested wrappers of experts take the scaling of the wrong pattern"),
-        ),
+        ("mixtral", {"target_modules": ["w1", "w2", "w3"]}),
         ("gpt2", {}),
     ],
     ids=["target_parameters", "experts", "Conv1D"],

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.hotswap import _update_scaling
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ def after_hot_swap(model: nn.Module, adapter: str, config: LoraConfig, swapped_i
     config.use_rslora, config.rank_pattern, config.alpha_pattern = False, {}, {}
     for name, layer in layers.items():
         layer.r[adapter], layer.use_rslora[adapter] = ranks[name], False
-        module = name.removeprefix("base_model.model.")
+        module = _pattern_name(name, layer)
         scaling = rank_and_scaling(swapped_in, module)[1]
         _update_scaling(layer, adapter, scaling)
         layer.lora_alpha[adapter] = scaling * ranks[name]
@@ -145,6 +145,12 @@ def _adapted(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and adapter in layer.r:
             yield _plain(name), layer
+
+
+def _pattern_name(name: str, layer: LoraLayer) -> str:
+    """The name that PEFT matches patterns against; wrappers of one module's parameters are nested in each other."""
+    module = name.removeprefix("base_model.model.").replace(".base_layer", "")
+    return f"{module}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else module
 
 
 def _rank(layer: LoraLayer, adapter: str) -> int:

@@ -16,15 +16,12 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
-from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hf_qlora.config import NF4Config, bitsandbytes_config
 from hf_qlora.quant.footprint import footprint
@@ -36,12 +33,11 @@ from hf_qlora.quant.linear4bit import (
     dense_weight,
     quantize_weight,
 )
+from hf_qlora.quant.selection import is_named, name_dense_experts, quantizable_layers, warn_of_unknown_names
 
 
 logger = logging.getLogger(__name__)
 
-# Last name components of the linear layers that choose experts: small, and sensitive to rounding.
-ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "gate_network")
 PROGRESS_DELAY_S = 3.0
 
 _INTERRUPTED = "_hf_qlora_interrupted"  # on a model while its layers are being converted, and after a failure there
@@ -120,9 +116,9 @@ def quantize_model(
     if is_quantized(model):
         take_over(model, config)
         return model
-    layers, dense = _quantizable(model, config, skip)
+    layers, dense = quantizable_layers(model, config, skip)
     _check(model, layers, config)
-    _warn_of_unknown_names(model, config)
+    warn_of_unknown_names(model, config)
     before = footprint(model)
     setattr(model, _INTERRUPTED, True)
     _convert(layers, config, on_layer)
@@ -134,7 +130,7 @@ def quantize_model(
             "The model was quantized on the CPU although CUDA is available. Trainer leaves 4-bit models where they "
             "are: call model.to('cuda') before training, or before quantizing."
         )
-    _name_dense_experts(model)
+    name_dense_experts(model)
     return model
 
 
@@ -172,7 +168,7 @@ def take_over(model: nn.Module, config: NF4Config | None, *, skip: Collection[st
         for name, module in layers:
             _check_same_settings(name, module, config)
         _check_compute_dtype(config, layers[0][1].weight.device)
-    packed = [name for name, _ in layers if _is_named(name, skip)]
+    packed = [name for name, _ in layers if is_named(name, skip)]
     if packed:
         raise BaseModelError(
             f"modules_to_save={sorted(skip)} asks to train {packed[0]}, which is 4-bit in this base and cannot be "
@@ -186,24 +182,6 @@ def take_over(model: nn.Module, config: NF4Config | None, *, skip: Collection[st
     quantizer = getattr(model, "hf_quantizer", None)
     if type(quantizer) is Bnb4BitHfQuantizer:
         quantizer.__class__ = NF4Quantizer
-
-
-def warn_of_other_layers(model: nn.Module, config: NF4Config, skip: Collection[str] = ()) -> None:
-    """Say where a 4-bit base without adapters is dense and `quantize_model` would not leave it so, or the reverse."""
-    packed = [name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
-    too_many = [name for name in packed if _stays_dense(name, config.skip_modules)]
-    too_few = list(_quantizable(model, config, skip)[0])
-    for names, found, expected in ((too_many, "4-bit", "dense"), (too_few, "dense", "4-bit")):
-        if names:
-            logger.warning(
-                "%d layers are %s in this base and would be %s in one quantized by the config: %s%s. An adapter "
-                "trained on the one computes something else on the other.",
-                len(names),
-                found,
-                expected,
-                ", ".join(names[:3]),
-                ", …" if len(names) > 3 else "",
-            )
 
 
 def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -221,45 +199,6 @@ def forget_quantization(model: nn.Module) -> None:
         quantizer.remove_quantization_config(model)
     elif getattr(model, "is_loaded_in_4bit", False):
         model.is_loaded_in_4bit = False  # type: ignore[assignment]
-
-
-def _quantizable(
-    model: nn.Module, config: NF4Config, skip: Collection[str]
-) -> tuple[dict[str, nn.Linear | Conv1D], list[str]]:
-    """The layers to quantize by name, and the names of the linear layers that stay dense."""
-    names = {*config.skip_modules, *skip}
-    if isinstance(model, PreTrainedModel):
-        # transformers names parameters here, of which it strips ".weight" but not the ".bias" of a last linear layer
-        names.update(name.removesuffix(".bias") for name in get_keys_to_not_convert(model))
-        names.update(model._keep_in_fp32_modules or [])
-    linear: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_linear(module)}
-    chosen = {name: module for name, module in linear.items() if not _stays_dense(name, names)}
-    # A weight that any other module holds too is tied: an output head to its embedding, or one head to another.
-    others = set(model.modules()) - set(chosen.values())
-    tied = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
-    layers = {name: module for name, module in chosen.items() if id(module.weight) not in tied}
-    while True:
-        dense = sorted(linear.keys() - layers.keys())
-        # Loading the saved base, transformers takes these names as suffixes too ("classifier" in "pre_classifier").
-        convertible = {name: module for name, module in layers.items() if should_convert_module(name, dense)}
-        if len(convertible) == len(layers):
-            return layers, dense
-        layers = convertible
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # Subclasses are left alone: nn.MultiheadAttention's projection is one, and reads `.weight` past its forward. So
-    # are reparametrized layers, whose weight is computed from other parameters.
-    return type(module) in (nn.Linear, Conv1D) and "weight" in module._parameters
-
-
-def _stays_dense(name: str, parts: Collection[str]) -> bool:
-    """Whether the module is a router, or a run of whole components of its name is in `parts`."""
-    return name.rpartition(".")[2] in ROUTER_NAMES or _is_named(name, parts)
-
-
-def _is_named(name: str, parts: Collection[str]) -> bool:
-    return any(f".{part}." in f".{name}." for part in parts)
 
 
 def _check(model: nn.Module, layers: dict[str, nn.Linear | Conv1D], config: NF4Config) -> None:
@@ -358,31 +297,3 @@ def _mark(model: nn.Module, config: NF4Config, dense: list[str]) -> None:
     model.is_quantized = True
     model.quantization_method = quantizer.quantization_config.quant_method
     quantizer.postprocess_model(model)
-
-
-def _warn_of_unknown_names(model: nn.Module, config: NF4Config) -> None:
-    names = [name for name, _ in model.named_modules()]
-    given = set(config.skip_modules) - set(NF4Config().skip_modules)
-    unknown = sorted(part for part in given if not any(_is_named(name, [part]) for name in names))
-    if unknown:
-        logger.warning("skip_modules: %s are no names of modules in %s.", unknown, type(model).__name__)
-
-
-def _name_dense_experts(model: nn.Module) -> None:
-    experts = [
-        (f"{owner}.{name}", p)
-        for owner, module in model.named_modules()
-        for name, p in module.named_parameters(recurse=False)
-        # Not the class and position embeddings of vision models, (1, tokens, features), nor convolutions.
-        if p.ndim == 3 and p.shape[0] > 1 and p.is_floating_point() and not isinstance(module, _ConvNd)
-    ]
-    if experts:
-        counted = footprint(model)
-        share = sum(p.numel() for _, p in experts) / (counted.quantized_params + counted.dense_params)
-        logger.warning(
-            "%d weights stay dense because bitsandbytes' linear layers cannot hold 3-D parameters: %s, …, %.0f %% of "
-            "all.",
-            len(experts),
-            experts[0][0],
-            100 * share,
-        )
