@@ -8,13 +8,13 @@ trainable; from there PEFT, Trainer and the Hub work as always. Importing the pa
 configs behave as before.
 """
 
-from hf_qlora.config import NF4Config, QLoRAConfig
+from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
 from hf_qlora.quant.base import quantize_model
 from hf_qlora.registration import register
 from hf_qlora.tuner import QLoRAModel
 
 
 __version__ = "0.1.0"
-__all__ = ["NF4Config", "QLoRAConfig", "QLoRAModel", "quantize_model"]
+__all__ = ["AdaptiveDepthLoRAConfig", "NF4Config", "QLoRAConfig", "QLoRAModel", "quantize_model"]
 
 register()

@@ -35,8 +35,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_qlora.config import RECORD_KEY, QLoRAConfig, checked_record, write_json
-from hf_qlora.layers import fold
+from hf_qlora.config import QLoRAConfig
+from hf_qlora.config.record import RECORD_KEY, checked_record, write_json
+from hf_qlora.layers import depth, fold
 
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class AdapterTensors(dict[str, Tensor]):
     Attributes:
         source: the file, for messages.
         form: the form they are in.
+        depth: what the scales of depth had learned, by layer.
         native: lora_B as it was before folding, from a Trainer checkpoint.
         folded_by: the factors that `native` was folded by.
     """
@@ -67,6 +69,7 @@ class AdapterTensors(dict[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor], source: str, form: fold.Form) -> None:
         super().__init__(tensors)
         self.source, self.form = source, form
+        self.depth: dict[str, dict[str, float]] = {}
         self.native: dict[str, Tensor] = {}
         self.folded_by: dict[str, float] = {}
 
@@ -113,6 +116,7 @@ class AdapterFolder:
                 f"{self.weights} cannot be read as safetensors ({error}); it is truncated or of another kind. "
                 "Save or download the adapter again."
             ) from error
+        result.depth = self.record.get("depth", {})
         expected = self.record.get("state_sha256")
         if expected is not None and self.state is not None and self.state.is_file():
             if sha256(self.state) == expected:
@@ -215,7 +219,8 @@ def save(
             shutil.copy(target / "README.md", stage)
         write(stage, *args, **kwargs)
         for name in ours:
-            _complete(stage / name if name != "default" else stage, by[name], native.get(name, {}))
+            learned = depth.learned(model, name)
+            _complete(stage / name if name != "default" else stage, by[name], native.get(name, {}), learned)
         moves = _moves(stage, target)
         moving = True
         for path, final in moves:
@@ -275,11 +280,15 @@ def _native_tensors(model: PeftModel, name: str, options: Mapping[str, Any]) -> 
     }
 
 
-def _complete(folder: Path, by: dict[str, float], native: dict[str, Tensor]) -> None:
+def _complete(
+    folder: Path, by: dict[str, float], native: dict[str, Tensor], learned: dict[str, dict[str, float]]
+) -> None:
     """Add to a staged adapter what only the saved file and the model know."""
     values = json.loads((folder / CONFIG_NAME).read_text())
     record = values[RECORD_KEY]
     record |= {"weights_sha256": sha256(folder / SAFETENSORS_WEIGHTS_NAME), "fold": by, "versions": _versions()}
+    if learned:
+        record["depth"] = learned
     if native:
         save_file(native, folder / STATE_NAME, metadata={"format": "pt"})
         record["state_sha256"] = sha256(folder / STATE_NAME)

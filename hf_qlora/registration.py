@@ -44,8 +44,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from hf_qlora import files
-from hf_qlora.config import RECORD_KEY, QLoRAConfig
-from hf_qlora.layers import fold
+from hf_qlora.config import QLoRAConfig
+from hf_qlora.config.record import RECORD_KEY
+from hf_qlora.layers import depth, fold
 from hf_qlora.quant.base import is_quantized
 from hf_qlora.rehearsal import rehearse
 from hf_qlora.tuner import AdapterError, QLoRAModel
@@ -74,7 +75,8 @@ PRIVATE = {
     "peft.tuners.trainable_tokens.layer:TrainableTokensLayer": "rehearsal",
     "peft.tuners.lora.bnb:Linear4bit": "layers.linear",
     "peft.tuners.tuners_utils:check_adapters_to_merge": "layers.linear",
-    "peft.tuners.lora.layer:LoraVariant.merge_safe": "layers.linear",
+    "peft.tuners.lora.layer:LoraVariant": "layers.depth",
+    "peft.tuners.lora.layer:LoraVariant.merge_safe": "layers.linear, layers.depth",
     "peft.utils.other:get_pattern_key": "layers.fold",
     "peft.utils.hotswap:_update_scaling": "layers.fold",
     "bitsandbytes.functional:_convert_weight_packed_for_cpu_inverse": "quant.linear4bit",
@@ -228,6 +230,7 @@ def _set_peft_model_state_dict(
     config, tensors = model.peft_config[adapter_name], peft_model_state_dict
     if not isinstance(tensors, files.AdapterTensors) or not isinstance(config, QLoRAConfig):
         return original(model, tensors, adapter_name, ignore_mismatched_sizes, **kwargs)
+    depth.restore(model, adapter_name, tensors.depth)
     given, form = tensors.for_model(fold.factors(model, config, adapter_name, from_file=True))
     with fold.exchange(form, tensors.source, ignore_mismatched_sizes):
         try:

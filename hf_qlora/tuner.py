@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_qlora.config import NF4Config, QLoRAConfig
-from hf_qlora.layers import fold
+from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
+from hf_qlora.layers import depth, fold
 from hf_qlora.layers.linear import Linear4bit, adopt
 from hf_qlora.layers.loftq import loftq_factors
 from hf_qlora.quant.base import (
@@ -65,6 +65,8 @@ class QLoRAModel(LoraModel):
             factors = {} if is_rehearsal(model) else self._prepare_base(config, model, adapter_name)
             with _undone_on_error(model, adapter_name), _linear_layers_named(model), _initialised_here(config):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+                if isinstance(config, AdaptiveDepthLoRAConfig):
+                    depth.attach(model, config, adapter_name)
             self._start_from(factors, adapter_name)
             if config.quantization is not None and not config.inference_mode:
                 self._let_gradients_in(model)
@@ -78,10 +80,10 @@ class QLoRAModel(LoraModel):
             super().add_weighted_adapter(adapters, *args, **kwargs)
             return
         stock: dict[str, Any] = {"use_rslora": False, "init_lora_weights": True, "loftq_config": {}, "record": None}
-        plain = replace(first, **stock)
-        self.peft_config[adapters[0]] = plain
+        self.peft_config[adapters[0]] = replace(first.without_depth(), **stock)
         try:
-            super().add_weighted_adapter(adapters, *args, **kwargs)
+            with depth.in_scaling(self.model, adapters):
+                super().add_weighted_adapter(adapters, *args, **kwargs)
         finally:
             self.peft_config[adapters[0]] = first
 
@@ -131,6 +133,7 @@ class QLoRAModel(LoraModel):
         cls, model: nn.Module, config: LoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        tensors |= {name: t for name, t in depth.theta_tensors(model, adapter_name).items() if name not in tensors}
         from_file = bool(fold.current_exchange().source)
         if from_file:
             _check_fits(model, config, tensors, adapter_name)
@@ -220,8 +223,10 @@ class QLoRAModel(LoraModel):
                 A, B = factors[name]
                 if module.lora_A[adapter_name].weight.device.type != "meta":  # else a file's tensors follow
                     module.lora_A[adapter_name].weight.data = A
-                    module.lora_B[adapter_name].weight.data = B
-                    _renew_magnitude(module, adapter_name)
+                    scale = depth.scale_of(module, adapter_name)
+                    module.lora_B[adapter_name].weight.data = B if scale is None else B / scale.value
+                    if scale is None:
+                        _renew_magnitude(module, adapter_name)
 
 
 def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
@@ -301,7 +306,8 @@ def _initialised_here(config: QLoRAConfig) -> Iterator[None]:
 def _check_fits(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], adapter: str) -> None:
     """Refuse a file with tensors missing, left over or of another shape, before any is set."""
     exchange = fold.current_exchange()
-    everything = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    buffers = {name: buffer for name, buffer in model.named_buffers() if f".{depth.SLOT}." not in name}
+    everything = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
     biases = {"none": (), "lora_only": (".base_layer.bias",), "all": (".bias",)}[config.bias]
     own = {
         name: tensor.shape

@@ -28,8 +28,11 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from hf_qlora import NF4Config, QLoRAConfig
-from hf_qlora import config as config_module
-from hf_qlora.config import BLOCK_SIZES, FORMAT_VERSION, ConfigError
+from hf_qlora.config import qlora
+from hf_qlora.config import record as record_module
+from hf_qlora.config.nf4 import BLOCK_SIZES
+from hf_qlora.config.record import FORMAT_VERSION
+from hf_qlora.validation import ConfigError
 
 
 GOLDEN = Path(__file__).parent / "golden" / "adapter_config.json"
@@ -793,7 +796,7 @@ def test_a_failed_write_leaves_the_old_config_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(config_module.os, "replace", full)
+        patch.setattr(record_module.os, "replace", full)
         with pytest.raises(OSError, match="No space left"):
             QLoRAConfig(r=4).save_pretrained(tmp_path)
     unwritable = QLoRAConfig(r=4)
@@ -846,7 +849,7 @@ def test_a_subclass_comes_back_as_itself(tmp_path: Path) -> None:
 def test_keys_of_a_newer_peft_are_named_and_ignored(
     reader: type[PeftConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config_module._say_once.cache_clear()
+    qlora._say_once.cache_clear()
     values = saved(QLoRAConfig(r=2), tmp_path)
     with caplog.at_level(logging.WARNING, logger="hf_qlora"):
         config = reader.from_pretrained(write(tmp_path, values | {"use_quora": True, "aurora_level": 3}))

@@ -31,9 +31,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_qlora import NF4Config, QLoRAConfig, files, quantize_model
-from hf_qlora.config import ConfigError
 from hf_qlora.files import STATE_NAME, AdapterFileError
 from hf_qlora.tuner import AdapterError
+from hf_qlora.validation import ConfigError
 
 
 WEIGHTS, CONFIG, README = "adapter_model.safetensors", "adapter_config.json", "README.md"

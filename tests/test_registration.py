@@ -43,8 +43,8 @@ from torch import nn
 
 import hf_qlora
 from hf_qlora import NF4Config, QLoRAConfig, QLoRAModel, registration
-from hf_qlora.config import ConfigError
 from hf_qlora.quant.base import is_quantized
+from hf_qlora.validation import ConfigError
 
 
 HERE = Path(__file__).parent

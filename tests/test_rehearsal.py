@@ -18,11 +18,11 @@ from torch import nn
 import hf_qlora.registration
 import hf_qlora.tuner
 from hf_qlora import NF4Config, QLoRAConfig
-from hf_qlora.config import ConfigError
 from hf_qlora.files import AdapterFileError
 from hf_qlora.quant.base import is_quantized
 from hf_qlora.rehearsal import rehearse
 from hf_qlora.tuner import AdapterError
+from hf_qlora.validation import ConfigError
 
 
 WEIGHTS = "adapter_model.safetensors"

@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hf_qlora import NF4Config, QLoRAConfig, QLoRAModel, quantize_model
-from hf_qlora.config import ConfigError
 from hf_qlora.layers.linear import Linear4bit as LoraLinear4bit
 from hf_qlora.quant.base import BaseModelError
 from hf_qlora.quant.linear4bit import Linear4bit
+from hf_qlora.validation import ConfigError
 
 
 # Folding and unfolding round lora_B twice, 6e-8 each; merging rounds W + ΔW once. Through two layers of sums over 128

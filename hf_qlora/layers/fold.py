@@ -1,7 +1,7 @@
 """Between the native form of an adapter and the portable one: scales ↔ lora_B.
 
 A stock reader scales B A by `lora_alpha / r`. Where the native scaling is another one (rsLoRA: α/√r, arXiv 2312.03732;
-`alpha_pattern`: α of the module), the quotient
+`alpha_pattern`: α of the module; `layers/depth.py`: times f · g · a), the quotient
 
     c = native scaling / (lora_alpha / r)
 
@@ -26,7 +26,9 @@ from peft.utils.hotswap import _update_scaling
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from hf_qlora.config import QLoRAConfig
+from hf_qlora.config import AdaptiveDepthLoRAConfig, QLoRAConfig
+from hf_qlora.layers.depth import SLOT, THETA, scale_of
+from hf_qlora.layers.names import adapted_layers, plain_name
 
 
 Form = Literal["portable", "native"]
@@ -51,7 +53,6 @@ class FoldError(ValueError):
     """Scales that belong to tensors which are not there."""
 
 
-_WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _CALLERS_OWN = Exchange()
 _exchange: ContextVar[Exchange] = ContextVar("hf_qlora_exchange", default=_CALLERS_OWN)
 
@@ -79,14 +80,14 @@ def factors(model: nn.Module, config: LoraConfig, adapter: str, from_file: bool 
     if not isinstance(config, QLoRAConfig) or not (config.folds or from_file):
         return {}
     found = {
-        name: _native_scaling(layer, adapter) * layer.r[adapter] / config.lora_alpha
-        for name, layer in _adapted(model, adapter)
+        name: _native_scaling(layer, adapter) * layer.r[adapter] / config.lora_alpha * _depth(layer, adapter)
+        for name, layer in adapted_layers(model, adapter)
     }
     return {name: c for name, c in found.items() if not math.isclose(c, 1.0, rel_tol=1e-12)}
 
 
 def fold(tensors: dict[str, Tensor], by: dict[str, float], adapter: str) -> dict[str, Tensor]:
-    """The tensors as they leave the model; those that change are float32."""
+    """The tensors as they leave the model, without the θ of depth scales; those that change are float32."""
     if current_exchange().form == "native" or not tensors:  # none: a process that holds no part of them
         return tensors
     modules = {name: _scaled_module(name, adapter) for name in tensors}
@@ -97,7 +98,12 @@ def fold(tensors: dict[str, Tensor], by: dict[str, float], adapter: str) -> dict
             "scales cannot be folded into them. Wrap the model after get_peft_model with names that PEFT knows, or "
             f"set portable=False in the config of adapter {adapter!r}."
         )
-    return {name: t.float() * by[modules[name]] if modules[name] in by else t for name, t in tensors.items()}
+    theta = f".{SLOT}.{adapter}.{THETA}"
+    return {
+        name: t.float() * by[modules[name]] if modules[name] in by else t
+        for name, t in tensors.items()
+        if not name.endswith(theta)
+    }
 
 
 def unfold(tensors: dict[str, Tensor], by: dict[str, float], adapter: str) -> dict[str, Tensor]:
@@ -123,13 +129,17 @@ def after_hot_swap(model: nn.Module, adapter: str, config: LoraConfig, swapped_i
     PEFT has fitted the tensors in, padding ranks that are smaller than the old ones. Its scaling does not see the new
     config's patterns, because it matches them against tensor names, so that it is set here again.
     """
-    layers = dict(_adapted(model, adapter))
+    layers = dict(adapted_layers(model, adapter))
     ranks = {name: _rank(layer, adapter) for name, layer in layers.items()}
     config.r = max(ranks.values(), key=list(ranks.values()).count)
     config.lora_alpha = swapped_in.lora_alpha
     config.use_rslora, config.rank_pattern, config.alpha_pattern = False, {}, {}
+    if isinstance(config, AdaptiveDepthLoRAConfig):
+        config.depth_profile = "constant"
     for name, layer in layers.items():
         layer.r[adapter], layer.use_rslora[adapter] = ranks[name], False
+        if (depth := scale_of(layer, adapter)) is not None:
+            depth.neutralise()
         module = _pattern_name(name, layer)
         scaling = rank_and_scaling(swapped_in, module)[1]
         _update_scaling(layer, adapter, scaling)
@@ -139,12 +149,6 @@ def after_hot_swap(model: nn.Module, adapter: str, config: LoraConfig, swapped_i
             config.rank_pattern[key] = ranks[name]
         if not math.isclose(layer.lora_alpha[adapter], config.lora_alpha, rel_tol=1e-12):
             config.alpha_pattern[key] = layer.lora_alpha[adapter]
-
-
-def _adapted(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and adapter in layer.r:
-            yield _plain(name), layer
 
 
 def _pattern_name(name: str, layer: LoraLayer) -> str:
@@ -162,6 +166,11 @@ def _native_scaling(layer: LoraLayer, adapter: str) -> float:
     return _scaling(layer.r[adapter], layer.lora_alpha[adapter], layer.use_rslora[adapter])
 
 
+def _depth(layer: LoraLayer, adapter: str) -> float:
+    scale = scale_of(layer, adapter)
+    return 1.0 if scale is None else scale.value
+
+
 def _scaling(r: int, alpha: float, use_rslora: bool) -> float:
     return float(alpha / math.sqrt(r) if use_rslora else alpha / r)
 
@@ -170,10 +179,5 @@ def _scaled_module(key: str, adapter: str) -> str:
     """The module whose `lora_B` (weight or bias) is the tensor of that name, or ""."""
     for tail in (f".lora_B.{adapter}.weight", f".lora_B.{adapter}.bias", f".lora_embedding_B.{adapter}"):
         if key.endswith(tail):
-            return _plain(key.removesuffix(tail))
+            return plain_name(key.removesuffix(tail))
     return ""
-
-
-def _plain(name: str) -> str:
-    """A module's name without what torch.compile, FSDP and activation checkpointing put into it."""
-    return _WRAPPERS.sub("", name)

@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from hf_qlora.config import NF4Config, bitsandbytes_config
+from hf_qlora.config import NF4Config
+from hf_qlora.config.nf4 import bitsandbytes_config
 from hf_qlora.quant.footprint import footprint
 from hf_qlora.quant.linear4bit import (
     Linear4bit,

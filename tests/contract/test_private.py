@@ -48,6 +48,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig
 
 import hf_qlora
 from hf_qlora import QLoRAConfig, files, registration
+from hf_qlora.layers.depth import SUPPORTED
 from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.registration import PRIVATE, resolve
 
@@ -338,6 +339,23 @@ def _() -> None:
         assert check(layer) == []
     with pytest.warns(UserWarning, match="additionally merging other"):
         assert check(layer, ["default", "other"]) == ["other"]
+
+
+@contract("peft.tuners.lora.layer:LoraVariant")
+def _() -> None:
+    """Set on a layer after it was made, it is asked in every path of the layers that depth supports."""
+    variant = peft.tuners.lora.layer.LoraVariant
+    assert {"init", "forward", "merge_safe", "merge_unsafe", "unmerge"} <= vars(variant).keys()
+    assert parameters(variant.forward) == ["module", "active_adapter", "x", "result", "kwargs"]
+    for layer in SUPPORTED:
+        for method in ("forward", "merge", "unmerge", "_mixed_batch_forward"):
+            code = stock(getattr(layer, method)).__code__
+            assert "lora_variant" in code.co_names, (layer, method)
+    model = get_peft_model(llama(), lora())
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.lora_variant == {}
+    assert "lora_magnitude_vector" in layer.adapter_layer_names
+    assert not layer.lora_magnitude_vector
 
 
 @contract("peft.tuners.lora.layer:LoraVariant.merge_safe")

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import hf_qlora.tuner
 from hf_qlora import QLoRAConfig, quantize_model
-from hf_qlora.config import ConfigError
 from hf_qlora.layers.loftq import loftq_factors
+from hf_qlora.validation import ConfigError
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_qlora import NF4Config, QLoRAConfig, quantize_model
-from hf_qlora.config import BLOCK_SIZES
+from hf_qlora.config.nf4 import BLOCK_SIZES
 from hf_qlora.quant import base, linear4bit
 from hf_qlora.quant.base import BaseModelError, dequantize_layers, footprint
 from hf_qlora.quant.linear4bit import Linear4bit

@@ -1,0 +1,62 @@
+"""What stands under the `hf_qlora` key of an adapter_config.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_qlora.validation import ConfigError
+
+
+FORMAT_VERSION = 1
+RECORD_KEY = "hf_qlora"
+
+
+def checked_record(record: Any) -> dict[str, Any]:
+    """The `hf_qlora` key of an adapter_config.json, with the parts that are read below known to be there."""
+    if not isinstance(record, dict):
+        raise ConfigError(f"adapter_config.json: {RECORD_KEY}={record!r} must be an object.")
+    version = record.get("format_version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ConfigError(f"adapter_config.json: {RECORD_KEY}.format_version={version!r} must be a positive integer.")
+    if version > FORMAT_VERSION:
+        raise ConfigError(
+            f"The adapter has format_version {version}; this version of hf-qlora reads up to {FORMAT_VERSION}. "
+            "Upgrade hf-qlora."
+        )
+    originals = record.get("originals")
+    expected: dict[str, Any] = {"use_rslora": bool, "alpha_pattern": dict, "init_lora_weights": (bool, str)}
+    for name, kind in expected.items():
+        if not isinstance(originals, dict) or not isinstance(originals.get(name), kind):
+            raise ConfigError(f"adapter_config.json: {RECORD_KEY}.originals has no valid {name!r}: {originals!r}.")
+    kinds = {"type": str, "folded": bool, "weights_sha256": str}
+    for name, value in record.items():
+        if name in kinds and not isinstance(value, kinds[name]):
+            raise ConfigError(f"adapter_config.json: {RECORD_KEY}.{name}={value!r} must be a {kinds[name].__name__}.")
+    lacking = sorted(kinds.keys() - record.keys() - {"weights_sha256"})
+    if lacking:
+        raise ConfigError(f"adapter_config.json: {RECORD_KEY} lacks {lacking}.")
+    depth = record.get("depth", {})
+    if not isinstance(depth, dict) or not all(_is_depth(value) for value in depth.values()):
+        raise ConfigError(f"adapter_config.json: {RECORD_KEY}.depth={depth!r:.200} must hold numbers by layer.")
+    return record
+
+
+def _is_depth(value: Any) -> bool:
+    numbers = [value.get(name) for name in ("theta", "attention")] if isinstance(value, dict) else [None]
+    return all(isinstance(number, float) and math.isfinite(number) for number in numbers)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write `values` to a temporary name beside `path`, then rename."""
+    aside = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
+    try:
+        aside.write_text(json.dumps(values, indent=2, sort_keys=True))
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

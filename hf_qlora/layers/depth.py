@@ -1,0 +1,265 @@
+"""The scale of a layer's depth: ΔW = (α/r) · f(l) · g · a · B A.
+
+    f(l)                      a profile over the layers 0 … L−1 of a stack, with mean 1 if normalized; fixed
+    g = exp(κ tanh(θ/κ))      learned, one θ for each adapted module; positive, bounded, exactly 1 at the start
+    a                         from the layer's attention pattern; 1 until it has been observed
+
+PEFT's `scaling` stays α/r (or α/√r): hot-swap resets it, and a temporary `set_scale` must not end up in a file. The
+scale is a module of its own in each LoRA layer, and a `LoraVariant` multiplies by it, which is PEFT's way to give a
+layer another forward.
+
+The module stands in the slot `lora_magnitude_vector`, which other variants (DoRA) use and which is free here: PEFT
+trains, moves, deletes and hot-swaps what is there, and TRL's cast of trainable parameters to bfloat16 leaves that name
+out. θ is called `bias`, because Trainer leaves that name out of weight decay. It is never in an adapter file: folding
+(`layers/fold.py`) multiplies the scale into `lora_B`, and the file's JSON remembers θ and a.
+
+With Adam, a fixed f is the same as a learning rate per layer: the update of `lora_B` does not depend on the size of
+its gradient. What f changes is that ratio, and the weight of the decay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Linear, LoraVariant
+from torch import Tensor, nn
+
+from hf_qlora.config import AdaptiveDepthLoRAConfig
+from hf_qlora.layers.linear import MergeError
+from hf_qlora.layers.names import adapted_layers
+from hf_qlora.validation import ConfigError
+
+
+SUPPORTED = (
+    Linear,
+    Linear4bit,
+    Linear8bitLt,
+    Conv1d,
+    Conv2d,
+    Conv3d,
+)  # layers of PEFT that ask a variant in every path
+LAYER_LISTS = ("layers", "layer", "h", "block", "blocks")  # as transformers' families call them
+SLOT, THETA = "lora_magnitude_vector", "bias"
+
+
+class DepthScale(nn.Module):
+    """f · g · a of one adapted module.
+
+    Attributes:
+        bias (`torch.nn.Parameter`, (1,), float32): θ; a buffer where the gain is not learned.
+        fixed (`torch.Tensor`, (1,), float32): f · a.
+        merged_value: the scale with which the adapter was merged last.
+    """
+
+    fixed: Tensor
+    bias: Tensor
+
+    def __init__(self, profile: float, config: AdaptiveDepthLoRAConfig, device: torch.device) -> None:
+        super().__init__()
+        self.profile, self.attention, self.bound = profile, 1.0, config.gain_bound
+        self.merged_value = math.nan
+        self.register_buffer("fixed", torch.full((1,), profile, device=device), persistent=False)
+        theta = torch.zeros(1, device=device)
+        if config.learn_gain:
+            self.bias = nn.Parameter(theta)
+        else:
+            self.register_buffer(THETA, theta, persistent=False)
+
+    def forward(self) -> Tensor:
+        """The scale, (1,), in float32."""
+        return self.fixed * torch.exp(self.bound * torch.tanh(self.bias.float() / self.bound))
+
+    @property
+    def theta(self) -> float:
+        return self.bias.detach().item()
+
+    @property
+    def gain(self) -> float:
+        return math.exp(self.bound * math.tanh(self.theta / self.bound))
+
+    @property
+    def value(self) -> float:
+        """The scale, in double precision."""
+        return self.profile * self.attention * self.gain
+
+    @torch.no_grad()
+    def restore(self, theta: float, attention: float) -> None:
+        self.bias.fill_(theta)
+        self.attention = attention
+        self.fixed.fill_(self.profile * attention)
+
+    def neutralise(self) -> None:
+        """Become 1, and stay it but for what is learned from now on."""
+        self.profile = 1.0
+        self.restore(0.0, 1.0)
+
+
+class DepthVariant(LoraVariant):
+    """LoRA whose product is multiplied by the layer's `DepthScale`."""
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing: `attach` makes the scale, which needs the module's name."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        dropped = module.lora_dropout[active_adapter](x)
+        product: Tensor = module.lora_B[active_adapter](module.lora_A[active_adapter](dropped))
+        scale: Tensor = module.scaling[active_adapter] * module.lora_magnitude_vector[active_adapter]()
+        return result + product * scale.to(product.dtype)
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        delta = _scaled_delta(module, active_adapter, module.lora_magnitude_vector[active_adapter].value)
+        merged: Tensor = orig_weight + delta.to(orig_weight.dtype)
+        return merged
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data = DepthVariant.merge_safe(module, active_adapter, orig_weight.data)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        value = module.lora_magnitude_vector[active_adapter].merged_value
+        unmerged: Tensor = orig_weight.data - _scaled_delta(module, active_adapter, value).to(orig_weight.dtype)
+        return unmerged
+
+
+def _scaled_delta(module: Any, adapter: str, value: float) -> Tensor:
+    if module.lora_bias[adapter]:
+        raise MergeError(
+            f"Adapter {adapter!r} has lora_bias=True and a depth scale, and PEFT would merge its bias unscaled. Keep "
+            "it unmerged, or save it and merge the saved adapter, which is folded."
+        )
+    module.lora_magnitude_vector[adapter].merged_value = value
+    delta: Tensor = module.get_delta_weight(adapter) * value
+    return delta
+
+
+def attach(model: nn.Module, config: AdaptiveDepthLoRAConfig, adapter: str) -> None:
+    """Give every layer of an adapter its scale.
+
+    Raises:
+        ConfigError: a layer without a depth, of a kind that knows no variants, or a profile of another length.
+    """
+    for name, layer in adapted_layers(model, adapter):
+        if not isinstance(layer, SUPPORTED):
+            raise ConfigError(
+                f"{name} is adapted by {type(layer).__module__}.{type(layer).__name__}, which cannot be scaled by "
+                "depth. Leave it out of target_modules, or use QLoRAConfig."
+            )
+        device = layer.get_base_layer().weight.device
+        on = torch.device("cpu") if device.type == "meta" else device  # a file brings no θ that could follow
+        scale = DepthScale(profile_at(model, name, config), config, on)
+        scale.requires_grad_(layer.lora_B[adapter].weight.requires_grad)
+        layer.lora_variant[adapter] = DepthVariant()
+        getattr(layer, SLOT)[adapter] = scale
+
+
+def profile_at(model: nn.Module, name: str, config: AdaptiveDepthLoRAConfig) -> float:
+    """f of the module called `name`."""
+    profile = config.depth_profile
+    if profile == "constant":
+        return 1.0
+    found = layer_index(model, name, config.layers_pattern)
+    if found is None:
+        raise ConfigError(
+            f"{name} is in no numbered layer, so it has no depth. Name it in exclude_modules, name the list of layers "
+            "with layers_pattern, or use depth_profile='constant'."
+        )
+    stack, index, L = found
+    values = _values(profile, L) if isinstance(profile, str) else profile
+    if len(values) != L:
+        raise ConfigError(
+            f"depth_profile has {len(values)} numbers, but {stack} has {L} layers; give one for each, also for those "
+            "that are not adapted."
+        )
+    return values[index] / (sum(values) / L if config.normalize_depth else 1.0)
+
+
+def _values(profile: str, L: int) -> list[float]:
+    formulas = {
+        "linear": lambda i: 1 - i / L,
+        "reverse": lambda i: (i + 1) / L,
+        "cosine": lambda i: (1 + math.cos(math.pi * i / L)) / 2,
+        "rsqrt": lambda i: 1 / math.sqrt(i + 1),
+    }
+    return [formulas[profile](i) for i in range(L)]
+
+
+def layer_index(model: nn.Module, name: str, pattern: str | list[str] | None = None) -> tuple[str, int, int] | None:
+    """The stack that a module belongs to, its layer's index there, and the number of layers; None without one.
+
+    Args:
+        pattern: names of lists of layers; by default those of `LAYER_LISTS`, or else the outermost list.
+    """
+    parts = name.split(".")
+    lists = [
+        (stack, int(part), len(container))
+        for i, part in enumerate(parts)
+        if part.isdecimal()
+        and isinstance(container := model.get_submodule(stack := ".".join(parts[:i])), nn.ModuleList | nn.Sequential)
+    ]
+    wanted = [pattern] if isinstance(pattern, str) else pattern or LAYER_LISTS
+    named = [found for found in lists if found[0].rpartition(".")[2] in wanted]
+    found = named or (lists if pattern is None else [])
+    return found[0] if found else None
+
+
+def scale_of(layer: LoraLayer, adapter: str) -> DepthScale | None:
+    """The scale of a layer's adapter; None where it has none."""
+    slot = getattr(layer, SLOT)
+    return slot[adapter] if adapter in slot and isinstance(slot[adapter], DepthScale) else None
+
+
+def scales(model: nn.Module, adapter: str) -> dict[str, DepthScale]:
+    """The scales of an adapter by the names of its layers."""
+    found = ((name, scale_of(layer, adapter)) for name, layer in adapted_layers(model, adapter))
+    return {name: scale for name, scale in found if scale is not None}
+
+
+def learned(model: nn.Module, adapter: str) -> dict[str, dict[str, float]]:
+    """What an adapter's JSON remembers of its scales, by layer."""
+    return {
+        name: {"theta": scale.theta, "attention": scale.attention} for name, scale in scales(model, adapter).items()
+    }
+
+
+def restore(model: nn.Module, adapter: str, values: Mapping[str, Mapping[str, float]]) -> None:
+    """Give an adapter's scales what `learned` returned; those of other layers stay as they are."""
+    for name, scale in scales(model, adapter).items():
+        if name in values:
+            scale.restore(values[name]["theta"], values[name]["attention"])
+
+
+def theta_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """The θ that are parameters, by their names in the model."""
+    return {
+        f"{name}.{SLOT}.{adapter}.{THETA}": scale.bias.detach()
+        for name, scale in scales(model, adapter).items()
+        if isinstance(scale.bias, nn.Parameter)
+    }
+
+
+@contextmanager
+def in_scaling(model: nn.Module, adapters: list[str]) -> Iterator[None]:
+    """Have `scaling` include the depth scales, for what reads ΔW without asking a variant."""
+    changed = [
+        (layer, adapter, layer.scaling[adapter], scale.value)
+        for adapter in adapters
+        for _, layer in adapted_layers(model, adapter)
+        if (scale := scale_of(layer, adapter)) is not None
+    ]
+    for layer, adapter, scaling, value in changed:
+        layer.scaling[adapter] = scaling * value
+    try:
+        yield
+    finally:
+        for layer, adapter, scaling, _ in changed:
+            layer.scaling[adapter] = scaling
