@@ -10,6 +10,7 @@ swapped at once for a stock reader; ours refuses a mixture by the hash.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -22,13 +23,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -69,7 +70,7 @@ class AdapterTensors(dict[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor], source: str, form: fold.Form) -> None:
         super().__init__(tensors)
         self.source, self.form = source, form
-        self.depth: dict[str, dict[str, float]] = {}
+        self.depth: dict[str, dict[str, Any]] = {}
         self.native: dict[str, Tensor] = {}
         self.folded_by: dict[str, float] = {}
 
@@ -88,16 +89,12 @@ class AdapterFolder:
     weights: Path
     record: dict[str, Any]
     state: Path | None = None
-    portable: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "portable", bool(self.record.get("folded", True)))
 
     def check(self) -> None:
         """Refuse files that do not belong together.
 
         Raises:
-            AdapterFileError: no safetensors file, or not the one that the config was saved with.
+            AdapterFileError: the safetensors file is not the one that the config was saved with.
         """
         expected, found = self.record.get("weights_sha256"), self.weights.stat()
         if expected is not None and expected != _sha256_of(self.weights, found.st_size, found.st_ctime_ns):
@@ -110,7 +107,7 @@ class AdapterFolder:
     def tensors(self, read: Callable[[], dict[str, Tensor]], device: str | None) -> AdapterTensors:
         """The adapter's tensors; `read` is PEFT's own reader."""
         try:
-            result = AdapterTensors(read(), str(self.weights), "portable" if self.portable else "native")
+            result = AdapterTensors(read(), str(self.weights), "portable" if self.record["folded"] else "native")
         except (SafetensorError, OSError) as error:
             raise AdapterFileError(
                 f"{self.weights} cannot be read as safetensors ({error}); it is truncated or of another kind. "
@@ -160,8 +157,11 @@ def adapter_folder(model_id: str | os.PathLike[str], **kwargs: Any) -> AdapterFo
     try:
         weights = Path(hf_hub_download(str(model_id), SAFETENSORS_WEIGHTS_NAME, **hub))
     except EntryNotFoundError as error:
+        offline = isinstance(error, LocalEntryNotFoundError)
         raise AdapterFileError(
-            f"{model_id} has no {SAFETENSORS_WEIGHTS_NAME}; pickled adapters are not loaded."
+            f"{model_id} has no {SAFETENSORS_WEIGHTS_NAME}"
+            + (" in the cache, and the Hub cannot be asked" if offline else "")
+            + "; pickled adapters are not loaded."
         ) from error
     return AdapterFolder(str(model_id), weights, record)
 
@@ -169,7 +169,15 @@ def adapter_folder(model_id: str | os.PathLike[str], **kwargs: Any) -> AdapterFo
 def has_config(model_id: str | os.PathLike[str], **kwargs: Any) -> bool:
     """Whether the adapter has an adapter_config.json; weights alone are taken to be as the config given with them."""
     local = Path(model_id, kwargs.get("subfolder") or "")
-    return not local.is_dir() or (local / CONFIG_NAME).is_file()
+    if local.is_dir():
+        found: bool = (local / CONFIG_NAME).is_file()
+        return found
+    hub = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
+    try:
+        hf_hub_download(str(model_id), CONFIG_NAME, **hub)
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return False
+    return True
 
 
 def save(
@@ -281,7 +289,7 @@ def _native_tensors(model: PeftModel, name: str, options: Mapping[str, Any]) -> 
 
 
 def _complete(
-    folder: Path, by: dict[str, float], native: dict[str, Tensor], learned: dict[str, dict[str, float]]
+    folder: Path, by: dict[str, float], native: dict[str, Tensor], learned: dict[str, dict[str, Any]]
 ) -> None:
     """Add to a staged adapter what only the saved file and the model know."""
     values = json.loads((folder / CONFIG_NAME).read_text())
@@ -297,8 +305,9 @@ def _complete(
 
 def _remove_left_overs(target: Path) -> None:
     for folder in target.glob(f"{_STAGING}*"):
-        if time.time() - folder.stat().st_mtime > LEFT_OVER_AFTER_S:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has just finished
+            if time.time() - folder.stat().st_mtime > LEFT_OVER_AFTER_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _versions() -> dict[str, str]:

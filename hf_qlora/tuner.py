@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from peft import LoraConfig, LoraModel, PeftModel
+import torch
+from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, delete_adapter
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
-from hf_qlora.layers import depth, fold
+from hf_qlora.config import AdaptiveDepthLoRAConfig, QLoRAConfig
+from hf_qlora.layers import attention, depth, fold
 from hf_qlora.layers.linear import Linear4bit, adopt
-from hf_qlora.layers.loftq import loftq_factors
-from hf_qlora.quant.base import (
-    BaseModelError,
-    dequantize_layers,
-    forget_quantization,
-    is_interrupted,
-    is_quantized,
-    quantize_model,
-    take_over,
-)
-from hf_qlora.quant.footprint import footprint
-from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
-from hf_qlora.quant.selection import warn_of_other_layers
-from hf_qlora.rehearsal import check_tokens, is_rehearsal, rehearse
-from hf_qlora.validation import ConfigError
+from hf_qlora.prepare import Factors, prepare_base
+from hf_qlora.quant.base import dequantize_layers, forget_quantization, refuse_interrupted
+from hf_qlora.rehearsal import is_real_step, is_rehearsal, tried, try_config
 
 
 logger = logging.getLogger(__name__)
@@ -51,22 +41,27 @@ class QLoRAModel(LoraModel):
     _gradient_hooks: tuple[RemovableHandle, ...] = ()  # on the input embeddings
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
-        # transformers' load_adapter and AutoModel.from_pretrained(adapter) pass a bare config and then set the file's
-        # tensors past PEFT: what they read is folded, so the adapter must be.
-        if isinstance(peft_config, QLoRAConfig) and peft_config.from_file:
+        # transformers' load_adapter and AutoModel.from_pretrained(adapter) set the file's tensors past PEFT: what they
+        # read is folded, so the adapter must be.
+        if isinstance(peft_config, QLoRAConfig) and fold.tensors_bypass_peft():
             peft_config = peft_config.with_portable_scaling()
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        refuse_interrupted(model)
         if not isinstance(config, QLoRAConfig):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         else:
-            factors = {} if is_rehearsal(model) else self._prepare_base(config, model, adapter_name)
-            with _undone_on_error(model, adapter_name), _linear_layers_named(model), _initialised_here(config):
+            factors: Factors = {}
+            if not is_rehearsal(model):
+                factors = prepare_base(config, model, self._try(config, model, adapter_name))
+            with undone_on_error(model, adapter_name), _linear_layers_named(model), _initialised_here(config):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 if isinstance(config, AdaptiveDepthLoRAConfig):
                     depth.attach(model, config, adapter_name)
+                    if config.attention == "concentration":
+                        attention.watch(model, adapter_name)
             self._start_from(factors, adapter_name)
             if config.quantization is not None and not config.inference_mode:
                 self._let_gradients_in(model)
@@ -111,6 +106,7 @@ class QLoRAModel(LoraModel):
         if ours and merge:
             dequantize_layers(result)
             forget_quantization(result)
+        attention.unwatch(result)
         for hook in self._gradient_hooks:
             hook.remove()
         return result
@@ -139,85 +135,23 @@ class QLoRAModel(LoraModel):
             _check_fits(model, config, tensors, adapter_name)
         return fold.unfold(tensors, fold.factors(model, config, adapter_name, from_file), adapter_name)
 
-    def _rehearse(self, config: QLoRAConfig, model: nn.Module, adapter_name: str) -> set[str] | None:
-        """Let PEFT refuse what it will before the base is touched; the names of the layers that it would adapt."""
-        stock: dict[str, Any] = {"quantization": None, "init_lora_weights": True, "loftq_config": {}, "record": None}
-        plain = replace(copy.deepcopy(config), **stock)
-        shadow = rehearse(model, lambda copied: PeftModel(copied, plain, adapter_name, low_cpu_mem_usage=True))
-        if shadow is None:
-            return None
-        check_tokens(shadow, adapter_name)
-        return {name for name, module in shadow.named_modules() if isinstance(module, LoraLayer)}
-
-    def _prepare_base(
-        self, config: QLoRAConfig, model: nn.Module, adapter_name: str
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Quantize the base, or check one that is 4-bit; the LoftQ factors of its layers by name."""
-        merged = [module for module in model.modules() if getattr(module, "merged", False) is True]
-        if merged and not any(isinstance(module, BaseLinear4bit) for module in model.modules()):
-            raise BaseModelError("Adapters are merged into the base; call unmerge_adapter() before adding another.")
-        if config.quantization is None:
-            if is_quantized(model):
-                take_over(model, None)
-            return {}
-        assert isinstance(config.quantization, NF4Config)
-        adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-        wants_loftq = config.init_lora_weights == "loftq"
-        if wants_loftq and config.layer_replication:
-            raise ConfigError("init_lora_weights='loftq' is not supported with layer_replication; use True.")
-        if is_quantized(model) and not is_interrupted(model):
-            if wants_loftq:
-                raise ConfigError(
-                    "init_lora_weights='loftq' needs the dense weights, but the base is already quantized. Load the "
-                    "base dense and let get_peft_model quantize it, or use init_lora_weights=True."
-                )
-            take_over(model, config.quantization, skip=() if adapted else config.modules_to_save or ())
-            if not adapted:
-                warn_of_other_layers(model, config.quantization, config.modules_to_save or ())
-            return {}
-        if adapted:
-            raise BaseModelError(
-                f"The base is dense and {len(adapted)} of its layers have adapters already ({adapted[0]}, …); "
-                "quantizing it would change what they compute. Add this adapter with quantization=None, or load the "
-                "base anew and add it first."
-            )
-        return self._quantize(config, config.quantization, model, adapter_name, wants_loftq)
-
-    def _quantize(
-        self, config: QLoRAConfig, quantization: NF4Config, model: nn.Module, adapter_name: str, wants_loftq: bool
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        targets = self._rehearse(config, model, adapter_name)
-        factors: dict[str, tuple[Tensor, Tensor]] = {}
-
-        def keep_factors(name: str, weight: Tensor, layer: Any) -> None:
-            if targets is None or name in targets:
-                factors[name] = loftq_factors(weight, layer.dequantize(), config, name)
-
-        before = footprint(model)
-        quantize_model(
-            model, quantization, skip=config.modules_to_save or (), on_layer=keep_factors if wants_loftq else None
+    def _try(self, config: QLoRAConfig, model: nn.Module, adapter_name: str) -> nn.Module | None:
+        if is_real_step():
+            return tried()
+        return try_config(
+            model, config, adapter_name, lambda copied, trial, name: QLoRAModel(copied, {name: trial}, name)
         )
-        if config.from_file:
-            logger.warning(
-                "The adapter was trained on an NF4 base: quantized the dense base in place, %s, was %s. For the dense "
-                "base, set quantization=None on QLoRAConfig.from_pretrained(...) and pass it as config=.",
-                footprint(model),
-                before,
-            )
-        return factors
 
     def _let_gradients_in(self, model: nn.Module) -> None:
-        """Make the first layers learn under reentrant checkpointing, as PEFT does for bases that are not quantized.
-
-        transformers' `enable_input_require_grads` registers a local function, after which no model can be pickled.
-        """
+        """Make the first layers learn under reentrant checkpointing, as PEFT does for bases that are not quantized."""
         if self._gradient_hooks or getattr(model, "_require_grads_hooks", None):
             return
         inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
         embeddings = {id(e): e for module in inner if (e := _input_embeddings(module)) is not None}
-        self._gradient_hooks = tuple(e.register_forward_hook(_require_grad) for e in embeddings.values())
+        hook = _LetGradientsIn(model)
+        self._gradient_hooks = tuple(e.register_forward_hook(hook) for e in embeddings.values())
 
-    def _start_from(self, factors: dict[str, tuple[Tensor, Tensor]], adapter_name: str) -> None:
+    def _start_from(self, factors: Factors, adapter_name: str) -> None:
         for name, module in self.model.named_modules():
             if name in factors and isinstance(module, LoraLayer) and adapter_name in module.lora_A:
                 A, B = factors[name]
@@ -237,8 +171,22 @@ def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
     return found
 
 
-def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
-    output.requires_grad_(True)
+class _LetGradientsIn:
+    """A forward hook that makes an embedding's output require gradients while something is checkpointed.
+
+    transformers' `enable_input_require_grads` does so always, which some models' and torch.compile's in-place
+    operations do not bear, and with a local function, which cannot be pickled.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled() or output.requires_grad:
+            return None
+        if not any(layer.gradient_checkpointing and layer.training for layer in self.checkpointed):
+            return None
+        return output.requires_grad_(True).clone()  # no leaf, so that it may be changed in place
 
 
 def _renew_magnitude(layer: LoraLayer, adapter_name: str) -> None:
@@ -280,14 +228,18 @@ def _linear_layers_named(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Let no layer keep an adapter whose addition failed half-way."""
+def undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Leave nothing of an adapter in a model whose addition failed half-way."""
     try:
         yield
     except Exception:
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.delete_adapter(adapter_name)
+        delete_adapter(model, adapter_name, QLoRAModel.prefix)
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, LoraLayer) and not child.r:
+                    setattr(parent, name, child.get_base_layer())
+                elif isinstance(child, AuxiliaryTrainingWrapper) and not child._get_available_adapters():
+                    setattr(parent, name, child.original_module)
         raise
 
 
@@ -309,13 +261,11 @@ def _check_fits(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor]
     buffers = {name: buffer for name, buffer in model.named_buffers() if f".{depth.SLOT}." not in name}
     everything = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
     biases = {"none": (), "lora_only": (".base_layer.bias",), "all": (".bias",)}[config.bias]
+    of_adapter = re.compile(rf"\.(lora_\w+|modules_to_save)\.{re.escape(adapter)}(\.|$)")
     own = {
         name: tensor.shape
         for name, tensor in everything.items()
-        if (
-            (f".{adapter}." in name or name.endswith(f".{adapter}"))
-            and any(kind in name for kind in (".lora_", ".modules_to_save."))
-        )
+        if of_adapter.search(name)
         or (name.endswith(biases) and not any(kind in name for kind in (".lora_", ".modules_to_save.")))
     }
     missing = sorted(own.keys() - tensors.keys())

@@ -10,6 +10,7 @@ import copy
 import importlib
 import inspect
 import json
+import math
 import multiprocessing
 import operator
 import os
@@ -38,7 +39,9 @@ from peft import (
     inject_adapter_in_model,
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 import hf_qlora
@@ -729,3 +732,109 @@ def test_the_message_names_the_config_class_and_the_way_out() -> None:
         ConfigError, match=r"get_peft_model\(model, config\) without mixed=True, after importing hf_qlora"
     ):
         LoraModel(llama(), config(), "default")
+
+
+# --- what is passed on -----------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_a_dense_base_works_where_peft_mixes_adapters(tmp_path: Path) -> None:
+    """There the tuner is PEFT's own, which computes what the file says."""
+    torch.manual_seed(0)
+    base = llama()
+    tokens = torch.randint(1, VOCAB, (2, 8))
+    ours = get_peft_model(copy.deepcopy(base), config(quantization=None, use_rslora=True, init_lora_weights=False))
+    ours.save_pretrained(tmp_path)
+    mixed = PeftMixedModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(mixed.eval()(tokens).logits, ours.eval()(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fresh_adapter_whose_config_was_read_from_a_file_scales_as_it_says(tmp_path: Path) -> None:
+    """No tensors follow, so that nothing is folded."""
+    get_peft_model(llama(), config(use_rslora=True)).save_pretrained(tmp_path)
+    given = QLoRAConfig.from_pretrained(tmp_path)
+    through_peft = get_peft_model(llama(), copy.deepcopy(given))
+    through_transformers = llama()
+    through_transformers.add_adapter(copy.deepcopy(given))
+    scalings = [
+        {module.scaling["default"] for module in model.modules() if isinstance(module, LoraLayer)}
+        for model in (through_peft, through_transformers)
+    ]
+    assert scalings[0] == scalings[1] == {given.lora_alpha / math.sqrt(given.r)}
+
+
+def test_keywords_for_the_config_are_honoured(tmp_path: Path) -> None:
+    get_peft_model(llama(), config()).save_pretrained(tmp_path)
+    assert QLoRAConfig.from_pretrained(tmp_path, quantization=None).quantization is None
+    model = PeftModel.from_pretrained(llama(), tmp_path, quantization=None)
+    assert not is_quantized(model.get_base_model())
+
+
+def test_an_adapter_may_have_the_name_of_a_module(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), config(target_modules=["up_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    for name in ("mlp", "model", "up_proj"):
+        model.load_adapter(tmp_path, name)
+    assert set(model.peft_config) == {"default", "mlp", "model", "up_proj"}
+
+
+@pytest.mark.parametrize("way", ["load_adapter", "hotswap"])
+def test_an_adapter_of_another_base_is_not_put_in_the_place_of_one(way: str, tmp_path: Path) -> None:
+    other = config(quantization=NF4Config(block_size=256, double_quant=False), init_lora_weights=False)
+    get_peft_model(llama(), other).save_pretrained(tmp_path)
+    model = get_peft_model(llama(), config(init_lora_weights=False))
+    before = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
+    ways: dict[str, Callable[[], Any]] = {
+        "hotswap": lambda: hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu"),
+        "load_adapter": lambda: model.load_adapter(tmp_path, "default"),
+    }
+    with pytest.raises(ValueError, match=r"block_size.*block_size"):
+        ways[way]()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+def test_a_dense_base_does_not_get_an_nf4_adapter_by_hot_swap(tmp_path: Path) -> None:
+    get_peft_model(llama(), config(init_lora_weights=False)).save_pretrained(tmp_path)
+    model = get_peft_model(llama(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    with pytest.raises(ValueError, match="not to 4 bits"):
+        hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+
+
+@pytest.mark.parametrize("cls", [QLoRAConfig, LoraConfig])
+def test_a_half_quantized_base_gets_no_adapter(cls: type[LoraConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = llama(), []
+    original = hf_qlora.quant.base.become_linear4bit
+
+    def interrupted(*args: Any) -> Any:
+        made.append(original(*args))
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return made[-1]
+
+    monkeypatch.setattr(hf_qlora.quant.base, "become_linear4bit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        get_peft_model(model, config())
+    with pytest.raises(ValueError, match="interrupted"):
+        get_peft_model(model, cls(r=2, target_modules=["q_proj"]))
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_model_compiles_in_one_graph() -> None:
+    model = get_peft_model(llama(), config())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    tokens = torch.randint(1, VOCAB, (2, 8))
+    assert torch.equal(compiled(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_embeddings_may_be_changed_in_place(checkpointing: bool) -> None:
+    """Some models add to what their embedding returned."""
+    model = get_peft_model(llama(), config(init_lora_weights=False))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, inputs, output: output.add_(0.1))
+    tokens = torch.randint(1, VOCAB, (2, 8))
+    model.train()(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,17 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture, gpt2, llama
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import hf_qlora.registration
-import hf_qlora.tuner
-from hf_qlora import NF4Config, QLoRAConfig
+import hf_qlora.prepare
+import hf_qlora.rehearsal
+from hf_qlora import NF4Config, QLoRAConfig, quantize_model
 from hf_qlora.files import AdapterFileError
 from hf_qlora.quant.base import is_quantized
-from hf_qlora.rehearsal import rehearse
+from hf_qlora.rehearsal import rehearse, try_config
 from hf_qlora.tuner import AdapterError
 from hf_qlora.validation import ConfigError
 
@@ -86,8 +89,9 @@ def test_every_family_can_be_tried_without_its_weights(family: Architecture) -> 
     model = family.make()
     before = state(model)
     given = QLoRAConfig(r=2, target_modules="all-linear", task_type=family.task_type, **family.options)
-    tried = hf_qlora.tuner.QLoRAModel._rehearse(None, given, model, "default")  # type: ignore[arg-type]
-    assert tried
+    shadow = try_config(model, given, "default", PeftModel)
+    assert shadow is not None
+    assert any(isinstance(module, LoraLayer) for module in shadow.modules())
     assert is_untouched(model, before)
     assert all(p.device.type != "meta" for p in model.parameters())
 
@@ -208,7 +212,7 @@ def test_an_addition_that_fails_half_way_leaves_no_trace_in_what_is_saved(tmp_pa
 
 def test_the_copy_has_no_data_and_keeps_ties() -> None:
     model = llama(tie_word_embeddings=True)
-    shadow = rehearse(model, lambda copied: None)
+    shadow = rehearse(model, "default", lambda copied: None)
     assert shadow is not None
     assert {p.device.type for p in (*shadow.parameters(), *shadow.buffers())} == {"meta"}
     assert shadow.lm_head.weight is shadow.model.embed_tokens.weight
@@ -222,12 +226,12 @@ def test_a_model_that_cannot_be_copied_is_not_tried(monkeypatch: pytest.MonkeyPa
 
     model = llama()
     model.handle = Uncopyable()
-    assert rehearse(model, lambda copied: pytest.fail("tried")) is None
+    assert rehearse(model, "default", lambda copied: pytest.fail("tried")) is None
     assert is_quantized(get_peft_model(model, config()).get_base_model())
 
 
 def test_a_step_that_needs_weights_does_not_count() -> None:
-    assert rehearse(llama(), lambda copied: copied.lm_head.weight.sum().item()) is None
+    assert rehearse(llama(), "default", lambda copied: copied.lm_head.weight.sum().item()) is None
 
 
 def test_other_errors_reach_the_caller() -> None:
@@ -235,18 +239,18 @@ def test_other_errors_reach_the_caller() -> None:
         raise ConfigError("no")
 
     with pytest.raises(ConfigError, match="no"):
-        rehearse(llama(), fail)
+        rehearse(llama(), "default", fail)
 
 
 def test_loftq_decomposes_only_what_is_adapted(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    original = hf_qlora.tuner.loftq_factors
+    original = hf_qlora.prepare.loftq_factors
 
     def watched(weight: Any, quantized: Any, given: Any, name: str) -> Any:
         seen.append(name)
         return original(weight, quantized, given, name)
 
-    monkeypatch.setattr(hf_qlora.tuner, "loftq_factors", watched)
+    monkeypatch.setattr(hf_qlora.prepare, "loftq_factors", watched)
     get_peft_model(llama(), config(init_lora_weights="loftq"))
     assert seen == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
 
@@ -259,3 +263,135 @@ def test_hooks_and_quantization_settings_survive_the_try() -> None:
     adapted(torch.ones(1, 4, dtype=torch.long))
     assert calls == ["layer"]
     copy.deepcopy(adapted)
+
+
+# --- a model that is 4-bit already -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nf4() -> nn.Module:
+    return quantize_model(llama())
+
+
+MISTAKES: dict[str, dict[str, Any]] = {
+    "names": {"target_modules": ["nope"]},
+    "norm": {"target_modules": ["q_proj", "norm"]},
+    "tokens": {"trainable_token_indices": {"embed_tokens": [1], "nope": [1]}},
+    "token": {"trainable_token_indices": [9999]},
+    "no token": {"trainable_token_indices": []},
+    "packed": {"modules_to_save": ["down_proj"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("mistake", "kind"),
+    # On a dense base "packed" is no mistake: what is to be trained stays dense.
+    [(mistake, kind) for mistake in MISTAKES for kind in ("dense", "nf4") if (mistake, kind) != ("packed", "dense")],
+)
+def test_a_mistake_and_then_the_right_config_on_the_same_model(
+    mistake: str, kind: str, nf4: nn.Module, tmp_path: Path
+) -> None:
+    model = nf4 if kind == "nf4" else llama()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises((ValueError, IndexError)):
+        get_peft_model(model, config(**MISTAKES[mistake]))
+    assert [name for name, _ in model.named_modules()] == names
+    adapted = get_peft_model(model, config(init_lora_weights=False))
+    adapted.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_second_adapter_costs_nothing(mistake: str, tmp_path: Path) -> None:
+    model = get_peft_model(llama(), config(init_lora_weights=False))
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises((ValueError, IndexError)):
+        model.add_adapter("second", config(**MISTAKES[mistake]))
+    assert [name for name, _ in model.named_modules()] == names
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_a_bad_file_does_not_stand_in_the_way_of_a_good_one(nf4: nn.Module, folder: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(folder, bad)
+    edit(bad, modules_to_save=["lm_head"])
+    names = [name for name, _ in nf4.named_modules()]
+    with pytest.raises(AdapterError, match="modules_to_save"):
+        PeftModel.from_pretrained(nf4, bad)
+    assert [name for name, _ in nf4.named_modules()] == names
+    PeftModel.from_pretrained(nf4, folder)
+
+
+def test_transformers_refuses_a_bad_file_before_the_base_is_touched(folder: Path) -> None:
+    model = llama()
+    before = state(model)
+    edit(folder, r=8)
+    with pytest.raises(AdapterError, match="another shape"):
+        model.load_adapter(str(folder))
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(AdapterFileError, match="does not exist"):
+        model.load_adapter(str(folder))
+    assert is_untouched(model, before)
+
+
+def test_the_task_s_own_class_is_tried() -> None:
+    """It refuses after the tuner is done: PEFT adapts the head that the class wants to train."""
+    (family,) = [family for family in ARCHITECTURES if family.name == "bert"]
+    model = family.make()
+    before = state(model)
+    with pytest.raises(TypeError, match="modules_to_save"):
+        get_peft_model(model, QLoRAConfig(r=2, target_modules="all-linear", task_type="TOKEN_CLS"))
+    assert is_untouched(model, before)
+
+
+def test_modules_that_other_threads_make_are_left_alone() -> None:
+    stop, devices = threading.Event(), set()
+
+    def make() -> None:
+        while not stop.is_set():
+            devices.add(nn.Linear(2, 2).weight.device.type)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    try:
+        for _ in range(3):
+            get_peft_model(llama(), config())
+    finally:
+        stop.set()
+        thread.join()
+    assert devices == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [({"target_modules": ["q_proj", "q_prj"]}, "q_prj"), ({"modules_to_save": ["lm_hed"]}, "lm_hed")],
+)
+def test_a_misspelt_name_among_good_ones_is_named(
+    settings: dict[str, Any], word: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    get_peft_model(llama(), config(**settings))
+    assert f"['{word}'] match nothing" in caplog.text
+
+
+def test_good_names_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    (mixtral,) = [family for family in ARCHITECTURES if family.name == "mixtral"]
+    get_peft_model(llama(), config(modules_to_save=["lm_head", "model.norm"]))
+    get_peft_model(mixtral.make(), config(target_modules=["q_proj", "w1", "w2", "w3"]))
+    assert "match nothing" not in caplog.text
+
+
+def test_each_way_in_is_tried_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[nn.Module] = []
+    original = copy.deepcopy
+
+    def counted(value: Any, memo: Any = None) -> Any:
+        if isinstance(value, nn.Module) and memo:
+            copies.append(value)
+        return original(value, memo)
+
+    monkeypatch.setattr(hf_qlora.rehearsal.copy, "deepcopy", counted)
+    for step in (lambda: get_peft_model(llama(), config()), lambda: PeftModel.from_pretrained(llama(), folder)):
+        copies.clear()
+        step()
+        assert len([model for model in copies if type(model).__name__ == "LlamaForCausalLM"]) == 1

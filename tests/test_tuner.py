@@ -469,8 +469,8 @@ def test_adding_an_adapter_while_everything_is_merged_is_refused_or_right(make: 
         assert "unmerge" in str(error)  # noqa: PT017
         assert list(model.peft_config) == ["default"]
     for name, layer in lora_layers(model).items():
-        assert layer.base_layer is merged[name]
-        assert all(p.is_floating_point() for p in (*layer.lora_A.parameters(), *layer.base_layer.parameters()))
+        assert layer.base_layer is (merged if layer.merged else packed)[name]
+        assert all(p.is_floating_point() for p in layer.lora_A.parameters())
     model.unmerge_adapter()
     assert all(layer.base_layer is packed[name] for name, layer in lora_layers(model).items())
 

@@ -106,7 +106,7 @@ class QLoRAConfig(LoraConfig):
         originals = {name: values[name] for name in (*_STOCK_SCALING, *_STOCK_INIT)}
         if self.record is not None:  # the initialisation that this adapter once had
             originals |= {name: self.record["originals"].get(name, values[name]) for name in _STOCK_INIT}
-        own = {name: values.pop(name) for name in self._own_fields()}
+        own = {name: values.pop(name) for name in self.own_fields()}
         if self.quantization is not None:  # else it may be PiSSA or another that a reader must repeat on its base
             values |= _STOCK_INIT
         if self.folds:
@@ -142,8 +142,9 @@ class QLoRAConfig(LoraConfig):
         record = checked_record(stock.pop(RECORD_KEY, None))
         config_cls = _class_named(record["type"])
         known = {f.name for f in dataclasses.fields(config_cls)}
-        own = config_cls._own_fields()
-        unknown = sorted(name for name in stock if name not in known or name in own)
+        own = config_cls.own_fields()
+        given = {name: stock.pop(name) for name in own if name in stock}  # by a caller of from_pretrained
+        unknown = sorted(name for name in stock if name not in known)
         if unknown:
             _say_once(
                 f"adapter_config.json has keys that this PEFT does not know, now ignored: {unknown}. Upgrade peft."
@@ -152,9 +153,15 @@ class QLoRAConfig(LoraConfig):
         native = {name: record["originals"][name] for name in _STOCK_SCALING}
         native |= {name: record[name] for name in (*own, "layers_pattern") if name in record}
         try:
-            return config_cls(**stock | native, record=record)
+            return config_cls(**stock | native | given, record=record)
         except (TypeError, AttributeError, KeyError, ImportError) as error:  # PEFT's, from a sub-config
             raise ConfigError(f"adapter_config.json cannot be read: {error}.") from error
+
+    def is_stock(self) -> bool:
+        """Whether a stock tuner computes this adapter: a file's tensors, which are folded, or nothing to fold."""
+        if self.record is not None:
+            return bool(self.record["folded"])
+        return self.without_depth() is self and not (self.folds and (self.use_rslora or self.alpha_pattern))
 
     def portable_form(self) -> LoraConfig:
         """The stock config that a consumer without this package reads from the file."""
@@ -174,7 +181,8 @@ class QLoRAConfig(LoraConfig):
         return self
 
     @classmethod
-    def _own_fields(cls) -> list[str]:
+    def own_fields(cls) -> list[str]:
+        """The names of the fields that `LoraConfig` has not, and that are for users."""
         stock = {f.name for f in dataclasses.fields(LoraConfig)}
         return [f.name for f in dataclasses.fields(cls) if f.name not in stock and f.name != "record"]
 
@@ -191,11 +199,17 @@ _STOCK_INIT: dict[str, Any] = {
 
 
 def _class_named(name: str) -> type[QLoRAConfig]:
-    """The config class of that name among ours; nothing is imported by name."""
-    classes: dict[str, type[QLoRAConfig]] = {cls.__name__: cls for cls in (QLoRAConfig, *QLoRAConfig.__subclasses__())}
+    """The config class of that name among ours and those derived from them; nothing is imported by name."""
+    classes: dict[str, type[QLoRAConfig]] = {}
+    remaining: list[type[QLoRAConfig]] = [QLoRAConfig]
+    while remaining:
+        cls = remaining.pop()
+        classes[cls.__name__] = cls
+        remaining += cls.__subclasses__()
     if name not in classes:
         raise ConfigError(
-            f"The adapter's config type is {name!r}; this version knows {sorted(classes)}. Upgrade hf-qlora."
+            f"The adapter's config type is {name!r}; this version knows {sorted(classes)}. Upgrade hf-qlora, or "
+            "import the module that defines it first."
         )
     return classes[name]
 

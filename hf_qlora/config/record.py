@@ -48,8 +48,12 @@ def checked_record(record: Any) -> dict[str, Any]:
 
 
 def _is_depth(value: Any) -> bool:
-    numbers = [value.get(name) for name in ("theta", "attention")] if isinstance(value, dict) else [None]
-    return all(isinstance(number, float) and math.isfinite(number) for number in numbers)
+    if not isinstance(value, dict) or type(value.get("observations")) is not int:
+        return False
+    numbers = [value.get("theta"), value.get("attention"), value.get("concentration", math.nan)]
+    return all(isinstance(number, float) and math.isfinite(number) for number in numbers if number is not None) and (
+        None not in numbers[:2]
+    )
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

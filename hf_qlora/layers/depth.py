@@ -36,14 +36,8 @@ from hf_qlora.layers.names import adapted_layers
 from hf_qlora.validation import ConfigError
 
 
-SUPPORTED = (
-    Linear,
-    Linear4bit,
-    Linear8bitLt,
-    Conv1d,
-    Conv2d,
-    Conv3d,
-)  # layers of PEFT that ask a variant in every path
+# Layers of PEFT that ask a variant in every path.
+SUPPORTED = (Linear, Linear4bit, Linear8bitLt, Conv1d, Conv2d, Conv3d)
 LAYER_LISTS = ("layers", "layer", "h", "block", "blocks")  # as transformers' families call them
 SLOT, THETA = "lora_magnitude_vector", "bias"
 
@@ -54,6 +48,8 @@ class DepthScale(nn.Module):
     Attributes:
         bias (`torch.nn.Parameter`, (1,), float32): θ; a buffer where the gain is not learned.
         fixed (`torch.Tensor`, (1,), float32): f · a.
+        attention, concentration, observations: a, the average c̄ it comes from, and over how many steps
+            (`layers/attention.py`).
         merged_value: the scale with which the adapter was merged last.
     """
 
@@ -63,6 +59,8 @@ class DepthScale(nn.Module):
     def __init__(self, profile: float, config: AdaptiveDepthLoRAConfig, device: torch.device) -> None:
         super().__init__()
         self.profile, self.attention, self.bound = profile, 1.0, config.gain_bound
+        self.concentration: float | None = None
+        self.observations = 0
         self.merged_value = math.nan
         self.register_buffer("fixed", torch.full((1,), profile, device=device), persistent=False)
         theta = torch.zeros(1, device=device)
@@ -93,6 +91,13 @@ class DepthScale(nn.Module):
         self.bias.fill_(theta)
         self.attention = attention
         self.fixed.fill_(self.profile * attention)
+
+    def observe(self, concentration: float, momentum: float) -> None:
+        """Take one more observation into the average; NaN is none."""
+        self.observations += 1
+        if not math.isnan(concentration):
+            before = concentration if self.concentration is None else self.concentration
+            self.concentration = before + momentum * (concentration - before)
 
     def neutralise(self) -> None:
         """Become 1, and stay it but for what is learned from now on."""
@@ -224,18 +229,25 @@ def scales(model: nn.Module, adapter: str) -> dict[str, DepthScale]:
     return {name: scale for name, scale in found if scale is not None}
 
 
-def learned(model: nn.Module, adapter: str) -> dict[str, dict[str, float]]:
+def learned(model: nn.Module, adapter: str) -> dict[str, dict[str, Any]]:
     """What an adapter's JSON remembers of its scales, by layer."""
     return {
-        name: {"theta": scale.theta, "attention": scale.attention} for name, scale in scales(model, adapter).items()
+        name: {
+            "theta": scale.theta,
+            "attention": scale.attention,
+            "concentration": scale.concentration,
+            "observations": scale.observations,
+        }
+        for name, scale in scales(model, adapter).items()
     }
 
 
-def restore(model: nn.Module, adapter: str, values: Mapping[str, Mapping[str, float]]) -> None:
+def restore(model: nn.Module, adapter: str, values: Mapping[str, Mapping[str, Any]]) -> None:
     """Give an adapter's scales what `learned` returned; those of other layers stay as they are."""
     for name, scale in scales(model, adapter).items():
         if name in values:
             scale.restore(values[name]["theta"], values[name]["attention"])
+            scale.concentration, scale.observations = values[name]["concentration"], values[name]["observations"]
 
 
 def theta_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:

@@ -54,6 +54,7 @@ class FoldError(ValueError):
 
 
 _CALLERS_OWN = Exchange()
+_past_peft: ContextVar[bool] = ContextVar("hf_qlora_past_peft", default=False)
 _exchange: ContextVar[Exchange] = ContextVar("hf_qlora_exchange", default=_CALLERS_OWN)
 
 
@@ -69,6 +70,20 @@ def exchange(form: Form, source: str = "", any_shape: bool = False) -> Iterator[
 
 def current_exchange() -> Exchange:
     return _exchange.get()
+
+
+@contextmanager
+def past_peft() -> Iterator[None]:
+    """Say that a file's tensors will be set by a loader that knows no forms."""
+    token = _past_peft.set(True)
+    try:
+        yield
+    finally:
+        _past_peft.reset(token)
+
+
+def tensors_bypass_peft() -> bool:
+    return _past_peft.get()
 
 
 def factors(model: nn.Module, config: LoraConfig, adapter: str, from_file: bool = False) -> dict[str, float]:

@@ -47,15 +47,18 @@ class Linear4bit(PeftLinear4bit):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        self.check_mergeable("This layer", names, safe_merge)
+        self.check_mergeable("This layer", names, safe_merge=False)
         packed = self._packed[0] if self.merged else self.base_layer
-        self.base_layer = packed.to_dense(self._merged_weight(packed, self.merged_adapters + names))
-        self._packed = (packed,)
+        weight = self._merged_weight(packed, self.merged_adapters + names)
+        if safe_merge:
+            _check_finite("This layer", names, weight)
+        self.base_layer, self._packed = packed.to_dense(weight), (packed,)
         self.merged_adapters = self.merged_adapters + names
 
     def check_mergeable(self, layer_name: str, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raise what `merge` would raise, without merging; `layer_name` is for the message."""
-        names = [name for name in adapter_names or self.active_adapters if name in self.lora_A]
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in wanted if name in self.lora_A and name not in self.merged_adapters]
         if any(self.lora_bias[name] for name in names):
             raise MergeError(
                 f"{layer_name} has an adapter with lora_bias=True, which cannot be merged on a 4-bit base: the merged "
@@ -64,15 +67,14 @@ class Linear4bit(PeftLinear4bit):
             )
         if safe_merge:
             packed = self._packed[0] if self.merged else self.base_layer
-            if not torch.isfinite(self._merged_weight(packed, names)).all():
-                raise MergeError(f"{layer_name}: merging {names} gives NaN or infinite weights; an adapter is broken.")
+            _check_finite(layer_name, names, self._merged_weight(packed, self.merged_adapters + names))
 
     def unmerge(self) -> None:
         """Put the packed base layer back; nothing is computed."""
         if self.merged:
             dense, packed = self.base_layer.weight, self._packed[0]
             self._restore(packed)
-            if (packed.weight.device, packed.weight.quant_state.dtype) != (dense.device, dense.dtype):
+            if (packed.weight.device, packed.state.dtype) != (dense.device, dense.dtype):
                 packed.to(dense.device, dense.dtype)  # where the model went while merged
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -101,11 +103,16 @@ class Linear4bit(PeftLinear4bit):
                 weight = (magnitude.weight / norm)[:, None] * (weight + delta)
             else:
                 weight = variant.merge_safe(self, name, weight)
-        return weight.detach().to(packed.weight.quant_state.dtype)
+        return weight.detach().to(packed.state.dtype)
 
     def _restore(self, packed: BaseLinear4bit) -> None:
         self.base_layer = packed
         self._packed, self.merged_adapters = (), []
+
+
+def _check_finite(layer_name: str, names: list[str], weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        raise MergeError(f"{layer_name}: merging {names} gives NaN or infinite weights; an adapter is broken.")
 
 
 def adopt(model: nn.Module) -> None:

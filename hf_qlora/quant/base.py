@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -34,7 +35,14 @@ from hf_qlora.quant.linear4bit import (
     dense_weight,
     quantize_weight,
 )
-from hf_qlora.quant.selection import is_named, name_dense_experts, quantizable_layers, warn_of_unknown_names
+from hf_qlora.quant.selection import (
+    is_named,
+    name_dense_experts,
+    pretrained_parts,
+    quantizable_layers,
+    warn_of_unknown_names,
+)
+from hf_qlora.validation import ConfigError
 
 
 logger = logging.getLogger(__name__)
@@ -109,17 +117,29 @@ def quantize_model(
 
     Raises:
         BaseModelError: weights on the meta device, not finite, or of another dtype; no linear layer to quantize; a
-            base quantized by another method or with other settings; a compute dtype that the device cannot do.
+            base that has adapters, or is quantized by another method or with other settings; a compute dtype that the
+            device cannot do.
+        ConfigError: arguments of another type.
     """
-    config = config or NF4Config()
-    if is_interrupted(model):
-        raise BaseModelError("Quantizing this model was interrupted, and it is neither dense nor NF4. Load it anew.")
+    config = NF4Config() if config is None else NF4Config.from_dict(config) if isinstance(config, Mapping) else config
+    if not isinstance(config, NF4Config):
+        raise ConfigError(f"config={config!r} must be an NF4Config, its dict, or None.")
+    if isinstance(skip, str):
+        raise ConfigError(f"skip={skip!r} must be a list of names, as [{skip!r}].")
+    refuse_interrupted(model)
     if is_quantized(model):
-        take_over(model, config)
+        take_over(model, config, skip=skip)
         return model
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if adapted:
+        raise BaseModelError(
+            f"The base is dense and {len(adapted)} of its layers have adapters already ({adapted[0]}, …); quantizing "
+            "it would change what they compute. Add adapters with quantization=None, or load the base anew and "
+            "quantize it first."
+        )
     layers, dense = quantizable_layers(model, config, skip)
     _check(model, layers, config)
-    warn_of_unknown_names(model, config)
+    warn_of_unknown_names(model, config, skip)
     before = footprint(model)
     setattr(model, _INTERRUPTED, True)
     _convert(layers, config, on_layer)
@@ -137,14 +157,35 @@ def quantize_model(
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether the model holds weights of any quantization method."""
-    if getattr(model, "quantization_method", None) is not None:
-        return True
+    if getattr(model, "quantization_method", None) is not None or getattr(model, "is_loaded_in_4bit", False):
+        return True  # also while adapters are merged into all of its layers, which are dense then
     return any(isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) for module in model.modules())
 
 
 def is_interrupted(model: nn.Module) -> bool:
     """Whether converting the model began and did not end."""
     return bool(getattr(model, _INTERRUPTED, False))
+
+
+def refuse_interrupted(model: nn.Module) -> None:
+    """Raise BaseModelError where `is_interrupted`."""
+    if is_interrupted(model):
+        raise BaseModelError("Quantizing this model was interrupted, and it is neither dense nor NF4. Load it anew.")
+
+
+def check_settings(model: nn.Module, config: NF4Config) -> None:
+    """Raise BaseModelError where a base is not in NF4 as `config` says."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
+    if not layers:
+        eight = any(isinstance(module, bnb.nn.Linear8bitLt) for module in model.modules())
+        method = getattr(model, "quantization_method", "none")
+        found = "bitsandbytes, 8 bits" if eight else getattr(method, "value", method)
+        raise BaseModelError(
+            f"The base is quantized by another method ({found}), not to 4 bits by bitsandbytes; the config asks for "
+            f"{config}. Load the base dense or in NF4, or set quantization=None."
+        )
+    for name, module in layers:
+        _check_same_settings(name, module, config)
 
 
 def take_over(model: nn.Module, config: NF4Config | None, *, skip: Collection[str] = ()) -> None:
@@ -156,18 +197,9 @@ def take_over(model: nn.Module, config: NF4Config | None, *, skip: Collection[st
     Raises:
         BaseModelError: another method, quantization type, nesting or block size; both sides are named.
     """
-    method = getattr(model, "quantization_method", "bitsandbytes")
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
     if config is not None:
-        if not layers:
-            eight = any(isinstance(module, bnb.nn.Linear8bitLt) for module in model.modules())
-            found = "bitsandbytes, 8 bits" if eight else getattr(method, "value", method)
-            raise BaseModelError(
-                f"The base is quantized by another method ({found}), not to 4 bits by bitsandbytes; "
-                f"the config asks for {config}. Load the base dense or in NF4, or set quantization=None."
-            )
-        for name, module in layers:
-            _check_same_settings(name, module, config)
+        check_settings(model, config)
         _check_compute_dtype(config, layers[0][1].weight.device)
     packed = [name for name, _ in layers if is_named(name, skip)]
     if packed:
@@ -195,10 +227,10 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.
 
 def forget_quantization(model: nn.Module) -> None:
     """Remove the marks of a quantized base from a model that has become dense."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, NF4Quantizer):
-        quantizer.remove_quantization_config(model)
-    elif getattr(model, "is_loaded_in_4bit", False):
+    for part in pretrained_parts(model).values():
+        if isinstance(quantizer := getattr(part, "hf_quantizer", None), NF4Quantizer):
+            quantizer.remove_quantization_config(part)
+    if getattr(model, "is_loaded_in_4bit", False):
         model.is_loaded_in_4bit = False  # type: ignore[assignment]
 
 
@@ -289,12 +321,12 @@ def _convert(layers: dict[str, nn.Linear | Conv1D], config: NF4Config, on_layer:
 def _mark(model: nn.Module, config: NF4Config, dense: list[str]) -> None:
     """Set what transformers, Trainer and PEFT look for on a model that from_pretrained has quantized."""
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
-    if not isinstance(model, PreTrainedModel):
-        return
-    quantizer = AutoHfQuantizer.from_config(bitsandbytes_config(config, dense), pre_quantized=True)
-    quantizer.__class__ = NF4Quantizer
-    quantizer.modules_to_not_convert = dense
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = quantizer.quantization_config.quant_method
-    quantizer.postprocess_model(model)
+    for prefix, part in pretrained_parts(model).items():
+        names = [name.removeprefix(prefix) for name in dense if name.startswith(prefix)]
+        quantizer = AutoHfQuantizer.from_config(bitsandbytes_config(config, names), pre_quantized=True)
+        quantizer.__class__ = NF4Quantizer
+        quantizer.modules_to_not_convert = names
+        part.hf_quantizer = quantizer
+        part.is_loaded_in_4bit = part.is_quantized = True
+        part.quantization_method = quantizer.quantization_config.quant_method
+        quantizer.postprocess_model(part)

@@ -45,6 +45,7 @@ NESTED_BLOCK_SIZE = 256
 # What a layer has beside what every linear layer has.
 _OWN_ATTRIBUTES = (
     "source_cls",
+    "base_dtype",
     "compute_dtype",
     "compute_type_is_set",
     "quant_state",
@@ -62,6 +63,13 @@ class Linear4bit(bnb.nn.Linear4bit):
 
     source_cls: type[nn.Module]
     compute_dtype: Any
+    base_dtype: torch.dtype  # that `compute_dtype` was derived from, where the config chose none
+
+    @property
+    def state(self) -> QuantState:
+        """How the weight is packed. FSDP replaces the parameter, which then has no state of its own."""
+        state: QuantState = getattr(self.weight, "quant_state", None) or self.quant_state
+        return state
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x, (..., in_features); the result has x's dtype."""
@@ -73,29 +81,28 @@ class Linear4bit(bnb.nn.Linear4bit):
         with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
             return frozen_linear(x.to(dtype), lambda: self.dequantize(dtype), bias).to(x.dtype)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        table = f"{prefix}weight.quant_map"
+        if table in destination:  # not under FSDP
+            destination[table] = destination[table].clone()  # shared in memory; safetensors takes no shared tensors
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
         """Follow the model to another device (`to`, `cuda`) or dtype (`float`, `half`, `to`); the codes stay."""
         super()._apply(fn, recurse)
-        state = self.weight.quant_state
-        self._follow(fn(torch.empty(0, dtype=state.dtype, device=self.weight.device)).dtype)
-        share_tables(state)
+        self.follow(fn(torch.empty(0, dtype=self.state.dtype, device=self.weight.device)).dtype)
+        share_tables(self.state)
         return self
 
-    def _follow(self, dtype: torch.dtype) -> None:
+    def follow(self, dtype: torch.dtype) -> None:
         """Dequantize to `dtype` from now on, and compute in it unless the config chose another."""
-        state = self.weight.quant_state
-        if self.compute_dtype == state.dtype:
+        if self.compute_dtype == self.base_dtype:
             self.compute_dtype = dtype
-        state.dtype = dtype
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        table = f"{prefix}weight.quant_map"  # shared in memory; safetensors takes no shared tensors
-        destination[table] = destination[table].clone()
+        self.base_dtype = self.state.dtype = dtype
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, (out_features, in_features), in `dtype` or the dtype it was quantized from."""
-        weight = dequantize_weight(self.weight.data, self.weight.quant_state)
+        weight = dequantize_weight(self.weight.data, self.state)
         return weight if dtype is None else weight.to(dtype)
 
     def to_dense(self, weight: Tensor) -> nn.Linear | Conv1D:
@@ -123,8 +130,8 @@ class Linear4bit(bnb.nn.Linear4bit):
                 layer.out_features, layer.in_features = N, K
             self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
             bias = self._parameters["bias"]
-            if bias is not None and bias.dtype != weight.dtype:  # off the CPU, bitsandbytes casts it for good
-                bias.data = bias.data.to(weight.dtype)
+            if bias is not None and bias.dtype != weight.dtype:  # a copy: the packed layer may come back
+                self._parameters["bias"] = nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
         return cast(nn.Linear | Conv1D, layer)
 
 
@@ -138,7 +145,7 @@ def become_linear4bit(
     layer: nn.Linear | Conv1D, packed: Tensor, state: QuantState, compute_dtype: torch.dtype | str | None
 ) -> Linear4bit:
     """Turn a dense layer into a `Linear4bit` with the given packed weight, in place; the dense weight is let go."""
-    converted = _become(layer, type(layer), state.shape, compute_dtype or state.dtype)
+    converted = _become(layer, type(layer), state.shape, compute_dtype or state.dtype, state.dtype)
     # Not through `__setattr__`: PEFT's low_cpu_mem_usage patches parameter registration to move everything to meta.
     converted._parameters["weight"] = bnb.nn.Params4bit(
         packed,
@@ -171,7 +178,9 @@ def adopt_linear(layer: bnb.nn.Linear4bit, name: str, compute_dtype: torch.dtype
             weight.quant_state.absmax = weight.quant_state.absmax.t().reshape(-1).float()
     source_cls = getattr(layer, "source_cls", nn.Linear)
     dtype = compute_dtype or layer.compute_dtype or weight.quant_state.dtype
-    _become(layer, source_cls, torch.Size([layer.out_features, layer.in_features]), dtype)
+    shape = torch.Size([layer.out_features, layer.in_features])
+    layer.quant_state = weight.quant_state
+    _become(layer, source_cls, shape, dtype, weight.quant_state.dtype)
     share_tables(weight.quant_state)
 
 
@@ -248,14 +257,16 @@ def _shared(table: Tensor) -> Tensor:
     return _tables.setdefault((table.device, table.cpu().numpy().tobytes()), table)
 
 
-def _become(layer: nn.Module, source_cls: type[nn.Module], shape: torch.Size, compute_dtype: Any) -> Linear4bit:
+def _become(
+    layer: nn.Module, source_cls: type[nn.Module], shape: torch.Size, compute_dtype: Any, base_dtype: torch.dtype
+) -> Linear4bit:
     """Change the class of `layer` in place to `Linear4bit` and set what bitsandbytes' own constructor would."""
     with _unhooked(layer):
         layer.__class__ = Linear4bit
         assert isinstance(layer, Linear4bit)
         layer.source_cls = source_cls
         layer.out_features, layer.in_features = shape
-        layer.compute_dtype = compute_dtype
+        layer.compute_dtype, layer.base_dtype = compute_dtype, base_dtype
         layer.compute_type_is_set = True
         layer.quant_storage = getattr(layer.weight, "quant_storage", torch.uint8)
         layer.support_avx512bf16_for_cpu = False

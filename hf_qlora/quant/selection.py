@@ -29,10 +29,11 @@ def quantizable_layers(
 ) -> tuple[dict[str, nn.Linear | Conv1D], list[str]]:
     """The layers to quantize by name, and the names of the linear layers that stay dense."""
     names = {*config.skip_modules, *skip}
-    if isinstance(model, PreTrainedModel):
+    for prefix, inner in pretrained_parts(model).items():
         # transformers names parameters here, of which it strips ".weight" but not the ".bias" of a last linear layer
-        names.update(name.removesuffix(".bias") for name in get_keys_to_not_convert(model))
-        names.update(model._keep_in_fp32_modules or [])
+        kept = [name.removesuffix(".bias") for name in get_keys_to_not_convert(inner)]
+        names.update(prefix + name for name in kept)
+        names.update(inner._keep_in_fp32_modules or ())  # components of names, anywhere
     linear: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_linear(module)}
     chosen = {name: module for name, module in linear.items() if not _stays_dense(name, names)}
     # A weight that any other module holds too is tied: an output head to its embedding, or one head to another.
@@ -48,6 +49,16 @@ def quantizable_layers(
         layers = convertible
 
 
+def pretrained_parts(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """The outermost models of transformers in a model, which may be one itself, by the prefix of their names."""
+    found: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, PreTrainedModel) and not prefix.startswith(tuple(found)):
+            found[prefix] = module
+    return found
+
+
 def _is_linear(module: nn.Module) -> bool:
     # Subclasses are left alone: nn.MultiheadAttention's projection is one, and reads `.weight` past its forward. So
     # are reparametrized layers, whose weight is computed from other parameters.
@@ -60,15 +71,16 @@ def _stays_dense(name: str, parts: Collection[str]) -> bool:
 
 
 def is_named(name: str, parts: Collection[str]) -> bool:
+    """Whether a run of whole components of a module's name is in `parts`."""
     return any(f".{part}." in f".{name}." for part in parts)
 
 
-def warn_of_unknown_names(model: nn.Module, config: NF4Config) -> None:
+def warn_of_unknown_names(model: nn.Module, config: NF4Config, skip: Collection[str]) -> None:
     names = [name for name, _ in model.named_modules()]
-    given = set(config.skip_modules) - set(NF4Config().skip_modules)
+    given = {*config.skip_modules, *skip} - set(NF4Config().skip_modules)
     unknown = sorted(part for part in given if not any(is_named(name, [part]) for name in names))
     if unknown:
-        logger.warning("skip_modules: %s are no names of modules in %s.", unknown, type(model).__name__)
+        logger.warning("To stay dense: %s are no names of modules in %s.", unknown, type(model).__name__)
 
 
 def warn_of_other_layers(model: nn.Module, config: NF4Config, skip: Collection[str] = ()) -> None:

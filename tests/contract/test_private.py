@@ -21,6 +21,7 @@ import accelerate.hooks
 import bitsandbytes as bnb
 import peft.config
 import peft.mapping
+import peft.mapping_func
 import peft.peft_model
 import peft.tuners.lora.bnb
 import peft.tuners.lora.layer
@@ -162,6 +163,66 @@ def _() -> None:
         "low_cpu_mem_usage",
     ]
     assert calls_global(PeftModel.load_adapter, "set_peft_model_state_dict")
+
+
+@contract("peft.peft_model:PeftModel.__init__")
+def _() -> None:
+    """Its subclasses, one for each task, call it, and take the same arguments."""
+    assert parameters(PeftModel.__init__)[:4] == ["self", "model", "peft_config", "adapter_name"]
+    for cls in peft.mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values():
+        assert parameters(cls.__init__)[:4] == ["self", "model", "peft_config", "adapter_name"]
+        assert "__init__" in stock(cls.__init__).__code__.co_names
+
+
+@contract("peft.tuners.lora.dora:dequantize_module_weight")
+def _() -> None:
+    """DoRA reads the base's weight with it, and with nothing else."""
+    layer = peft.tuners.lora.dora.DoraLinearLayer
+    for method in (layer.update_layer, layer.forward):
+        assert calls_global(method, "dequantize_module_weight")
+
+
+@contract("peft.utils.other:AuxiliaryTrainingWrapper._get_available_adapters")
+def _() -> None:
+    """Empty after the last one is deleted; the module is under `original_module`."""
+    for settings in ({"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1]}):
+        model = get_peft_model(llama(), lora(**settings))
+        wrappers = [m for m in model.modules() if isinstance(m, peft.utils.other.AuxiliaryTrainingWrapper)]
+        assert wrappers
+        peft.tuners.tuners_utils.delete_adapter(model, "default", "lora_")
+        for wrapper in wrappers:
+            assert not wrapper._get_available_adapters()
+            assert isinstance(wrapper.original_module, nn.Module)
+
+
+@contract("transformers.integrations.peft:PeftAdapterMixin.load_adapter")
+def _() -> None:
+    """It injects a bare config, and then sets the file's tensors itself."""
+    method = transformers.PreTrainedModel.load_adapter
+    assert parameters(method)[:3] == ["self", "peft_model_id", "adapter_name"]
+    assert {"adapter_kwargs", "hotswap"} <= set(parameters(method))
+    assert "inject_adapter_in_model" in stock(method).__code__.co_names
+
+
+@contract("transformers.modeling_utils:AttentionInterface.get_interface")
+def _() -> None:
+    """Attention modules ask it in every forward, and pass themselves, the query, the key, the value and the mask."""
+    seen = []
+    interface = transformers.modeling_utils.AttentionInterface
+
+    original = stock(interface.get_interface)
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attend = original(self, *args, **kwargs)
+        return lambda module, query, key, value, mask, **options: (
+            seen.append((type(module).__name__, query.shape, key.shape)),
+            attend(module, query, key, value, mask, **options),
+        )[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interface, "get_interface", watched)
+        llama()(input_ids=torch.ones(2, 5, dtype=torch.long))
+    assert seen == [("LlamaAttention", (2, 4, 5, 32), (2, 2, 5, 32))] * 2
 
 
 @contract("peft.peft_model:PeftModel.from_pretrained")

@@ -684,3 +684,50 @@ def test_merging_under_inference_mode_and_no_grad_is_the_same() -> None:
     for one, other in pairwise(weights):
         assert all(torch.equal(other[name], weight) for name, weight in one.items())
     assert not any(layer.base_layer.weight.requires_grad for layer in lora_layers(model).values())
+
+
+@pytest.mark.parametrize(("width", "block_size"), [(96, 64), (128, 256)])
+def test_dora_reads_the_weights_that_the_layer_computes_with(width: int, block_size: int) -> None:
+    """Rows that are no whole blocks: bitsandbytes alone reads them with wrong scales on some processors."""
+    torch.manual_seed(0)
+    base = llama(hidden_size=width, intermediate_size=2 * width)
+    nf4 = NF4Config(block_size=block_size)
+    model = get_peft_model(base, QLoRAConfig(r=2, target_modules="all-linear", use_dora=True, quantization=nf4))
+    for layer in lora_layers(model).values():
+        norms = layer.base_layer.dequantize().norm(dim=1)
+        torch.testing.assert_close(layer.lora_magnitude_vector["default"].weight, norms)
+    ids = tokens()
+    expected = logits(model, ids)
+    with model.disable_adapter():
+        assert relative(expected, logits(model, ids)) <= MERGED
+    assert relative(logits(model.merge_and_unload(), ids), expected) <= MERGED
+
+
+def test_a_trained_bias_is_what_it_was_after_merging() -> None:
+    model = get_peft_model(
+        llama(attention_bias=True).to(torch.bfloat16), QLoRAConfig(r=2, target_modules=["q_proj"], bias="all")
+    )
+    for name, p in model.named_parameters():
+        if name.endswith("q_proj.base_layer.bias"):
+            p.data = p.data.float() + 1e-5
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.merge_adapter()
+    model.unmerge_adapter()
+    for name, p in model.named_parameters():
+        assert p.dtype == before[name].dtype
+        assert torch.equal(p, before[name])
+
+
+def test_merging_nothing_merges_nothing() -> None:
+    model = two_adapters()
+    model.merge_adapter(adapter_names=[])
+    assert not any(layer.merged for layer in lora_layers(model).values())
+
+
+def test_an_adapter_is_added_while_all_layers_are_merged() -> None:
+    model, ids = adapted(target_modules="all-linear"), tokens()
+    expected = logits(model, ids)
+    model.merge_adapter()
+    model.add_adapter("second", QLoRAConfig(r=2, target_modules="all-linear"))
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, ids), expected)

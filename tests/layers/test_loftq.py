@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-import hf_qlora.tuner
+import hf_qlora.prepare
 from hf_qlora import QLoRAConfig, quantize_model
 from hf_qlora.layers.loftq import loftq_factors
 from hf_qlora.validation import ConfigError
@@ -211,7 +211,7 @@ def test_a_loaded_adapter_does_not_run_it_again(
     def refuse(*_: Any) -> None:
         raise AssertionError("LoftQ was run on loading")
 
-    monkeypatch.setattr(hf_qlora.tuner, "loftq_factors", refuse)
+    monkeypatch.setattr(hf_qlora.prepare, "loftq_factors", refuse)
     loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert float((logits(loaded, ids) - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
     assert loaded.peft_config["default"].init_lora_weights is True

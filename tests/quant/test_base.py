@@ -36,6 +36,7 @@ from hf_qlora.config.nf4 import BLOCK_SIZES
 from hf_qlora.quant import base, linear4bit
 from hf_qlora.quant.base import BaseModelError, dequantize_layers, footprint
 from hf_qlora.quant.linear4bit import Linear4bit
+from hf_qlora.validation import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -919,3 +920,76 @@ def test_a_misspelt_skip_module_is_named(caplog: pytest.LogCaptureFixture) -> No
     quantize_model(llama(), NF4Config(skip_modules=("lm_haed", "o_proj")))
     assert "'lm_haed'" in caplog.text
     assert "o_proj" not in caplog.text
+
+
+# --- misuse ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [LoraConfig, QLoRAConfig])
+def test_a_base_with_adapters_is_refused(config: type[LoraConfig]) -> None:
+    settings: dict[str, Any] = {} if config is LoraConfig else {"quantization": None}
+    model = get_peft_model(llama(), config(r=4, target_modules="all-linear", **settings))
+    before = state_bytes(model)
+    with pytest.raises(BaseModelError, match="have adapters already"):
+        quantize_model(model)
+    assert state_bytes(model) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"skip": "q_proj"}, r"skip='q_proj'.*\['q_proj'\]"),
+        ({"config": QLoRAConfig()}, "NF4Config"),
+        ({"config": "nf4"}, "NF4Config"),
+        ({"config": {"block": 64}}, "block"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(arguments: dict[str, Any], words: str) -> None:
+    model = llama()
+    with pytest.raises(ConfigError, match=words):
+        quantize_model(model, **arguments)
+    assert not quantized_layers(model)
+
+
+def test_a_dict_is_a_config() -> None:
+    model = quantize_model(llama(), {"block_size": 128})
+    assert {layer.weight.quant_state.blocksize for layer in quantized_layers(model).values()} == {128}
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.extra = inner, nn.Linear(64, 64)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "llama"])
+def test_a_wrapped_model_keeps_dense_what_it_keeps_alone(name: str, tmp_path: Path) -> None:
+    (family,) = [family for family in ARCHITECTURES if family.name == name]
+    alone, wrapped = quantize_model(family.make()), quantize_model(Wrapper(family.make()))
+    expected = {f"inner.{layer}" for layer in quantized_layers(alone)} | {"extra"}
+    assert set(quantized_layers(wrapped)) == expected
+    wrapped.inner.save_pretrained(tmp_path)
+    assert type(wrapped.inner).from_pretrained(tmp_path).is_quantized
+    dequantize_layers(wrapped)
+    base.forget_quantization(wrapped)
+    assert not wrapped.inner.is_loaded_in_4bit
+
+
+def test_shared_layers_follow_a_cast_alike() -> None:
+    model = quantize_model(llama().to(torch.bfloat16))
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    second.weight = first.weight  # as layer replication does
+    nn.ModuleList([first, second]).float()
+    assert first.compute_dtype == second.compute_dtype == torch.float32
+
+
+def test_a_parameter_without_state_is_read_by_its_layers() -> None:
+    """FSDP puts a plain parameter in the place of the packed one."""
+    model = quantize_model(llama())
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(2, layer.in_features)
+    expected = layer(x)
+    layer._parameters["weight"] = nn.Parameter(layer.weight.data, requires_grad=False)
+    assert torch.equal(layer(x), expected)
+    layer.state_dict()
+    layer.to(torch.float32)

@@ -1,0 +1,229 @@
+"""What the wrapped functions of PEFT and transformers do for our configs; for stock ones, what they did.
+
+Each takes the function that it stands in for first. `registration.py` says which that is, and why it is wrapped.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from hf_qlora import files
+from hf_qlora.config import NF4Config, QLoRAConfig
+from hf_qlora.config.record import RECORD_KEY
+from hf_qlora.layers import depth, fold
+from hf_qlora.quant.base import check_settings
+from hf_qlora.quant.linear4bit import Linear4bit
+from hf_qlora.rehearsal import after, is_real_step, is_rehearsal, rehearse, try_config
+from hf_qlora.tuner import AdapterError, QLoRAModel, undone_on_error
+from hf_qlora.validation import ConfigError
+
+
+def inject_adapter(
+    original: Callable[..., None], tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
+    config = tuner.peft_config[adapter_name]
+    if isinstance(config, QLoRAConfig) and not isinstance(tuner, QLoRAModel):
+        if config.quantization is not None or not config.is_stock():
+            wrong = "leave the base unquantized" if config.quantization else "not scale as the config says"
+            raise ConfigError(
+                f"{type(config).__name__} cannot be used with {type(tuner).__name__}, which would {wrong}. Use "
+                "get_peft_model(model, config) without mixed=True, after importing hf_qlora."
+            )
+        tuner.peft_config[adapter_name] = config.portable_form()
+    original(tuner, model, adapter_name, *args, **kwargs)
+
+
+def from_json_file(original: Callable[..., Any], cls: type, path_json_file: str, **kwargs: Any) -> Any:
+    try:
+        values = original(cls, path_json_file, **kwargs)
+    except json.JSONDecodeError as error:
+        raise json.JSONDecodeError(f"{path_json_file} is not JSON: {error.msg}", error.doc, error.pos) from error
+    except (ValueError, RecursionError) as error:  # not text, or past the parser's limits
+        raise ConfigError(f"{path_json_file} is not JSON that can be read: {error}.") from error
+    except TypeError as error:  # null or a number, which PEFT has looked into
+        raise ConfigError(f"{path_json_file} is not an adapter config: it holds a value, not an object.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path_json_file} is not an adapter config: it holds {type(values).__name__}, not an object."
+        )
+    if isinstance(values.get(RECORD_KEY), dict):  # what is ours is read from there alone
+        values = {name: value for name, value in values.items() if name not in QLoRAConfig.own_fields()}
+    if RECORD_KEY in values:
+        if values.get("peft_type") != PeftType.LORA:
+            raise ConfigError(f"{path_json_file}: peft_type={values.get('peft_type')!r} must be 'LORA'.")
+        try:
+            QLoRAConfig.from_portable_dict(values)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path_json_file}: {error}") from error
+        files.check_beside(Path(path_json_file), values[RECORD_KEY])
+    return values
+
+
+def load_peft_weights(
+    original: Callable[..., dict[str, Tensor]], model_id: str, device: str | None = None, *args: Any, **kwargs: Any
+) -> dict[str, Tensor]:
+    folder = files.adapter_folder(model_id, **kwargs)
+    if folder is None:
+        form: fold.Form = "native" if files.has_config(model_id, **kwargs) else "portable"
+        return files.AdapterTensors(original(model_id, device, *args, **kwargs), str(model_id), form)
+    folder.check()
+    return folder.tensors(lambda: original(model_id, device, *args, **kwargs), device)
+
+
+def set_peft_model_state_dict(
+    original: Callable[..., Any],
+    model: Any,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    **kwargs: Any,
+) -> Any:
+    config, tensors = model.peft_config[adapter_name], peft_model_state_dict
+    if not isinstance(tensors, files.AdapterTensors) or not isinstance(config, QLoRAConfig):
+        return original(model, tensors, adapter_name, ignore_mismatched_sizes, **kwargs)
+    depth.restore(model, adapter_name, tensors.depth)
+    given, form = tensors.for_model(fold.factors(model, config, adapter_name, from_file=True))
+    with fold.exchange(form, tensors.source, ignore_mismatched_sizes):
+        try:
+            return original(model, given, adapter_name, ignore_mismatched_sizes, **kwargs)
+        except KeyError as error:
+            raise AdapterError(
+                f"{tensors.source} lacks {error}, which the config's modules_to_save asks for."
+            ) from error
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise AdapterError(f"{tensors.source} does not fit the model: {error}") from error
+
+
+def init(
+    original: Callable[..., None],
+    peft_model: PeftModel,
+    model: nn.Module,
+    peft_config: Any,
+    adapter_name: str = "default",
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    if not isinstance(peft_config, QLoRAConfig) or is_rehearsal(model) or is_real_step():
+        original(peft_model, model, peft_config, adapter_name, *args, **kwargs)
+        return
+    with after(try_config(model, peft_config, adapter_name, type(peft_model))):
+        original(peft_model, model, peft_config, adapter_name, *args, **kwargs)
+
+
+def from_pretrained(
+    original: Callable[..., PeftModel], cls: type[PeftModel], model: nn.Module, *args: Any, **kwargs: Any
+) -> PeftModel:
+    bound = inspect.signature(original).bind(cls, model, *args, **kwargs)
+    bound.apply_defaults()
+    given = {name: value for name, value in bound.arguments.items() if name not in ("cls", "model", "kwargs")}
+    options = bound.arguments["kwargs"]
+    folder = files.adapter_folder(given["model_id"], **options)
+    if folder is None or not isinstance(model, nn.Module):
+        return original(cls, model, *args, **kwargs)
+    folder.check()
+    name = given["adapter_name"]
+    with_others = hasattr(model, "peft_config")
+    given |= {"model_id": str(folder.weights.parent), "low_cpu_mem_usage": False}
+    given["config"] = copy.deepcopy(given["config"])  # PEFT writes to it
+    elsewhere = {name: value for name, value in options.items() if name not in files.HUB_OPTIONS}
+    elsewhere["torch_device"] = "cpu"
+    with after(None):
+        shadow = rehearse(model, name, lambda copied: original(cls, copied, **given, **elsewhere))
+    with nullcontext() if with_others else undone_on_error(model, name), after(shadow):
+        return original(cls, model, *args, **kwargs)
+
+
+def load_adapter(
+    original: Callable[..., Any], model: PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    config = model.peft_config.get(adapter_name)
+    if isinstance(config, QLoRAConfig) and not is_real_step():
+        folder = files.adapter_folder(model_id, **kwargs)
+        if folder is not None:
+            _check_trained_alike(config, folder)
+    try:
+        return original(model, model_id, adapter_name, *args, **kwargs)
+    except Exception:
+        if config is None and isinstance(model.peft_config.get(adapter_name), QLoRAConfig):
+            model.delete_adapter(adapter_name)
+        raise
+
+
+def _check_trained_alike(config: QLoRAConfig, folder: files.AdapterFolder) -> None:
+    """An adapter that is loaded under a name that exists, as Trainer does on resuming, brings no config."""
+    trained, ours = folder.record["quantization"], config.to_dict()["quantization"]
+    if trained != ours:
+        raise ConfigError(
+            f"{folder.source} was trained on a base with quantization {trained}, but this model's adapter is on one "
+            f"with {ours}. Make the model with the same config, or load the adapter under another name."
+        )
+
+
+def load_into_transformers(
+    original: Callable[..., Any],
+    model: nn.Module,
+    peft_model_id: str | None = None,
+    adapter_name: str | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    options = kwargs.get("adapter_kwargs") or {}
+    folder = None if peft_model_id is None else files.adapter_folder(peft_model_id, **options)
+    if folder is not None and kwargs.get("hotswap") is not True:
+        folder.check()
+        place, name = str(folder.weights.parent), adapter_name or "default"
+        rehearse(model, name, lambda copied: PeftModel.from_pretrained(copied, place, name, torch_device="cpu"))
+    with fold.past_peft():
+        return original(model, peft_model_id, adapter_name, *args, **kwargs)
+
+
+def dequantize_module_weight(original: Callable[[nn.Module], Tensor], module: nn.Module) -> Tensor:
+    return module.dequantize() if isinstance(module, Linear4bit) else original(module)
+
+
+def save_pretrained(
+    original: Callable[..., None], model: PeftModel, save_directory: str, *args: Any, **kwargs: Any
+) -> None:
+    write = original.__get__(model)
+    if any(isinstance(config, QLoRAConfig) for config in model.peft_config.values()):
+        files.save(write, save_directory, model, *args, **kwargs)
+    else:
+        write(save_directory, *args, **kwargs)
+
+
+def _portable(config: Any) -> Any:
+    return config.portable_form() if isinstance(config, QLoRAConfig) else config
+
+
+def check_hotswap_configs_compatible(original: Callable[..., None], config0: Any, config1: Any) -> None:
+    original(_portable(config0), _portable(config1))
+
+
+def hotswap_adapter_from_state_dict(
+    original: Callable[..., None],
+    model: Any,
+    state_dict: dict[str, Tensor],
+    adapter_name: str,
+    config: LoraConfig,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    portable = _portable(config)
+    if isinstance(config, QLoRAConfig) and isinstance(config.quantization, NF4Config):
+        check_settings(model, config.quantization)
+    original(model, state_dict, adapter_name, portable, *args, **kwargs)
+    ours = model.peft_config.get(adapter_name)
+    if isinstance(ours, QLoRAConfig):
+        fold.after_hot_swap(model, adapter_name, ours, portable)

@@ -1,0 +1,329 @@
+"""Attention is observed as it is, without changing what is computed, once for each optimizer step.
+
+Oracle: the definition, on the full matrix of attention weights that eager attention returns.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from architectures import ARCHITECTURES, VOCAB, llama, tokens
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from hf_qlora import AdaptiveDepthLoRAConfig
+from hf_qlora.layers import attention, depth
+from hf_qlora.validation import ConfigError
+
+
+LAYERS = 3
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def base(**changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=LAYERS, **changes)
+    for i, layer in enumerate(model.model.layers):  # from flat to peaked
+        layer.self_attn.q_proj.weight.data *= 1 + 8 * i
+    return model
+
+
+def config(**settings: Any) -> AdaptiveDepthLoRAConfig:
+    values = {"r": 2, "target_modules": ["q_proj", "o_proj"], "task_type": "CAUSAL_LM", "attention": "concentration"}
+    return AdaptiveDepthLoRAConfig(**{**values, **settings})
+
+
+def adapted(model: nn.Module | None = None, **settings: Any) -> PeftModel:
+    return get_peft_model(base() if model is None else model, config(**settings))
+
+
+def averages(model: PeftModel) -> list[float | None]:
+    """c̄ of each layer."""
+    return [s.concentration for n, s in depth.scales(model, "default").items() if "q_proj" in n]
+
+
+def scales(model: PeftModel) -> list[float]:
+    return [s.attention for n, s in depth.scales(model, "default").items() if "q_proj" in n]
+
+
+def step(model: PeftModel, ids: Tensor, **inputs: Any) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model.train()(input_ids=ids, labels=ids, **inputs).loss.backward()
+    optimizer.step()
+
+
+def by_definition(weights: Tensor, rows: Tensor, real: Tensor | None = None) -> float:
+    """c of attention weights, (batch, heads, tokens, keys)."""
+    values = []
+    for b in range(weights.shape[0]):
+        for h in range(weights.shape[1]):
+            for row in rows.tolist():
+                visible = torch.arange(weights.shape[3]) <= row
+                if real is not None:
+                    visible &= real[b].bool()
+                n = int(visible.sum())
+                if n < 2 or not visible[row]:
+                    continue
+                p = weights[b, h, row][visible].double()
+                values.append(-(p * p.clamp(min=1e-300).log()).sum().item() / math.log(n))
+    return 1 - sum(values) / len(values)
+
+
+# --- what is observed ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_concentration_is_its_definition(implementation: str, padding: str) -> None:
+    ids = torch.randint(1, VOCAB, (2, 12))
+    mask = torch.ones_like(ids)
+    if padding == "right":
+        mask[1, 7:] = 0
+    if padding == "left":
+        mask[1, :5] = 0
+    inputs = {} if padding == "none" else {"attention_mask": mask}
+    reference = base()
+    reference.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = reference(input_ids=ids, output_attentions=True, **inputs).attentions
+    model = base()
+    model.set_attn_implementation(implementation)
+    peft_model = adapted(model, quantization=None)
+    step(peft_model, ids, **inputs)
+    rows = torch.randperm(12, generator=torch.Generator().manual_seed(0))[: attention.ROWS]
+    expected = [by_definition(layer, rows, mask) for layer in weights]
+    # fp32 softmax and logarithms of a dozen keys
+    assert averages(peft_model) == pytest.approx(expected, abs=1e-5)
+    assert max(expected) > 4 * min(expected)
+
+
+def test_the_extremes_are_zero_and_one() -> None:
+    module = nn.Identity()
+    flat = attention.concentration(module, torch.zeros(1, 2, 6, 4), torch.randn(1, 2, 6, 4))
+    query = torch.eye(6)[None, None] * 1e4
+    peaked = attention.concentration(module, query, torch.eye(6)[None, None])
+    assert flat is not None
+    assert flat.item() == pytest.approx(0, abs=1e-6)
+    assert peaked is not None
+    assert peaked.item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_grouped_heads_windows_and_caps_are_those_of_the_layer(causal: bool) -> None:
+    module = nn.Identity()
+    query, key = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
+    found = attention.concentration(
+        module, query, key, scaling=0.3, softcap=2.0, sliding_window=4, is_causal=causal, seed=5
+    )
+    scores = 2.0 * torch.tanh(query @ key.repeat_interleave(2, 1).mT * 0.3 / 2.0)
+    ahead = torch.arange(9)[:, None] - torch.arange(9)[None]
+    visible = (ahead.abs() < 4) & ((ahead >= 0) | torch.tensor(not causal))
+    p = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    ratios = []
+    for row in torch.randperm(9, generator=torch.Generator().manual_seed(5))[: attention.ROWS].tolist():
+        n = int(visible[row].sum())
+        if n >= 2:
+            q = p[:, :, row][..., visible[row]].double()
+            ratios.append(-(q * q.log()).sum(-1) / math.log(n))
+    assert found is not None
+    assert found.item() == pytest.approx(1 - torch.stack(ratios).mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"cu_seq_lens_q": torch.tensor([0, 3, 6])},
+        {"mask": object()},
+    ],
+    ids=["packed", "block mask"],
+)
+def test_what_cannot_be_told_apart_is_not_observed(arguments: dict[str, Any]) -> None:
+    query = torch.randn(1, 2, 6, 4)
+    assert attention.concentration(nn.Identity(), query, query, **arguments) is None
+    assert attention.concentration(nn.Identity(), query[:, :, :1], query[:, :, :1]) is None
+
+
+# --- what is computed stays ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_logits_are_the_same_to_the_bit(implementation: str) -> None:
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    watched, alone = adapted(), adapted(attention="off")
+    for model in (watched, alone):
+        model.get_base_model().set_attn_implementation(implementation)
+        model.load_state_dict(watched.state_dict(), strict=False)
+    for train in (False, True):
+        before = torch.get_rng_state()
+        found = watched.train(train)(input_ids=ids, attention_mask=mask).logits
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(found, alone.train(train)(input_ids=ids, attention_mask=mask).logits)
+    for model in (watched, alone):
+        model.eval()
+    found = watched.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(found, alone.generate(input_ids=ids, max_new_tokens=5, do_sample=False))
+
+
+def test_other_models_are_left_alone() -> None:
+    adapted()
+    model, ids = base(), tokens()
+    model.train()(input_ids=ids)
+    assert not any(attention._WATCHES in vars(module) for module in model.modules())
+
+
+# --- when it is observed ---------------------------------------------------------------------------------------------
+
+
+def test_it_is_observed_once_for_each_optimizer_step() -> None:
+    model, ids = adapted(), tokens()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(2):
+        for _ in range(3):  # accumulation
+            model.train()(input_ids=ids, labels=ids).loss.backward()
+        assert scales(model) == scales(model)
+        optimizer.step()
+    assert {s.observations for s in depth.scales(model, "default").values()} == {2}
+
+
+def test_nothing_is_observed_in_eval_or_without_the_adapter() -> None:
+    model, ids = adapted(), tokens()
+    model.eval()(input_ids=ids)
+    with model.disable_adapter():
+        model.train()(input_ids=ids)
+    model.add_adapter("second", config(attention="off"))
+    model.set_adapter("second")
+    step(model, ids)
+    assert averages(model) == [None] * LAYERS
+    assert scales(model) == [1.0] * LAYERS
+
+
+def test_scales_are_ratios_to_the_mean_within_limits() -> None:
+    model = adapted()
+    step(model, tokens())
+    found = [value for value in averages(model) if value is not None]
+    mean = sum(found) / LAYERS
+    assert scales(model) == pytest.approx([min(max(value / mean, 0.5), 2.0) for value in found])
+    assert len(set(scales(model))) > 1
+
+
+def test_averages_move() -> None:
+    model = adapted()
+    first, second = tokens(), tokens()
+    step(model, first)
+    before = averages(model)
+    step(model, second)
+    assert all(0 < abs(b - a) < abs(a) for a, b in zip(before, averages(model), strict=True))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_changes_nothing(reentrant: bool) -> None:
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        model = adapted(lora_dropout=0.2, init_lora_weights=False)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for i in range(3):
+            torch.manual_seed(i)
+            step(model, torch.randint(1, VOCAB, (2, 16)))
+        results.append((averages(model), scales(model), {n: p.clone() for n, p in model.named_parameters()}))
+    assert results[0][:2] == results[1][:2]
+    assert all(torch.equal(p, results[1][2][name]) for name, p in results[0][2].items())
+
+
+# --- and then --------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_observed_is_folded_and_comes_back(tmp_path: Path) -> None:
+    model, ids = adapted(init_lora_weights=False), tokens()
+    step(model, ids)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
+    assert averages(again) == averages(model)
+    assert scales(again) == scales(model)
+    with torch.no_grad():
+        expected, found = model.eval()(input_ids=ids).logits, again.eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    step(again, ids)
+    assert averages(again) != averages(model)
+
+
+def test_resume_equals_uninterrupted(tmp_path: Path) -> None:
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, VOCAB, (12, 16))]
+
+    def run(**more: Any) -> PeftModel:
+        torch.manual_seed(7)
+        model = adapted(lora_dropout=0.1)
+        arguments = tf.TrainingArguments(
+            str(tmp_path), max_steps=6, save_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True,
+            report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        tf.Trainer(model, arguments, train_dataset=rows).train(**more)
+        return model
+
+    straight, resumed = run(), run(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert averages(resumed) == averages(straight)
+    assert scales(resumed) == scales(straight)
+    expected = dict(straight.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in resumed.named_parameters())
+
+
+def test_nothing_stays_on_a_merged_model() -> None:
+    model = adapted()
+    step(model, tokens())
+    merged = model.merge_and_unload()
+    assert not any(attention._WATCHES in vars(module) for module in merged.modules())
+
+
+def test_a_copy_observes_for_itself() -> None:
+    model = adapted()
+    twin = copy.deepcopy(model)
+    step(twin, tokens())
+    assert averages(model) == [None] * LAYERS
+    assert None not in averages(twin)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit", "qwen2"])
+def test_families_are_observed(name: str) -> None:
+    (family,) = [family for family in ARCHITECTURES if family.name == name]
+    targets = {"bert": ["query"], "gpt2": ["c_attn"], "t5": ["q"], "vit": ["q_proj", "query"], "qwen2": ["q_proj"]}
+    given = AdaptiveDepthLoRAConfig(
+        r=2, target_modules=targets[name], task_type=family.task_type, attention="concentration", **family.options
+    )
+    model = get_peft_model(family.make(), given)
+    inputs = family.inputs()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    output = model.train()(**inputs)
+    output.logits.float().square().mean().backward()
+    optimizer.step()
+    found = [scale.concentration for scale in depth.scales(model, "default").values()]
+    assert found
+    assert all(value is not None and 0 < value < 1 for value in found)
+
+
+def test_a_model_whose_attention_cannot_be_seen_is_refused_by_name() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj = nn.Linear(64, 64)
+
+    class Old(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Layer(), Layer()])
+
+    with pytest.raises(ConfigError, match=r"cannot observe layers\.0: Old .*attention='off'"):
+        get_peft_model(Old(), AdaptiveDepthLoRAConfig(r=2, target_modules=["q_proj"], attention="concentration"))
