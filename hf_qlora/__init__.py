@@ -11,11 +11,20 @@ configs behave as before.
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
 from hf_qlora.quant.base import quantize_model
 from hf_qlora.registration import register
+from hf_qlora.train.callbacks import DepthScaleCallback
 from hf_qlora.train.optimizer import create_optimizer
 from hf_qlora.tuner import QLoRAModel
 
 
 __version__ = "0.1.0"
-__all__ = ["AdaptiveDepthLoRAConfig", "NF4Config", "QLoRAConfig", "QLoRAModel", "create_optimizer", "quantize_model"]
+__all__ = [
+    "AdaptiveDepthLoRAConfig",
+    "DepthScaleCallback",
+    "NF4Config",
+    "QLoRAConfig",
+    "QLoRAModel",
+    "create_optimizer",
+    "quantize_model",
+]
 
 register()

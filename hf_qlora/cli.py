@@ -37,6 +37,53 @@ def main(
     pass
 
 
+bench = typer.Typer(help="Measurements that can be run again.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("adaptive-depth")
+def bench_adaptive_depth(
+    task: Annotated[list[str] | None, typer.Option(help="headlines or answers; both by default.")] = None,
+    results: Annotated[
+        Path, typer.Option(help="JSON lines, one for each run; runs that are there are not done again.")
+    ] = Path("results/adaptive_depth.jsonl"),
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, to see that it works.")] = False,
+    report_only: Annotated[bool, typer.Option("--report", help="Do nothing; print the tables.")] = False,
+) -> None:
+    """Compare LoRA, DoRA and scales by depth on real models, at the best learning rate of each.
+
+    Takes hours on two cores, and goes on where it stopped.
+    """
+    from dataclasses import replace
+
+    from hf_qlora.bench.depth import report, run, tasks
+
+    names = tuple(task or tasks.TASKS)
+    unknown = sorted(set(names) - tasks.TASKS.keys())
+    if unknown:
+        typer.echo(f"Error: --task {unknown} is not known; choose from {sorted(tasks.TASKS)}.", err=True)
+        raise typer.Exit(MISUSED)
+    file = results.with_stem(f"{results.stem}_quick") if quick else results
+    if not report_only:
+        run.perform(replace(run.QUICK if quick else run.Plan(), tasks=names), file)
+    typer.echo(report.markdown(file) or f"No test runs in {file} yet.")
+
+
+@app.command("inspect")
+def inspect_adapter(
+    adapter: Annotated[str, typer.Argument(help="A folder, or a Hub id.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw ‖ΔW‖ by layer and module into this .png file.")] = None,
+) -> None:
+    """Show a saved adapter layer by layer: ranks, the size of ΔW, and what depth scales were folded in."""
+    from hf_qlora import inspect_adapter
+
+    try:
+        inspect_adapter.show(adapter, plot)
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(MISUSED) from None
+
+
 @app.command()
 def demo(
     model: Annotated[

@@ -166,6 +166,18 @@ def adapter_folder(model_id: str | os.PathLike[str], **kwargs: Any) -> AdapterFo
     return AdapterFolder(str(model_id), weights, record)
 
 
+def read_tensors(weights: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file as they are in it.
+
+    Raises:
+        AdapterFileError: not readable as such.
+    """
+    try:
+        return load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{weights} cannot be read as safetensors ({error}).") from error
+
+
 def has_config(model_id: str | os.PathLike[str], **kwargs: Any) -> bool:
     """Whether the adapter has an adapter_config.json; weights alone are taken to be as the config given with them."""
     local = Path(model_id, kwargs.get("subfolder") or "")

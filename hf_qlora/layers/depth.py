@@ -217,6 +217,15 @@ def layer_index(model: nn.Module, name: str, pattern: str | list[str] | None = N
     return found[0] if found else None
 
 
+def split_name(model: nn.Module, name: str) -> tuple[str, str]:
+    """A module's numbered layer, as "model.layers.3", and its name in it; the first is "" without one."""
+    found = layer_index(model, name)
+    if found is None:
+        return "", name
+    layer = f"{found[0]}.{found[1]}"
+    return layer, name.removeprefix(f"{layer}.")
+
+
 def scale_of(layer: LoraLayer, adapter: str) -> DepthScale | None:
     """The scale of a layer's adapter; None where it has none."""
     slot = getattr(layer, SLOT)

@@ -1,0 +1,156 @@
+"""The runs: which are to be done, doing one, and keeping it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from tqdm import tqdm
+from transformers import set_seed
+
+from hf_qlora.bench.depth.arms import ARMS, Arm
+from hf_qlora.bench.depth.tasks import TASKS, Task
+
+
+SWEEP_SEED = 0
+TEST_SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
+WARMUP = 0.1  # of the steps; then the rate falls to 0
+CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What identifies a run. The sweep is scored on the validation split, the others on the test split."""
+
+    task: str
+    arm: str
+    lr: float
+    seed: int
+    steps: int
+
+    @property
+    def split(self) -> str:
+        return "validation" if self.seed == SWEEP_SEED else "test"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to do."""
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    seeds: tuple[int, ...] = TEST_SEEDS
+    steps: int | None = None  # the task's own
+    rates: int | None = None  # how many of the task's
+    rows: int | None = None  # of a split that are scored
+
+
+QUICK = Plan(seeds=(1, 2), steps=2, rates=1, rows=16)
+
+
+def perform(plan: Plan, results: Path) -> None:
+    """Do the runs of a plan that are not in the file `results`, and append each there."""
+    tasks = {name: TASKS[name]() for name in plan.tasks}
+    total = sum(len(ARMS) * (len(task.rates[: plan.rates]) + len(plan.seeds)) for task in tasks.values())
+    with tqdm(total=total, desc="runs", unit="run") as bar:
+        for run in _runs(plan, results):
+            if run not in {done for done, _ in read(results)}:
+                bar.set_postfix_str(f"{run.task}: {run.arm}, rate {run.lr:g}, seed {run.seed}")
+                _append(results, run, do(run, tasks[run.task], ARMS[run.arm], plan.rows))
+            bar.update()
+
+
+def _runs(plan: Plan, results: Path) -> Iterator[Run]:
+    for name in plan.tasks:
+        task = TASKS[name]
+        steps = plan.steps or task.steps
+        rates = task.rates[: plan.rates]
+        for arm in ARMS:
+            yield from (Run(name, arm, lr, SWEEP_SEED, steps) for lr in rates)
+        for seed in plan.seeds:
+            for arm in ARMS:
+                yield Run(name, arm, best_rate(read(results), task, arm, steps), seed, steps)
+
+
+def best_rate(done: list[tuple[Run, dict[str, Any]]], task: type[Task] | Task, arm: str, steps: int) -> float:
+    """The learning rate with the best score on the validation split."""
+    swept = {
+        run.lr: found["score"]
+        for run, found in done
+        if (run.task, run.arm, run.seed, run.steps) == (task.name, arm, SWEEP_SEED, steps)
+    }
+    return max(swept, key=lambda lr: task.better * swept[lr])
+
+
+def do(run: Run, task: Task, arm: Arm, rows: int | None = None) -> dict[str, Any]:
+    """Train and score; the losses and gradient norms of all steps are kept too."""
+    started = time.monotonic()
+    base = task.base()
+    set_seed(run.seed)  # after the base is made: all arms of a seed start alike
+    model = get_peft_model(base, arm.config(**task.shared))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = arm.optimizer(model, run.lr)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    losses, norms = [], []
+    model.train()
+    for step, batch in enumerate(task.batches(run.seed, run.steps)):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * _schedule(step, run.steps)
+        loss = model(**batch).loss
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(trained, CLIP)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return {
+        "score": task.evaluate(model, run.split, rows),
+        "split": run.split,
+        "metric": task.metric,
+        "losses": [round(loss, 4) for loss in losses],
+        "gradient_norms": [round(norm, 4) for norm in norms],
+        "trained_parameters": sum(parameter.numel() for parameter in trained),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _schedule(step: int, steps: int) -> float:
+    warm = max(1, round(WARMUP * steps))
+    return (step + 1) / warm if step < warm else (steps - step) / (steps - warm)
+
+
+def read(results: Path) -> list[tuple[Run, dict[str, Any]]]:
+    """The runs in a file, with what they found."""
+    if not results.is_file():
+        return []
+    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [(Run(**row["run"]), row["found"]) for row in rows]
+
+
+def _append(results: Path, run: Run, found: dict[str, Any]) -> None:
+    row = {"run": asdict(run), "found": found, "with": environment()}
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on beside the code."""
+    packages = ("hf-qlora", "torch", "transformers", "peft", "bitsandbytes")
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+        **{name: version(name) for name in packages},
+    }

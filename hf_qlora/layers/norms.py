@@ -1,0 +1,23 @@
+"""Sizes of ΔW and of W, without making ΔW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_qlora.quant.linear4bit import Linear4bit
+
+
+def product_norm(B: Tensor, A: Tensor) -> float:
+    """The Frobenius norm of B A, for B (out, r) and A (r, in): √tr(BᵀB · AAᵀ), in double precision."""
+    left, right = B.detach().double(), A.detach().double()
+    squared = ((left.T @ left) * (right @ right.T)).sum()
+    return float(squared.clamp(min=0).sqrt())
+
+
+def weight_norm(layer: nn.Module) -> float:
+    """The Frobenius norm of a layer's weight, unpacked if need be."""
+    weight: Any = layer.dequantize(torch.float32) if isinstance(layer, Linear4bit) else layer.weight
+    return float(weight.detach().float().norm())

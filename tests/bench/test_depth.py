@@ -1,0 +1,192 @@
+"""The experiment on depth: paired, resumable, and with statistics that hold against others' definitions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from architectures import VOCAB, llama
+from peft import get_peft_model
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from hf_qlora.bench.depth import report, run, tasks
+from hf_qlora.bench.depth.arms import ARMS, REFERENCE
+from hf_qlora.bench.depth.run import Plan, Run
+from hf_qlora.cli import app
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Toy(tasks.Task):
+    """A tiny model, so that the machinery can be run through."""
+
+    name, metric, better, batch_size, steps = "toy", "loss", -1, 2, 2
+    rates = (1e-3, 1e-2)
+    shared: ClassVar[dict[str, Any]] = {
+        "r": 2,
+        "target_modules": ["q_proj"],
+        "task_type": "CAUSAL_LM",
+        "quantization": None,
+    }
+
+    def base(self) -> nn.Module:
+        torch.manual_seed(0)
+        return llama()
+
+    def batches(self, seed: int, steps: int) -> list[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        ids = [torch.randint(1, VOCAB, (2, 8), generator=generator) for _ in range(steps)]
+        return [{"input_ids": part, "labels": part} for part in ids]
+
+    def evaluate(self, model: nn.Module, split: str, limit: int | None = None) -> float:
+        ids = torch.randint(1, VOCAB, (2, 8), generator=torch.Generator().manual_seed(99))
+        with torch.no_grad():
+            return float(model(input_ids=ids, labels=ids).loss)
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.setattr(tasks, "TASKS", {"toy": Toy})
+    monkeypatch.setattr(run, "TASKS", {"toy": Toy})
+    monkeypatch.setattr(report, "TASKS", {"toy": Toy})
+    return Plan(tasks=("toy",), seeds=(1, 2))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_arm_is_swept_and_then_run_on_fresh_seeds(plan: Plan, tmp_path: Path) -> None:
+    results = tmp_path / "deep" / "results.jsonl"
+    run.perform(plan, results)
+    rows = lines(results)
+    assert len(rows) == len(ARMS) * (2 + 2)
+    sweep = [row for row in rows if row["run"]["seed"] == run.SWEEP_SEED]
+    assert {row["found"]["split"] for row in sweep} == {"validation"}
+    for arm in ARMS:
+        scores = {row["run"]["lr"]: row["found"]["score"] for row in sweep if row["run"]["arm"] == arm}
+        chosen = {row["run"]["lr"] for row in rows if row["run"]["arm"] == arm and row["found"]["split"] == "test"}
+        assert chosen == {min(scores, key=scores.__getitem__)}
+    for row in rows:
+        assert len(row["found"]["losses"]) == len(row["found"]["gradient_norms"]) == 2
+        assert all(norm > 0 for norm in row["found"]["gradient_norms"])
+        assert row["with"]["torch"] == torch.__version__.partition("+")[0] or row["with"]["torch"] == torch.__version__
+
+
+def test_an_interrupted_experiment_goes_on(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    run.perform(plan, whole)
+    original, done = run.do, []
+
+    def interrupted(*args: Any) -> dict[str, Any]:
+        if len(done) == 7:
+            raise KeyboardInterrupt
+        done.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(run, "do", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.perform(plan, parts)
+    assert len(lines(parts)) == 7
+    monkeypatch.setattr(run, "do", original)
+    run.perform(plan, parts)
+    scores = [[(row["run"], row["found"]["score"]) for row in lines(path)] for path in (whole, parts)]
+    assert scores[0] == scores[1]
+    monkeypatch.setattr(run, "do", lambda *args: pytest.fail("done already"))
+    run.perform(plan, parts)
+
+
+def test_arms_of_a_seed_start_alike_and_train_the_same_number_of_weights() -> None:
+    models = {}
+    for name, arm in ARMS.items():
+        base = Toy().base()
+        run.set_seed(3)
+        models[name] = get_peft_model(base, arm.config(**Toy.shared))
+    reference = {n: p for n, p in models[REFERENCE].named_parameters() if p.requires_grad}
+    for name, model in models.items():
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for key, parameter in reference.items():
+            assert torch.equal(trained[key], parameter), name
+        extra = sum(p.numel() for p in trained.values()) - sum(p.numel() for p in reference.values())
+        assert extra == (256 if name == "DoRA" else 2 if name.startswith("gain") else 0), name
+
+
+def test_the_arm_of_layer_rates_is_the_fixed_profile() -> None:
+    """To Adam's ε, which sees gradients that the profile has multiplied."""
+    found = {}
+    for name in ("layer rates, linear", "fixed linear", REFERENCE):
+        found[name] = run.do(Run("toy", name, 1e-2, 1, 4), Toy(), ARMS[name])["losses"]
+    assert found["layer rates, linear"] == pytest.approx(found["fixed linear"], abs=2e-4)
+
+
+def test_rates_warm_up_and_fall() -> None:
+    factors = [run._schedule(step, 20) for step in range(20)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[2:] == sorted(factors[2:], reverse=True)
+    assert 0 < factors[-1] < 0.1
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_the_p_value_is_a_paired_t_tests() -> None:
+    """The textbook's t for 5 differences, 4 degrees of freedom: the table has 2.776 at 0.05 and 4.604 at 0.01."""
+    centred = [d / statistics.stdev([-2, -1, 0, 1, 2]) * 5**0.5 for d in (-2, -1, 0, 1, 2)]  # standard error 1
+    assert report.paired_p([d + 2.776 for d in centred]) == pytest.approx(0.05, abs=1e-4)
+    assert report.paired_p([d - 4.604 for d in centred]) == pytest.approx(0.01, abs=1e-4)
+    assert report.paired_p([0.0, 0.0]) == report.paired_p([0.3]) == 1.0
+
+
+def test_the_interval_holds_the_mean_and_shrinks_with_the_spread() -> None:
+    wide, narrow = [0.0, 1.0, 2.0, 3.0], [1.4, 1.5, 1.6, 1.5]
+    for values in (wide, narrow):
+        low, high = report.bootstrap_interval(values)
+        assert low < statistics.mean(values) < high
+    assert report.bootstrap_interval(narrow)[1] < report.bootstrap_interval(wide)[1]
+    assert report.bootstrap_interval([0.5, 0.5]) == (0.5, 0.5)
+
+
+def test_holm_multiplies_and_never_falls() -> None:
+    rows = [report.Row(REFERENCE, 1, 1, 0, 0)] + [
+        report.Row(name, 1, 1, 0, 0, p=p) for name, p in (("a", 0.04), ("b", 0.01), ("c", 0.03))
+    ]
+    corrected = {row.arm: row.p_corrected for row in report._corrected(rows)}
+    assert corrected == {REFERENCE: 1.0, "b": pytest.approx(0.03), "c": pytest.approx(0.06), "a": pytest.approx(0.06)}
+
+
+def test_only_seeds_in_common_are_compared(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    scores = {REFERENCE: {1: 2.0, 2: 4.0}, "gain": {1: 1.0, 2: 2.0, 3: 100.0}}
+    with path.open("w") as file:
+        for arm, seeds in scores.items():
+            for seed, score in seeds.items():
+                made = Run("toy", arm, 1e-3, seed, 2)
+                file.write(json.dumps({"run": dataclasses.asdict(made), "found": {"score": score}}) + "\n")
+    reference, gain = report.table(path, Toy)
+    assert (reference.mean, gain.mean, gain.difference, gain.seeds) == (3.0, 1.5, -1.5, 2)
+    assert "| gain | 0.001 | 1.5000 |" in report.markdown(path)
+
+
+def test_the_command_reports_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    empty = CliRunner().invoke(app, ["bench", "adaptive-depth", "--report"])
+    assert (empty.exit_code, "No test runs" in empty.output) == (0, True)
+    wrong = CliRunner().invoke(app, ["bench", "adaptive-depth", "--task", "poems"])
+    assert wrong.exit_code == 2
+    assert "headlines" in wrong.output
+
+
+@pytest.mark.slow
+def test_the_real_tasks_run(tmp_path: Path) -> None:
+    results = tmp_path / "quick.jsonl"
+    run.perform(dataclasses.replace(run.QUICK, seeds=(1,)), results)
+    assert {row["run"]["task"] for row in lines(results)} == {"headlines", "answers"}

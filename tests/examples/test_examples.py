@@ -1,0 +1,33 @@
+"""Each example runs offline from start to end, a few steps of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name: str, folder: Path, *arguments: str) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [(), ("--attention",)])
+def test_adaptive_depth(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    output = run("adaptive_depth.py", tmp_path, "--steps", "5", *arguments)
+    assert re.search(r"accuracy on 1000 test headlines: 0\.[4-9]", output)
+    assert "bert.encoder.layer.5" in output
+    assert ("concentration" in output) == bool(arguments)
+    found = re.search(r"reloaded (\S+), merged (\S+)", output)
+    assert found
+    assert all(float(number.rstrip(",")) < 1e-4 for number in found.groups())
+    assert (tmp_path / "adaptive-depth" / "depth_scales.png").is_file()
