@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig, QLoRAConfig
 from hf_qlora.layers.depth import SLOT, THETA, scale_of
+from hf_qlora.layers.errors import FoldError
 from hf_qlora.layers.names import adapted_layers, plain_name
 
 
@@ -47,10 +48,6 @@ class Exchange:
     form: Form = "portable"
     source: str = ""
     any_shape: bool = False
-
-
-class FoldError(ValueError):
-    """Scales that belong to tensors which are not there."""
 
 
 _CALLERS_OWN = Exchange()

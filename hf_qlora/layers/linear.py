@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from hf_qlora.layers.errors import MergeError
+from hf_qlora.layers.forward import step_adapters, step_forward
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
-
-
-class MergeError(ValueError):
-    """An adapter that cannot be merged; the message names the layer and the way out."""
 
 
 class Linear4bit(PeftLinear4bit):
@@ -33,6 +33,16 @@ class Linear4bit(PeftLinear4bit):
     merged_adapters: list[str]
     # The packed base layer while a dense one stands in its place; in a tuple, so that it is no submodule then.
     _packed: tuple[BaseLinear4bit, ...] = ()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the layer to x, (..., in_features); the result has x's dtype."""
+        adapters = None if args or kwargs else step_adapters(self)
+        if adapters is None:
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        base = self.base_layer
+        dtype = base.product_dtype(x)
+        return step_forward(x, dtype, lambda: base.dequantize(dtype), base.bias, adapters).to(x.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put a dense layer with the adapters' ΔW added in the base layer's place.
@@ -115,8 +125,31 @@ def _check_finite(layer_name: str, names: list[str], weight: Tensor) -> None:
         raise MergeError(f"{layer_name}: merging {names} gives NaN or infinite weights; an adapter is broken.")
 
 
+class Linear(PeftLinear):
+    """A LoRA layer over a dense, frozen `nn.Linear` or `Conv1D`; made from PEFT's by `adopt`, never constructed."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the layer to x, (..., in_features); under autocast the result has its dtype."""
+        weight = self.base_layer.weight
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind := x.device.type) else weight.dtype
+        serves = not (args or kwargs) and not weight.requires_grad and (dtype != weight.dtype or dtype == x.dtype)
+        adapters = step_adapters(self) if serves else None
+        if adapters is None:
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        transposed = isinstance(self.base_layer, Conv1D)
+
+        def unpack() -> Tensor:
+            dense: Tensor = weight.detach().to(dtype)
+            return dense.t() if transposed else dense
+
+        return step_forward(x, dtype, unpack, self.base_layer.bias, adapters)
+
+
 def adopt(model: nn.Module) -> None:
-    """Turn PEFT's LoRA layers over an NF4 base of ours into `Linear4bit`, in place, stock adapters with them."""
+    """Give PEFT's LoRA layers over linear layers our classes, in place, stock adapters with them."""
     for module in model.modules():
         if type(module) is PeftLinear4bit and isinstance(module.base_layer, BaseLinear4bit) and not module.merged:
             module.__class__ = Linear4bit
+        elif type(module) is PeftLinear and type(module.base_layer) in (nn.Linear, Conv1D):
+            module.__class__ = Linear

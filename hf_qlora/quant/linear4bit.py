@@ -76,10 +76,16 @@ class Linear4bit(bnb.nn.Linear4bit):
         if x.device.type != "cpu":
             result: Tensor = super().forward(x)
             return result
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.compute_dtype or x.dtype
+        dtype = self.product_dtype(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
             return frozen_linear(x.to(dtype), lambda: self.dequantize(dtype), bias).to(x.dtype)
+
+    def product_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype that the layer multiplies x in."""
+        kind = x.device.type
+        dtype: torch.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.compute_dtype
+        return dtype or x.dtype
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from hf_qlora import AdaptiveDepthLoRAConfig, QLoRAConfig, quantize_model
 from hf_qlora.config.adaptive_depth import DEPTH_PROFILES
 from hf_qlora.layers import depth
-from hf_qlora.layers.linear import MergeError
+from hf_qlora.layers.errors import MergeError
 from hf_qlora.validation import ConfigError
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hf_qlora import QLoRAConfig, quantize_model
 from hf_qlora.layers import fold
+from hf_qlora.layers.errors import FoldError
 from hf_qlora.quant.base import BaseModelError
 
 
@@ -362,7 +363,7 @@ def test_a_model_whose_quantization_was_interrupted_is_refused() -> None:
 def test_scales_whose_tensors_are_not_there_are_not_lost_in_silence(tmp_path: Path) -> None:
     model = adapted(use_rslora=True)
     tensors = {name.replace("q_proj", "other"): t for name, t in model.state_dict().items()}
-    with pytest.raises(fold.FoldError, match=r"q_proj and 1 others.*portable=False"):
+    with pytest.raises(FoldError, match=r"q_proj and 1 others.*portable=False"):
         model.save_pretrained(tmp_path, state_dict=tensors)
     assert not list(tmp_path.iterdir())
 
