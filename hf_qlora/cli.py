@@ -56,8 +56,11 @@ def bench_adaptive_depth(
     """
     from dataclasses import replace
 
-    from hf_qlora.bench.depth import report, run, tasks
-
+    try:
+        from hf_qlora.bench.depth import report, run, tasks
+    except ImportError as error:
+        typer.echo(f"Error: {error}. Install what the experiment needs: pip install 'hf-qlora[bench]'", err=True)
+        raise typer.Exit(MISUSED) from None
     names = tuple(task or tasks.TASKS)
     unknown = sorted(set(names) - tasks.TASKS.keys())
     if unknown:

@@ -28,6 +28,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
@@ -214,6 +215,7 @@ def save(
     chosen = options["selected_adapters"]
     names = list(model.peft_config) if chosen is None else chosen
     ours = [name for name in names if isinstance(model.peft_config.get(name), QLoRAConfig)]
+    _check_scales(model, ours, options["kwargs"].get("state_dict"))
     by = {name: fold.factors(model, model.peft_config[name], name) for name in ours}
     if options["path_initial_model_for_weight_conversion"] is not None and any(by.values()):
         raise ValueError(
@@ -313,6 +315,18 @@ def _complete(
         save_file(native, folder / STATE_NAME, metadata={"format": "pt"})
         record["state_sha256"] = sha256(folder / STATE_NAME)
     write_json(folder / CONFIG_NAME, values)
+
+
+def _check_scales(model: PeftModel, names: list[str], state_dict: Mapping[str, Tensor] | None) -> None:
+    """Refuse tensors that were trained with other depth scales than the model has, which would be folded wrongly."""
+    for name in names:
+        for key, tensor in depth.state_tensors(model, name).items():
+            given = (state_dict or {}).get(key)
+            if given is not None and not torch.equal(given.cpu().nan_to_num(), tensor.cpu().nan_to_num()):
+                raise ValueError(
+                    f"state_dict has another {key} than the model. Load it into the model first "
+                    "(model.load_state_dict), then save the model."
+                )
 
 
 def _remove_left_overs(target: Path) -> None:

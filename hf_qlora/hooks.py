@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hf_qlora import files
 from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.config.record import RECORD_KEY
-from hf_qlora.layers import depth, fold
+from hf_qlora.layers import attention, depth, fold
 from hf_qlora.quant.base import check_settings
 from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.rehearsal import after, is_real_step, is_rehearsal, rehearse, try_config
@@ -91,19 +91,25 @@ def set_peft_model_state_dict(
     config, tensors = model.peft_config[adapter_name], peft_model_state_dict
     if not isinstance(tensors, files.AdapterTensors) or not isinstance(config, QLoRAConfig):
         return original(model, tensors, adapter_name, ignore_mismatched_sizes, **kwargs)
+    before = depth.learned(model, adapter_name)
     depth.restore(model, adapter_name, tensors.depth)
+    attention.forget_step(model, adapter_name)
     given, form = tensors.for_model(fold.factors(model, config, adapter_name, from_file=True))
     with fold.exchange(form, tensors.source, ignore_mismatched_sizes):
         try:
             return original(model, given, adapter_name, ignore_mismatched_sizes, **kwargs)
-        except KeyError as error:
-            raise AdapterError(
-                f"{tensors.source} lacks {error}, which the config's modules_to_save asks for."
-            ) from error
-        except RuntimeError as error:
-            if "size mismatch" not in str(error):
-                raise
-            raise AdapterError(f"{tensors.source} does not fit the model: {error}") from error
+        except Exception as error:
+            depth.restore(model, adapter_name, before)
+            _explain(error, tensors.source)
+            raise
+
+
+def _explain(error: Exception, source: str) -> None:
+    """Raise an error of ours in the place of one of PEFT's or torch's that says less."""
+    if isinstance(error, KeyError):
+        raise AdapterError(f"{source} lacks {error}, which the config's modules_to_save asks for.") from error
+    if isinstance(error, RuntimeError) and "size mismatch" in str(error):
+        raise AdapterError(f"{source} does not fit the model: {error}") from error
 
 
 def init(

@@ -62,11 +62,14 @@ def read_modules(adapter: str) -> tuple[LoraConfig, list[Module]]:
     config = PeftConfig.from_pretrained(str(folder.weights.parent))
     assert isinstance(config, QLoRAConfig)
     tensors = files.read_tensors(folder.weights)
-    learned, by = folder.record.get("depth", {}), folder.record.get("fold", {})
+    learned, by = folder.record.get("depth", {}), folder.record.get("fold")
+    by = {name: c for name, c in by.items() if isinstance(c, float)} if isinstance(by, dict) else {}
     modules = []
     for key in sorted(tensors, key=_natural):
         module = key.removesuffix(".lora_A.weight")
         if module != key:
+            if f"{module}.lora_B.weight" not in tensors:
+                raise files.AdapterFileError(f"{folder.weights} has {key}, but no lora_B for it; it is incomplete.")
             A, B = tensors[key].flatten(1), tensors[f"{module}.lora_B.weight"].flatten(1)
             modules.append(_module(config, module, int(A.shape[0]), product_norm(B, A), by, learned))
     return config, modules

@@ -61,7 +61,7 @@ class QLoRAModel(LoraModel):
                 if isinstance(config, AdaptiveDepthLoRAConfig):
                     depth.attach(model, config, adapter_name)
                     if config.attention == "concentration":
-                        attention.watch(model, adapter_name)
+                        attention.watch(model, adapter_name, config.layers_pattern)
             self._start_from(factors, adapter_name)
             if config.quantization is not None and not config.inference_mode:
                 self._let_gradients_in(model)
@@ -72,7 +72,8 @@ class QLoRAModel(LoraModel):
         """As PEFT's. The result has stock scaling and no initialisation, whatever the first adapter has."""
         first = self.peft_config.get(adapters[0]) if adapters else None
         if not isinstance(first, QLoRAConfig):
-            super().add_weighted_adapter(adapters, *args, **kwargs)
+            with depth.in_scaling(self.model, adapters):
+                super().add_weighted_adapter(adapters, *args, **kwargs)
             return
         stock: dict[str, Any] = {"use_rslora": False, "init_lora_weights": True, "loftq_config": {}, "record": None}
         self.peft_config[adapters[0]] = replace(first.without_depth(), **stock)
@@ -111,11 +112,19 @@ class QLoRAModel(LoraModel):
             hook.remove()
         return result
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        attention.unwatch(self.model, adapter_name)
+
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Find out what cannot be merged before the first layer is."""
         for name, module in self.model.named_modules():
             if isinstance(module, Linear4bit):
                 module.check_mergeable(name, adapter_names, safe_merge)
+            elif isinstance(module, LoraLayer):
+                for adapter in module.active_adapters if adapter_names is None else adapter_names:
+                    if adapter in module.lora_bias:
+                        depth.refuse_scaled_bias(module, adapter)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -129,10 +138,10 @@ class QLoRAModel(LoraModel):
         cls, model: nn.Module, config: LoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        tensors |= {name: t for name, t in depth.theta_tensors(model, adapter_name).items() if name not in tensors}
         from_file = bool(fold.current_exchange().source)
         if from_file:
             _check_fits(model, config, tensors, adapter_name)
+        tensors = {**depth.state_tensors(model, adapter_name), **tensors}  # else PEFT says that they are missing
         return fold.unfold(tensors, fold.factors(model, config, adapter_name, from_file), adapter_name)
 
     def _try(self, config: QLoRAConfig, model: nn.Module, adapter_name: str) -> nn.Module | None:
@@ -258,8 +267,9 @@ def _initialised_here(config: QLoRAConfig) -> Iterator[None]:
 def _check_fits(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], adapter: str) -> None:
     """Refuse a file with tensors missing, left over or of another shape, before any is set."""
     exchange = fold.current_exchange()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if f".{depth.SLOT}." not in name}
-    everything = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
+    scales = tuple(f"{name}.{depth.SLOT}.{adapter}." for name in depth.scales(model, adapter))  # in no file
+    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    everything = {name: tensor for name, tensor in named.items() if not name.startswith(scales) or not scales}
     biases = {"none": (), "lora_only": (".base_layer.bias",), "all": (".bias",)}[config.bias]
     of_adapter = re.compile(rf"\.(lora_\w+|modules_to_save)\.{re.escape(adapter)}(\.|$)")
     own = {

@@ -15,6 +15,7 @@ from hf_qlora.validation import CHANGES_BASE, ConfigError
 
 
 DEPTH_PROFILES = ("linear", "constant", "reverse", "cosine", "rsqrt")
+LARGEST_BOUND = 10.0
 ATTENTION = ("off", "concentration")
 
 
@@ -73,7 +74,10 @@ class AdaptiveDepthLoRAConfig(QLoRAConfig):
         return values
 
     def without_depth(self) -> QLoRAConfig:
-        return QLoRAConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(QLoRAConfig)})
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(QLoRAConfig)}
+        if self.layers_to_transform is None:
+            values["layers_pattern"] = None
+        return QLoRAConfig(**values)
 
 
 def _check_depth(config: AdaptiveDepthLoRAConfig) -> None:
@@ -85,11 +89,14 @@ def _check_depth(config: AdaptiveDepthLoRAConfig) -> None:
         )
     if isinstance(profile, list | tuple):
         config.depth_profile = list(profile)
-        if not profile or not all(_is_positive(value) for value in profile):
+        if not profile or not all(_is_positive(value) for value in profile) or not math.isfinite(sum(profile)):
             raise ConfigError(f"depth_profile={profile} must hold positive finite numbers, one for each layer.")
     for name in ("gain_bound", "gain_lr_ratio"):
         if not _is_positive(getattr(config, name)):
             raise ConfigError(f"{name}={getattr(config, name)!r} must be a positive finite number.")
+    if config.gain_bound > LARGEST_BOUND:
+        bound = config.gain_bound
+        raise ConfigError(f"gain_bound={bound} lets a gain reach e^{bound:g}; choose at most {LARGEST_BOUND:g}.")
     if config.attention not in ATTENTION:
         raise ConfigError(f"attention={config.attention!r} is not known; choose one of {ATTENTION}.")
 

@@ -50,10 +50,11 @@ def checked_record(record: Any) -> dict[str, Any]:
 def _is_depth(value: Any) -> bool:
     if not isinstance(value, dict) or type(value.get("observations")) is not int:
         return False
-    numbers = [value.get("theta"), value.get("attention"), value.get("concentration", math.nan)]
-    return all(isinstance(number, float) and math.isfinite(number) for number in numbers if number is not None) and (
-        None not in numbers[:2]
-    )
+    if value.keys() != {"theta", "attention", "concentration", "observations"}:
+        return False
+    theta, attention, average = value["theta"], value["attention"], value["concentration"]
+    numbers = [theta, attention, 0.0 if average is None else average]
+    return all(isinstance(n, float) and math.isfinite(n) for n in numbers) and 0.5 <= attention <= 2
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

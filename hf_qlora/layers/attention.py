@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import math
 import re
 import weakref
@@ -39,6 +40,8 @@ from hf_qlora.layers.names import adapted_layers
 from hf_qlora.validation import ConfigError
 
 
+logger = logging.getLogger(__name__)
+
 ROWS = 8  # query rows looked at in each sequence
 MOMENTUM = 0.1  # of the moving average: the weight of what is new
 LIMITS = (0.5, 2.0)
@@ -53,57 +56,82 @@ class Watch:
 
     Attributes:
         layers: the adapted LoRA layers with their scales, by the numbered layer they are in.
+        seen: what was observed since the last optimizer step.
     """
 
     def __init__(self, adapter: str) -> None:
         self.adapter = adapter
         self.layers: dict[str, list[tuple[LoraLayer, depth.DepthScale]]] = {}
-        self.seen: dict[str, Tensor] = {}
+        self.seen: dict[str, Tensor | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "seen": {}}  # a copy begins its own step
 
     def wants(self, layer: str) -> bool:
         """Whether the layer is trained now and has not been observed since the last optimizer step."""
         lora, _ = self.layers[layer][0]
         trains = self.adapter in lora.active_adapters and not lora.disable_adapters and not lora.merged
-        return trains and lora.training and layer not in self.seen
+        learns = trains and lora.training and lora.lora_B[self.adapter].weight.requires_grad
+        return learns and layer not in self.seen
 
-    def observe(self, layer: str, value: Tensor) -> None:
+    def observe(self, layer: str, value: Tensor | None) -> None:
+        if value is None:
+            _say_once(layer)
         _live.add(self)
         self.seen[layer] = value
 
+    def learns_with(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer steps this adapter."""
+        own = {id(lora.lora_B[self.adapter].weight) for layers in self.layers.values() for lora, _ in layers}
+        return any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+
     def end_step(self) -> None:
         """Take what was observed into the averages, and the averages into the scales."""
-        if not self.seen:
-            return
-        names = sorted(self.seen)
-        values = torch.stack([self.seen[name].float().cpu() for name in names])
+        found = self._means()
         self.seen.clear()
+        averages: dict[str, float] = {}
+        for name, layers in self.layers.items():
+            before, value = layers[0][1].concentration, found.get(name)
+            if value is not None:
+                averages[name] = value if before is None else before + MOMENTUM * (value - before)
+            elif before is not None:
+                averages[name] = before
+        mean = sum(averages.values()) / len(averages) if averages else 0.0
+        for name, layers in self.layers.items():
+            average, a = averages.get(name), 1.0
+            if average is not None and mean > 0:
+                a = min(max(average / mean, LIMITS[0]), LIMITS[1])
+            for _, scale in layers:
+                scale.see(a, average, scale.observations + 1)
+
+    def _means(self) -> dict[str, float]:
+        """What each layer saw, over all processes; layers that saw nothing are left out."""
+        names = sorted(self.layers)
+        device = self.layers[names[0]][0][1].bias.device
+        nothing = torch.full((), math.nan, device=device)
+        values = [self.seen.get(name) for name in names]
+        sums = torch.stack([nothing if value is None else value.to(device).float() for value in values])
+        counts = sums.isfinite().float()
+        both = torch.stack([sums.nan_to_num(0.0), counts])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(values)
-            values /= torch.distributed.get_world_size()
-        for name, value in zip(names, values.tolist(), strict=True):
-            for _, scale in self.layers[name]:
-                scale.observe(value, MOMENTUM)
-        averages = {name: layers[0][1].concentration for name, layers in self.layers.items()}
-        known = [value for value in averages.values() if value is not None]
-        mean = sum(known) / len(known)
-        for name, value in averages.items():
-            if value is not None and mean > 0:
-                for _, scale in self.layers[name]:
-                    scale.restore(scale.theta, min(max(value / mean, LIMITS[0]), LIMITS[1]))
+            torch.distributed.all_reduce(both)
+        total, count = both.tolist()
+        return {name: t / n for name, t, n in zip(names, total, count, strict=True) if n}
 
 
-def watch(model: nn.Module, adapter: str) -> None:
+def watch(model: nn.Module, adapter: str, pattern: str | list[str] | None = None) -> None:
     """Observe the attention of an adapter's layers.
 
     Args:
         model: with the adapter's scales attached.
+        pattern: the config's `layers_pattern`.
 
     Raises:
         ConfigError: a layer whose attention cannot be observed, or that has none.
     """
     observer = Watch(adapter)
     for name, layer in adapted_layers(model, adapter):
-        found, scale = depth.layer_index(model, name), depth.scale_of(layer, adapter)
+        found, scale = depth.layer_index(model, name, pattern), depth.scale_of(layer, adapter)
         if found is not None and scale is not None:
             observer.layers.setdefault(f"{found[0]}.{found[1]}", []).append((layer, scale))
     for name in observer.layers:
@@ -115,7 +143,15 @@ def watch(model: nn.Module, adapter: str) -> None:
             )
         for module in modules:
             module.__dict__.setdefault(_WATCHES, {})[adapter] = (observer, name)
-    _stand_in()
+    if observer.layers:
+        _stand_in()
+
+
+def forget_step(model: nn.Module, adapter: str) -> None:
+    """Begin a new step: what was seen since the last one belongs to weights that are gone."""
+    for module in model.modules():
+        if adapter in module.__dict__.get(_WATCHES, {}):
+            module.__dict__[_WATCHES][adapter][0].seen.clear()
 
 
 def unwatch(model: nn.Module, adapter: str | None = None) -> None:
@@ -148,22 +184,36 @@ def _stand_in() -> None:
     register_optimizer_step_post_hook(_end_step)
 
 
-def _end_step(*args: Any) -> None:
+def _end_step(optimizer: torch.optim.Optimizer, *args: Any) -> None:
     for observer in list(_live):
-        observer.end_step()
+        if observer.learns_with(optimizer):
+            observer.end_step()
 
 
 def _observe_and_call(
     attend: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    for observer, layer in module.__dict__.get(_WATCHES, {}).values():
-        if observer.wants(layer):
-            mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-            seed = observer.layers[layer][0][1].observations
-            value = concentration(module, query, key, mask, seed=seed, **kwargs)
-            if value is not None:
-                observer.observe(layer, value)
+    if _WATCHES in module.__dict__:
+        _observe(module, query, key, args[1] if len(args) > 1 else kwargs.get("attention_mask"), kwargs)
     return attend(module, query, key, *args, **kwargs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # generators cannot be compiled; the model around can
+def _observe(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> None:
+    for observer, layer in module.__dict__[_WATCHES].values():
+        if observer.wants(layer):
+            seed = observer.layers[layer][0][1].observations
+            known = {name: value for name, value in options.items() if name != "attention_mask"}
+            observer.observe(layer, concentration(module, query, key, mask, seed=seed, **known))
+
+
+@functools.cache
+def _say_once(layer: str) -> None:
+    logger.warning(
+        "The attention of %s cannot be observed in this form (several sequences in a row, or a mask of blocks); "
+        "without any observation its scale stays 1.",
+        layer,
+    )
 
 
 @torch.no_grad()
@@ -178,55 +228,84 @@ def concentration(
     softcap: float | None = None,
     sliding_window: int | None = None,
     position_bias: Tensor | None = None,
+    position_ids: Tensor | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     **_: Any,
 ) -> Tensor | None:
-    """c of one layer, a scalar float32 tensor; None where no row sees two keys, or where rows cannot be told apart.
+    """c of one layer, a scalar float32 tensor, NaN where no row sees two keys; None where sequences are packed.
 
     Args:
         query, key (`torch.Tensor`, (batch, heads, tokens, head_dim)): keys may have fewer heads, and more tokens.
-        mask: as attention functions get it: None, bool or additive (batch, 1 or heads, tokens, keys), or padding
+        mask: as attention functions get it: None, bool or additive (batch, 1 or heads, 1 or tokens, keys), or padding
             (batch, keys).
         seed: chooses the rows.
     """
     (batch, heads, tokens, size), (kv_heads, keys) = query.shape, key.shape[1:3]
-    packed = cu_seq_lens_q is not None  # several sequences in one row, which these arguments do not tell apart
-    if packed or keys < tokens or tokens < 2 or not (mask is None or isinstance(mask, Tensor)):
+    packed = cu_seq_lens_q is not None or (mask is None and _restarts(position_ids))
+    if packed or keys < tokens or not (mask is None or isinstance(mask, Tensor)):
         return None
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(tokens, generator=generator)[:ROWS].to(query.device)
-    chosen = query.index_select(2, rows).float().reshape(batch, kv_heads, -1, size)
-    scores = (chosen @ key.float().transpose(2, 3)).reshape(batch, heads, -1, keys)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if mask is not None and mask.ndim == 4:
+        mask = mask[..., :keys].expand(batch, -1, tokens, -1)
+    rows = choose_rows(seed, _real(mask, batch, tokens, keys, query.device))  # (batch, rows)
+    chosen = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, size)).float()
+    scores = (chosen.reshape(batch, kv_heads, -1, size) @ key.float().transpose(2, 3)).reshape(batch, heads, -1, keys)
     scores = scores * (size**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     own = rows + (keys - tokens)  # where a row's own token is among the keys
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    visible = _visible(mask, rows, own, keys, bool(causal), sliding_window)
+    visible = _visible(mask, rows, own, keys, causal, sliding_window)
     if mask is not None and mask.ndim == 4 and mask.dtype != torch.bool:
-        scores = scores + mask[:, :, rows, :keys].float()
+        scores = scores + _of_rows(mask, rows).float()
     if position_bias is not None:
-        scores = scores + position_bias[:, :, rows, :keys].float()
-    n = visible.sum(-1)  # (batch or 1, heads or 1, rows)
+        scores = scores + _of_rows(position_bias[..., :keys].expand(batch, -1, tokens, -1), rows).float()
+    n = visible.sum(-1)  # (batch, 1 or heads, rows)
     log_p = scores.masked_fill(~visible, -math.inf).log_softmax(-1)
     entropy = -(log_p.exp() * log_p.masked_fill(~visible, 0.0)).sum(-1)  # (batch, heads, rows)
-    counts = visible.gather(-1, own[:, None].expand(*n.shape, 1)).squeeze(-1) & (n >= 2)  # padding does not see itself
-    counts = counts.expand_as(entropy)
+    itself = visible.gather(-1, own[:, None, :, None].expand(*n.shape, 1)).squeeze(-1)  # padding does not see itself
+    counts = (itself & (n >= 2)).expand_as(entropy)
     ratio = torch.where(counts, entropy / n.clamp(min=2).float().log(), torch.zeros_like(entropy))
     total = counts.sum()
     return torch.where(total > 0, 1 - ratio.sum() / total.clamp(min=1), torch.full_like(ratio.sum(), math.nan))
 
 
+def choose_rows(seed: int, real: Tensor) -> Tensor:
+    """Rows to look at in each sequence, (batch, `ROWS` or fewer), the `real` ones, (batch, tokens), first."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(real.shape, generator=generator).to(real.device)
+    return order.masked_fill(~real, 2.0).argsort(dim=1)[:, :ROWS]
+
+
+def _real(mask: Tensor | None, batch: int, tokens: int, keys: int, device: torch.device) -> Tensor:
+    """Which tokens see themselves, so that they are no padding: (batch, tokens)."""
+    if mask is None:
+        return torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    if mask.ndim == 4:
+        own = mask[:, 0].diagonal(keys - tokens, -2, -1)
+        return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+    return mask[:, keys - tokens : keys].bool()
+
+
+def _restarts(position_ids: Tensor | None) -> bool:
+    """Whether positions fall within a row: several sequences in it."""
+    return position_ids is not None and bool((position_ids[..., 1:] < position_ids[..., :-1]).any())
+
+
+def _of_rows(matrix: Tensor, rows: Tensor) -> Tensor:
+    """The chosen rows of (batch, 1 or heads, tokens, keys)."""
+    index = rows[:, None, :, None].expand(-1, matrix.shape[1], -1, matrix.shape[3])
+    return matrix.gather(2, index)
+
+
 def _visible(mask: Tensor | None, rows: Tensor, own: Tensor, keys: int, causal: bool, window: int | None) -> Tensor:
-    """Which keys the chosen rows see, (batch or 1, heads or 1, rows, keys)."""
+    """Which keys the chosen rows see, (batch, 1 or heads, rows, keys)."""
     if mask is not None and mask.ndim == 4:
-        part = mask[:, :, rows, :keys]
+        part = _of_rows(mask, rows)
         return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
-    position = torch.arange(keys, device=rows.device)
-    ahead = own[:, None] - position[None, :]
+    ahead = own[:, :, None] - torch.arange(keys, device=rows.device)
     visible = ahead >= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
     if window is not None:
         visible = visible & (ahead.abs() < window)
-    visible = visible[None, None]
+    visible = visible[:, None]
     return visible if mask is None else visible & mask[:, None, None, :keys].bool()

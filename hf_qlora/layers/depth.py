@@ -20,7 +20,7 @@ its gradient. What f changes is that ratio, and the weight of the decay.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,35 +43,44 @@ SLOT, THETA = "lora_magnitude_vector", "bias"
 
 
 class DepthScale(nn.Module):
-    """f · g · a of one adapted module.
+    """f · g · a of one adapted module, in float32 whatever the model is cast to.
 
     Attributes:
-        bias (`torch.nn.Parameter`, (1,), float32): θ; a buffer where the gain is not learned.
-        fixed (`torch.Tensor`, (1,), float32): f · a.
-        attention, concentration, observations: a, the average c̄ it comes from, and over how many steps
-            (`layers/attention.py`).
+        profile: f.
+        bias (`torch.nn.Parameter`, (1,)): θ; a buffer where the gain is not learned.
+        observed (`torch.Tensor`, (3,)): a, the average c̄ it comes from (NaN before the first), and over how many
+            steps; None where attention is not observed (`layers/attention.py`).
         merged_value: the scale with which the adapter was merged last.
     """
 
-    fixed: Tensor
     bias: Tensor
+    observed: Tensor | None
 
     def __init__(self, profile: float, config: AdaptiveDepthLoRAConfig, device: torch.device) -> None:
         super().__init__()
-        self.profile, self.attention, self.bound = profile, 1.0, config.gain_bound
-        self.concentration: float | None = None
-        self.observations = 0
+        self.profile, self.bound = profile, config.gain_bound
         self.merged_value = math.nan
-        self.register_buffer("fixed", torch.full((1,), profile, device=device), persistent=False)
         theta = torch.zeros(1, device=device)
         if config.learn_gain:
-            self.bias = nn.Parameter(theta)
+            # Not through `__setattr__`: PEFT's low_cpu_mem_usage would put it on meta, and no file brings θ.
+            self._parameters[THETA] = nn.Parameter(theta)
         else:
             self.register_buffer(THETA, theta, persistent=False)
+        watched = config.attention != "off"
+        self.register_buffer("observed", torch.tensor([1.0, math.nan, 0.0], device=device) if watched else None)
 
     def forward(self) -> Tensor:
         """The scale, (1,), in float32."""
-        return self.fixed * torch.exp(self.bound * torch.tanh(self.bias.float() / self.bound))
+        scale = self.profile * torch.exp(self.bound * torch.tanh(self.bias / self.bound))
+        return scale if self.observed is None else scale * self.observed[:1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DepthScale:
+        exact = {name: tensor.detach().clone() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+        super()._apply(fn, recurse)
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if tensor.dtype != torch.float32:
+                tensor.data = exact[name].to(tensor.device)
+        return self
 
     @property
     def theta(self) -> float:
@@ -82,31 +91,46 @@ class DepthScale(nn.Module):
         return math.exp(self.bound * math.tanh(self.theta / self.bound))
 
     @property
+    def attention(self) -> float:
+        return 1.0 if self.observed is None else self.observed[0].item()
+
+    @property
+    def concentration(self) -> float | None:
+        average = math.nan if self.observed is None else self.observed[1].item()
+        return None if math.isnan(average) else average
+
+    @property
+    def observations(self) -> int:
+        return 0 if self.observed is None else int(self.observed[2].item())
+
+    @property
     def value(self) -> float:
         """The scale, in double precision."""
         return self.profile * self.attention * self.gain
 
     @torch.no_grad()
-    def restore(self, theta: float, attention: float) -> None:
+    def restore(self, theta: float, attention: float, concentration: float | None, observations: int) -> None:
         self.bias.fill_(theta)
-        self.attention = attention
-        self.fixed.fill_(self.profile * attention)
+        self.see(attention, concentration, observations)
 
-    def observe(self, concentration: float, momentum: float) -> None:
-        """Take one more observation into the average; NaN is none."""
-        self.observations += 1
-        if not math.isnan(concentration):
-            before = concentration if self.concentration is None else self.concentration
-            self.concentration = before + momentum * (concentration - before)
+    def see(self, attention: float, concentration: float | None, observations: int) -> None:
+        """Set what was observed; in a new tensor, since a graph that has yet to run backward may hold the old one."""
+        if self.observed is not None:
+            average = math.nan if concentration is None else concentration
+            self.observed = torch.tensor([attention, average, float(observations)], device=self.observed.device)
 
     def neutralise(self) -> None:
         """Become 1, and stay it but for what is learned from now on."""
         self.profile = 1.0
-        self.restore(0.0, 1.0)
+        self.restore(0.0, 1.0, None, 0)
 
 
 class DepthVariant(LoraVariant):
     """LoRA whose product is multiplied by the layer's `DepthScale`."""
+
+    def supports_lora_conversion(self) -> bool:
+        """PEFT would convert ΔW without the scale. A saved adapter is plain LoRA already."""
+        return False
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
@@ -137,14 +161,19 @@ class DepthVariant(LoraVariant):
 
 
 def _scaled_delta(module: Any, adapter: str, value: float) -> Tensor:
-    if module.lora_bias[adapter]:
+    refuse_scaled_bias(module, adapter)
+    module.lora_magnitude_vector[adapter].merged_value = value
+    delta: Tensor = module.get_delta_weight(adapter) * value
+    return delta
+
+
+def refuse_scaled_bias(layer: LoraLayer, adapter: str) -> None:
+    """Raise MergeError for an adapter whose bias PEFT would merge without its scale."""
+    if layer.lora_bias[adapter] and scale_of(layer, adapter) is not None:
         raise MergeError(
             f"Adapter {adapter!r} has lora_bias=True and a depth scale, and PEFT would merge its bias unscaled. Keep "
             "it unmerged, or save it and merge the saved adapter, which is folded."
         )
-    module.lora_magnitude_vector[adapter].merged_value = value
-    delta: Tensor = module.get_delta_weight(adapter) * value
-    return delta
 
 
 def attach(model: nn.Module, config: AdaptiveDepthLoRAConfig, adapter: str) -> None:
@@ -217,9 +246,9 @@ def layer_index(model: nn.Module, name: str, pattern: str | list[str] | None = N
     return found[0] if found else None
 
 
-def split_name(model: nn.Module, name: str) -> tuple[str, str]:
+def split_name(model: nn.Module, name: str, pattern: str | list[str] | None = None) -> tuple[str, str]:
     """A module's numbered layer, as "model.layers.3", and its name in it; the first is "" without one."""
-    found = layer_index(model, name)
+    found = layer_index(model, name, pattern)
     if found is None:
         return "", name
     layer = f"{found[0]}.{found[1]}"
@@ -255,16 +284,15 @@ def restore(model: nn.Module, adapter: str, values: Mapping[str, Mapping[str, An
     """Give an adapter's scales what `learned` returned; those of other layers stay as they are."""
     for name, scale in scales(model, adapter).items():
         if name in values:
-            scale.restore(values[name]["theta"], values[name]["attention"])
-            scale.concentration, scale.observations = values[name]["concentration"], values[name]["observations"]
+            scale.restore(**values[name])
 
 
-def theta_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """The θ that are parameters, by their names in the model."""
+def state_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """What a model's state dict has of an adapter's scales, and its file has not."""
     return {
-        f"{name}.{SLOT}.{adapter}.{THETA}": scale.bias.detach()
+        f"{name}.{SLOT}.{adapter}.{key}": tensor.detach()
         for name, scale in scales(model, adapter).items()
-        if isinstance(scale.bias, nn.Parameter)
+        for key, tensor in scale.state_dict().items()
     }
 
 

@@ -27,6 +27,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig, QLoRAConfig
+from hf_qlora.layers import attention
 from hf_qlora.layers.depth import SLOT, THETA, scale_of
 from hf_qlora.layers.errors import FoldError
 from hf_qlora.layers.names import adapted_layers, plain_name
@@ -99,7 +100,7 @@ def factors(model: nn.Module, config: LoraConfig, adapter: str, from_file: bool 
 
 
 def fold(tensors: dict[str, Tensor], by: dict[str, float], adapter: str) -> dict[str, Tensor]:
-    """The tensors as they leave the model, without the θ of depth scales; those that change are float32."""
+    """The tensors as they leave the model, without the state of depth scales; those that change are float32."""
     if current_exchange().form == "native" or not tensors:  # none: a process that holds no part of them
         return tensors
     modules = {name: _scaled_module(name, adapter) for name in tensors}
@@ -110,11 +111,11 @@ def fold(tensors: dict[str, Tensor], by: dict[str, float], adapter: str) -> dict
             "scales cannot be folded into them. Wrap the model after get_peft_model with names that PEFT knows, or "
             f"set portable=False in the config of adapter {adapter!r}."
         )
-    theta = f".{SLOT}.{adapter}.{THETA}"
+    of_scales = tuple(f".{SLOT}.{adapter}.{name}" for name in (THETA, "observed"))
     return {
         name: t.float() * by[modules[name]] if modules[name] in by else t
         for name, t in tensors.items()
-        if not name.endswith(theta)
+        if not name.endswith(of_scales)
     }
 
 
@@ -147,7 +148,8 @@ def after_hot_swap(model: nn.Module, adapter: str, config: LoraConfig, swapped_i
     config.lora_alpha = swapped_in.lora_alpha
     config.use_rslora, config.rank_pattern, config.alpha_pattern = False, {}, {}
     if isinstance(config, AdaptiveDepthLoRAConfig):
-        config.depth_profile = "constant"
+        config.depth_profile, config.attention = "constant", "off"
+        attention.unwatch(model, adapter)
     for name, layer in layers.items():
         layer.r[adapter], layer.use_rslora[adapter] = ranks[name], False
         if (depth := scale_of(layer, adapter)) is not None:

@@ -82,7 +82,9 @@ class DepthScaleCallback(TrainerCallback):
             scale = depth.scale_of(layer, self.adapter)
             if scale is None:
                 continue
-            numbered, module = depth.split_name(model, name)
+            numbered, module = depth.split_name(
+                model, name, self.trainer.model.peft_config[self.adapter].layers_pattern
+            )
             self.history[step][numbered, module] = scale.value
             if name not in self.weights:
                 self.weights[name] = weight_norm(layer.get_base_layer())

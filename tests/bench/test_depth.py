@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from architectures import VOCAB, llama
@@ -105,6 +107,23 @@ def test_an_interrupted_experiment_goes_on(plan: Plan, tmp_path: Path, monkeypat
     run.perform(plan, parts)
 
 
+def test_a_half_written_line_is_done_again(plan: Plan, tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    run.perform(plan, results)
+    whole = results.read_text()
+    results.write_text(whole[:-40])
+    assert len(run.read(results)) == len(whole.splitlines()) - 1
+    run.perform(plan, results)
+    assert [row["run"] for row in lines(results)] == [json.loads(line)["run"] for line in whole.splitlines()]
+
+
+def test_a_diverged_rate_is_not_chosen() -> None:
+    done = [
+        (Run("toy", "gain", lr, 0, 2), {"score": score}) for lr, score in ((1e-3, math.nan), (1e-2, 5.0), (7.0, 0.1))
+    ]
+    assert run.best_rate(done, Toy, "gain", 2) == 1e-2
+
+
 def test_arms_of_a_seed_start_alike_and_train_the_same_number_of_weights() -> None:
     models = {}
     for name, arm in ARMS.items():
@@ -143,16 +162,17 @@ def test_the_p_value_is_a_paired_t_tests() -> None:
     centred = [d / statistics.stdev([-2, -1, 0, 1, 2]) * 5**0.5 for d in (-2, -1, 0, 1, 2)]  # standard error 1
     assert report.paired_p([d + 2.776 for d in centred]) == pytest.approx(0.05, abs=1e-4)
     assert report.paired_p([d - 4.604 for d in centred]) == pytest.approx(0.01, abs=1e-4)
-    assert report.paired_p([0.0, 0.0]) == report.paired_p([0.3]) == 1.0
+    assert report.paired_p([0.0, 0.0]) == report.paired_p([0.3]) == report.paired_p([0.1] * 5) == 1.0
+    assert report.paired_p([0.1, math.nan, 0.2]) == 1.0
 
 
-def test_the_interval_holds_the_mean_and_shrinks_with_the_spread() -> None:
-    wide, narrow = [0.0, 1.0, 2.0, 3.0], [1.4, 1.5, 1.6, 1.5]
-    for values in (wide, narrow):
-        low, high = report.bootstrap_interval(values)
-        assert low < statistics.mean(values) < high
-    assert report.bootstrap_interval(narrow)[1] < report.bootstrap_interval(wide)[1]
-    assert report.bootstrap_interval([0.5, 0.5]) == (0.5, 0.5)
+def test_the_interval_covers_what_it_says() -> None:
+    """Of the mean of eight normal numbers, in 400 trials: within three standard errors of 95 %."""
+    trials = np.random.default_rng(1).normal(size=(400, 8))
+    inside = sum(low <= 0 <= high for low, high in map(report.bootstrap_interval, trials))
+    assert inside / 400 >= 0.95 - 3 * (0.95 * 0.05 / 400) ** 0.5
+    assert all(math.isnan(end) for end in report.bootstrap_interval([0.5, 0.5, 0.5]))
+    assert all(math.isnan(end) for end in report.bootstrap_interval([0.5, 0.6]))
 
 
 def test_holm_multiplies_and_never_falls() -> None:
@@ -165,15 +185,18 @@ def test_holm_multiplies_and_never_falls() -> None:
 
 def test_only_seeds_in_common_are_compared(plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    scores = {REFERENCE: {1: 2.0, 2: 4.0}, "gain": {1: 1.0, 2: 2.0, 3: 100.0}}
+    sweep = {run.SWEEP_SEED: 1.0}
+    scores = {REFERENCE: {**sweep, 1: 2.0, 2: 4.0}, "gain": {**sweep, 1: 1.0, 2: 2.0, 3: 100.0}}
     with path.open("w") as file:
         for arm, seeds in scores.items():
             for seed, score in seeds.items():
                 made = Run("toy", arm, 1e-3, seed, 2)
                 file.write(json.dumps({"run": dataclasses.asdict(made), "found": {"score": score}}) + "\n")
+        for other in (Run("toy", "gain", 1e-2, 1, 2), Run("toy", "gain", 1e-3, 1, 1)):  # another rate, fewer steps
+            file.write(json.dumps({"run": dataclasses.asdict(other), "found": {"score": 50.0}}) + "\n")
     reference, gain = report.table(path, Toy)
     assert (reference.mean, gain.mean, gain.difference, gain.seeds) == (3.0, 1.5, -1.5, 2)
-    assert "| gain | 0.001 | 1.5000 |" in report.markdown(path)
+    assert "| gain | 0.001 | 2 | 1.5000 |" in report.markdown(path)
 
 
 def test_the_command_reports_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

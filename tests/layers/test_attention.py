@@ -15,6 +15,7 @@ import torch
 import transformers as tf
 from architectures import ARCHITECTURES, VOCAB, llama, tokens
 from peft import PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
 from hf_qlora import AdaptiveDepthLoRAConfig
@@ -63,15 +64,13 @@ def step(model: PeftModel, ids: Tensor, **inputs: Any) -> None:
     optimizer.step()
 
 
-def by_definition(weights: Tensor, rows: Tensor, real: Tensor | None = None) -> float:
-    """c of attention weights, (batch, heads, tokens, keys)."""
+def by_definition(weights: Tensor, rows: Tensor, real: Tensor) -> float:
+    """c of attention weights, (batch, heads, tokens, keys), over the given rows of each sequence."""
     values = []
     for b in range(weights.shape[0]):
         for h in range(weights.shape[1]):
-            for row in rows.tolist():
-                visible = torch.arange(weights.shape[3]) <= row
-                if real is not None:
-                    visible &= real[b].bool()
+            for row in rows[b].tolist():
+                visible = (torch.arange(weights.shape[3]) <= row) & real[b].bool()
                 n = int(visible.sum())
                 if n < 2 or not visible[row]:
                     continue
@@ -101,7 +100,7 @@ def test_concentration_is_its_definition(implementation: str, padding: str) -> N
     model.set_attn_implementation(implementation)
     peft_model = adapted(model, quantization=None)
     step(peft_model, ids, **inputs)
-    rows = torch.randperm(12, generator=torch.Generator().manual_seed(0))[: attention.ROWS]
+    rows = attention.choose_rows(0, mask.bool())
     expected = [by_definition(layer, rows, mask) for layer in weights]
     # fp32 softmax and logarithms of a dozen keys
     assert averages(peft_model) == pytest.approx(expected, abs=1e-5)
@@ -131,11 +130,12 @@ def test_grouped_heads_windows_and_caps_are_those_of_the_layer(causal: bool) -> 
     visible = (ahead.abs() < 4) & ((ahead >= 0) | torch.tensor(not causal))
     p = scores.masked_fill(~visible, -math.inf).softmax(-1)
     ratios = []
-    for row in torch.randperm(9, generator=torch.Generator().manual_seed(5))[: attention.ROWS].tolist():
-        n = int(visible[row].sum())
-        if n >= 2:
-            q = p[:, :, row][..., visible[row]].double()
-            ratios.append(-(q * q.log()).sum(-1) / math.log(n))
+    for b, rows in enumerate(attention.choose_rows(5, torch.ones(2, 9, dtype=torch.bool)).tolist()):
+        for row in rows:
+            n = int(visible[row].sum())
+            if n >= 2:
+                q = p[b, :, row][..., visible[row]].double()
+                ratios.append(-(q * q.log()).sum(-1) / math.log(n))
     assert found is not None
     assert found.item() == pytest.approx(1 - torch.stack(ratios).mean().item(), abs=1e-5)
 
@@ -144,14 +144,17 @@ def test_grouped_heads_windows_and_caps_are_those_of_the_layer(causal: bool) -> 
     "arguments",
     [
         {"cu_seq_lens_q": torch.tensor([0, 3, 6])},
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])},
         {"mask": object()},
     ],
-    ids=["packed", "block mask"],
+    ids=["packed", "packed by positions", "block mask"],
 )
 def test_what_cannot_be_told_apart_is_not_observed(arguments: dict[str, Any]) -> None:
     query = torch.randn(1, 2, 6, 4)
     assert attention.concentration(nn.Identity(), query, query, **arguments) is None
-    assert attention.concentration(nn.Identity(), query[:, :, :1], query[:, :, :1]) is None
+    one = attention.concentration(nn.Identity(), query[:, :, :1], query[:, :, :1])
+    assert one is not None
+    assert one.isnan()
 
 
 # --- what is computed stays ------------------------------------------------------------------------------------------
@@ -327,3 +330,123 @@ def test_a_model_whose_attention_cannot_be_seen_is_refused_by_name() -> None:
 
     with pytest.raises(ConfigError, match=r"cannot observe layers\.0: Old .*attention='off'"):
         get_peft_model(Old(), AdaptiveDepthLoRAConfig(r=2, target_modules=["q_proj"], attention="concentration"))
+
+
+# --- beside other work -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [base, None], ids=["llama", "bert"])
+def test_padding_is_not_looked_at(make: Any) -> None:
+    """128 tokens of which 6 are real, as padding="max_length" gives: rows are drawn among those 6."""
+    (family,) = [family for family in ARCHITECTURES if family.name == "bert"]
+    given = {"r": 2, "attention": "concentration"}
+    if make is None:
+        settings = {"target_modules": ["query"], "task_type": "SEQ_CLS", **given}
+        model = get_peft_model(family.make(), AdaptiveDepthLoRAConfig(**settings))
+    else:
+        model = adapted()
+    mask = torch.zeros(2, 64, dtype=torch.long)
+    mask[:, :6] = 1
+    ids = torch.randint(1, VOCAB, (2, 64))
+    labels = torch.tensor([0, 1]) if make is None else ids
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model.train()(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+    optimizer.step()
+    found = [scale.concentration for scale in depth.scales(model, "default").values()]
+    assert all(value is not None for value in found)
+
+
+def test_nothing_to_see_is_no_error() -> None:
+    model, ids = adapted(), torch.randint(1, VOCAB, (2, 1))
+    step(model, ids)
+    assert averages(model) == [None] * LAYERS
+    assert scales(model) == [1.0] * LAYERS
+
+
+def test_another_optimizer_ends_no_step() -> None:
+    model, ids = adapted(), tokens()
+    other = nn.Linear(2, 2)
+    stepping = torch.optim.SGD(other.parameters(), lr=1.0)
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    other(torch.ones(1, 2)).sum().backward()
+    stepping.step()
+    loss.backward()
+    assert {s.observations for s in depth.scales(model, "default").values()} == {0}
+
+
+def test_an_optimizer_that_steps_within_backward_is_borne() -> None:
+    model, ids = adapted(init_lora_weights=False), tokens()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            own = torch.optim.SGD([parameter], lr=1e-3)
+            parameter.register_post_accumulate_grad_hook(lambda _, own=own: own.step())
+    for _ in range(2):
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert None not in averages(model)
+
+
+def test_a_frozen_adapter_is_not_observed() -> None:
+    model, ids = adapted(init_lora_weights=False), tokens()
+    model.requires_grad_(False)
+    head = model.get_base_model().lm_head.weight.requires_grad_(True)
+    optimizer = torch.optim.SGD([head], lr=1e-3)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert averages(model) == [None] * LAYERS
+
+
+def test_copies_and_state_dicts_have_what_was_observed() -> None:
+    model, ids = adapted(init_lora_weights=False, quantization=None), tokens()
+    step(model, ids)
+    model.train()(input_ids=ids)  # between a forward and its step
+    twin = copy.deepcopy(model)
+    other = adapted(init_lora_weights=False, quantization=None)
+    other.load_state_dict(model.state_dict())
+    for again in (twin, other):
+        assert averages(again) == averages(model)
+        with torch.no_grad():
+            assert torch.equal(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    step(twin, ids)
+    assert {s.observations for s in depth.scales(twin, "default").values()} == {2}
+
+
+def test_a_deleted_adapter_is_observed_no_more() -> None:
+    model = adapted()
+    model.add_adapter("second", config(attention="off"))
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    assert not any(attention._WATCHES in vars(module) for module in model.modules())
+
+
+def test_a_hot_swapped_adapter_is_observed_no_more(tmp_path: Path) -> None:
+    model, ids = adapted(init_lora_weights=False), tokens()
+    step(model, ids)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+    hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_for_all_rows_alike_is_understood() -> None:
+    query, key = torch.randn(2, 2, 6, 4), torch.randn(2, 2, 6, 4)
+    mask = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    mask[1, ..., 4:] = False
+    found = attention.concentration(nn.Identity(), query, key, mask)
+    expected = attention.concentration(nn.Identity(), query, key, mask.expand(2, 1, 6, 6))
+    assert found is not None
+    assert expected is not None
+    assert torch.equal(found, expected)
+
+
+def test_a_compiled_model_is_observed() -> None:
+    model, ids = adapted(), tokens()
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    compiled.train()(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert None not in averages(model)

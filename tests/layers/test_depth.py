@@ -165,11 +165,9 @@ def test_every_family_has_a_depth(name: str) -> None:
 
 def test_gradients_are_those_of_finite_differences() -> None:
     model = trained(quantization=None).double()
-    for scale in depth.scales(model, "default").values():
-        scale.fixed, scale.bias.data = scale.fixed.double(), scale.bias.data.double()
     layer = model.base_model.model.model.layers[1].mlp.down_proj
     scale = layer.lora_magnitude_vector["default"]
-    scale.forward = lambda: scale.fixed * torch.exp(scale.bound * torch.tanh(scale.bias / scale.bound))  # no float()
+    scale.bias.data = scale.bias.data.double()
     x = torch.randn(3, layer.in_features, dtype=torch.float64)
 
     def output(theta: Tensor) -> Tensor:
@@ -190,7 +188,7 @@ def test_the_gain_is_bounded_and_starts_at_one() -> None:
     assert scale.value == 1.0
     assert scale().item() == 1.0
     for theta, bound in ((1e6, math.exp(0.5)), (-1e6, math.exp(-0.5))):
-        scale.restore(theta, 1.0)
+        scale.restore(theta, 1.0, None, 0)
         assert scale.value == pytest.approx(bound)
 
 
@@ -532,6 +530,8 @@ def test_layers_pattern_says_what_a_layer_is_and_survives(tmp_path: Path) -> Non
         ({"depth_profile": [True, 1.0]}, "positive"),
         ({"depth_profile": 3}, "depth_profile=3"),
         ({"gain_bound": 0}, "gain_bound=0"),
+        ({"gain_bound": 1000}, "at most 10"),
+        ({"depth_profile": [1e308, 1e308]}, "finite"),
         ({"gain_lr_ratio": -1.0}, "gain_lr_ratio"),
         ({"attention": "entropy"}, "entropy.*concentration"),
         ({"learn_gain": "yes"}, "learn_gain"),
@@ -575,11 +575,13 @@ def test_experts_are_refused_by_name() -> None:
         get_peft_model(family.make(), config(target_modules=["w1", "w2", "w3"]))
 
 
-@pytest.mark.parametrize("value", [[], "x", {"a": 1}, {"a": {"theta": "1", "attention": 1.0}}, {"a": {"theta": 1.0}}])
+@pytest.mark.parametrize("value", [[], "x", {"a": 1}, {"a": {"theta": 1.0}}, "attention=0"])
 def test_a_damaged_record_is_refused(value: Any, tmp_path: Path) -> None:
     trained().save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     values = json.loads(path.read_text())
+    if value == "attention=0":
+        value = {name: {**found, "attention": 0.0} for name, found in values["hf_qlora"]["depth"].items()}
     values["hf_qlora"]["depth"] = value
     path.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="depth"):
@@ -591,3 +593,70 @@ def test_a_quantized_base_gets_scales_too() -> None:
     expected = logits(model, ids)
     adapted = get_peft_model(model, config())
     assert torch.equal(logits(adapted, ids), expected)
+
+
+def test_loading_with_low_memory_gives_the_same(tmp_path: Path) -> None:
+    model, ids = trained(), tokens()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=True)
+    assert scale_values(again) == scale_values(model)
+    assert relative(logits(again, ids), logits(model, ids)) <= SAME
+
+
+def test_conversion_that_would_lose_the_scale_is_refused() -> None:
+    assert not trained().supports_lora_conversion()
+
+
+def test_a_weighted_adapter_of_a_stock_one_first_includes_the_scales() -> None:
+    model, ids = trained(quantization=None), tokens()
+    expected = logits(model, ids)
+    model.add_adapter("stock", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    model.add_weighted_adapter(["stock", "default"], [1.0, 1.0], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    assert relative(logits(model, ids), expected) <= SAME
+
+
+def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    shake(get_peft_model(base(), config(r=8, init_lora_weights=False)), "default").save_pretrained(tmp_path)
+    model, ids = trained(), tokens()
+    expected = logits(model, ids)
+    with pytest.raises(ValueError, match="another shape"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_scales_stay_in_float32_whatever_the_model_is_cast_to(tmp_path: Path) -> None:
+    model, ids = trained(quantization=None), tokens()
+    expected = scale_values(model)
+    model.to(torch.bfloat16).float()
+    assert scale_values(model) == expected
+    assert {scale().dtype for scale in depth.scales(model, "default").values()} == {torch.float32}
+    found = logits(model, ids)
+    assert relative(logits(model.merge_and_unload(), ids), found) <= SAME
+
+
+def test_saving_other_scales_than_the_models_is_refused(tmp_path: Path) -> None:
+    """As an average over steps would be: the file's JSON would remember the model's."""
+    model = trained()
+    averaged = {name: tensor * 0.5 if "lora_" in name else tensor for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="Load it into the model first"):
+        model.save_pretrained(tmp_path, state_dict=averaged)
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+
+
+def test_a_bias_that_cannot_be_merged_is_found_before_the_first_layer() -> None:
+    model = trained(quantization=None)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.add_adapter("b", config(lora_bias=True, quantization=None))
+    with pytest.raises(MergeError, match="lora_bias"):
+        model.merge_adapter(["default", "b"])
+    found = dict(model.named_parameters())
+    assert all(torch.equal(found[name], p) for name, p in before.items())
+
+
+def test_a_pattern_of_layers_survives_transformers(tmp_path: Path) -> None:
+    model, ids = trained(layers_pattern="layers"), tokens()
+    model.save_pretrained(tmp_path)
+    again = base()
+    again.load_adapter(str(tmp_path))
+    assert relative(logits(again, ids), logits(model, ids)) <= SAME

@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import math
-import random
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy import stats
+
 from hf_qlora.bench.depth.arms import ARMS, REFERENCE
-from hf_qlora.bench.depth.run import SWEEP_SEED, Run, read
+from hf_qlora.bench.depth.run import SWEEP_SEED, Run, best_rate, read
 from hf_qlora.bench.depth.tasks import TASKS, Task
 
 
 RESAMPLES = 10_000
+SEEDS_NEEDED = 3  # for an interval or a test
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm's test scores, and their paired differences from the reference's.
+    """One arm's test scores, and their paired differences from the reference's, over the seeds that both have.
 
     Attributes:
-        interval: 95 % bootstrap interval of the mean difference, over seeds.
-        p: two-sided, of a paired t-test over seeds; `p_corrected` after Holm, over the arms of the task.
+        interval: 95 % bootstrap-t interval of the mean difference; NaN with fewer than three seeds.
+        p: two-sided, of a paired t-test; `p_corrected` after Holm, over the arms of the task.
     """
 
     arm: str
     lr: float
     seeds: int
     mean: float
-    deviation: float
-    difference: float = 0.0
-    interval: tuple[float, float] = (0.0, 0.0)
+    deviation: float = math.nan
+    difference: float = math.nan
+    interval: tuple[float, float] = (math.nan, math.nan)
     p: float = 1.0
     p_corrected: float = 1.0
 
@@ -55,32 +57,39 @@ def table(results: Path, task: type[Task]) -> list[Row]:
 
 
 def _row(arm: str, lr: float, found: Sequence[float], differences: Sequence[float]) -> Row:
-    deviation = statistics.stdev(found) if len(found) > 1 else math.nan
-    own = Row(arm, lr, len(found), statistics.mean(found), deviation)
+    deviation = float(np.std(found, ddof=1)) if len(found) > 1 else math.nan
+    own = Row(arm, lr, len(found), float(np.mean(found)), deviation)
     if arm == REFERENCE:
         return own
-    return Row(
-        *(own.arm, own.lr, own.seeds, own.mean, own.deviation),
-        difference=statistics.mean(differences),
+    return replace(
+        own,
+        difference=float(np.mean(differences)),
         interval=bootstrap_interval(differences),
         p=paired_p(differences),
     )
 
 
 def bootstrap_interval(differences: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile interval of the mean."""
-    chance = random.Random(0)
-    means = sorted(statistics.fmean(chance.choices(differences, k=len(differences))) for _ in range(RESAMPLES))
-    return means[round(0.025 * RESAMPLES)], means[round(0.975 * RESAMPLES) - 1]
+    """95 % interval of the mean by the studentized bootstrap, which a handful of seeds does not make too narrow."""
+    d = np.asarray(differences)
+    n = len(d)
+    if n < SEEDS_NEEDED or not np.isfinite(d).all() or not np.ptp(d):
+        return math.nan, math.nan
+    samples = np.random.default_rng(0).choice(d, (RESAMPLES, n))
+    errors = samples.std(axis=1, ddof=1) / math.sqrt(n)
+    usable = errors > 0
+    t = (samples.mean(axis=1)[usable] - d.mean()) / errors[usable]
+    low, high = np.quantile(t, [0.025, 0.975])
+    error = d.std(ddof=1) / math.sqrt(n)
+    return float(d.mean() - high * error), float(d.mean() - low * error)
 
 
 def paired_p(differences: Sequence[float]) -> float:
-    """Of a two-sided t-test that the mean difference is 0; 1 with fewer than two seeds or without any difference."""
-    from scipy import stats
-
-    if len(differences) < 2 or not any(differences):
+    """Of a two-sided t-test that the mean difference is 0; 1 where there is too little to test."""
+    d = np.asarray(differences)
+    if len(d) < SEEDS_NEEDED or not np.isfinite(d).all() or not np.ptp(d):
         return 1.0
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return float(stats.ttest_1samp(d, 0.0).pvalue)
 
 
 def _corrected(rows: list[Row]) -> list[Row]:
@@ -90,16 +99,18 @@ def _corrected(rows: list[Row]) -> list[Row]:
     for i, row in enumerate(tested):
         highest = max(highest, min(1.0, row.p * (len(tested) - i)))
         corrected[row.arm] = highest
-    return [Row(**{**vars(row), "p_corrected": corrected.get(row.arm, 1.0)}) for row in rows]
+    return [replace(row, p_corrected=corrected.get(row.arm, 1.0)) for row in rows]
 
 
 def _test_scores(
     done: list[tuple[Run, dict[str, Any]]], task: type[Task]
 ) -> dict[str, dict[int, tuple[float, float]]]:
-    """(score, learning rate) by arm and seed."""
+    """(score, learning rate) by arm and seed; of the longest runs, each arm at its best rate."""
+    own = [(run, found) for run, found in done if run.task == task.name]
+    steps = max((run.steps for run, _ in own), default=0)
     scores: dict[str, dict[int, tuple[float, float]]] = {}
-    for run, found in done:
-        if run.task == task.name and run.seed != SWEEP_SEED:
+    for run, found in own:
+        if run.seed != SWEEP_SEED and run.steps == steps and run.lr == best_rate(done, task, run.arm, steps):
             scores.setdefault(run.arm, {})[run.seed] = (found["score"], run.lr)
     return scores
 
@@ -111,17 +122,17 @@ def markdown(results: Path) -> str:
         rows = table(results, task)
         if rows:
             parts.append(
-                f"**{task.name}**: {task.metric}, {'higher' if task.better > 0 else 'lower'} is better; "
-                f"{rows[0].seeds} seeds.\n\n"
-                "| arm | rate | mean | sd | difference from LoRA | 95 % interval | p, Holm |\n"
-                "| --- | --- | --- | --- | --- | --- | --- |\n" + "\n".join(map(_line, rows))
+                f"**{task.name}**: {task.metric}, {'higher' if task.better > 0 else 'lower'} is better.\n\n"
+                "| arm | rate | seeds | mean | sd | difference from LoRA | 95 % interval | p, Holm |\n"
+                "| --- | --- | --- | --- | --- | --- | --- | --- |\n" + "\n".join(map(_line, rows))
             )
     return "\n\n".join(parts)
 
 
 def _line(row: Row) -> str:
-    own = f"| {row.arm} | {row.lr:g} | {row.mean:.4f} | {row.deviation:.4f} |"
+    own = f"| {row.arm} | {row.lr:g} | {row.seeds} | {row.mean:.4f} | {row.deviation:.4f} |"
     if row.arm == REFERENCE:
         return f"{own} | | |"
     low, high = row.interval
-    return f"{own} {row.difference:+.4f} | {low:+.4f} to {high:+.4f} | {row.p_corrected:.3f} |"
+    between = "" if math.isnan(low) else f"{low:+.4f} to {high:+.4f}"
+    return f"{own} {row.difference:+.4f} | {between} | {row.p_corrected:.3f} |"

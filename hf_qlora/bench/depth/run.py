@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from peft import get_peft_model
@@ -82,13 +83,13 @@ def _runs(plan: Plan, results: Path) -> Iterator[Run]:
 
 
 def best_rate(done: list[tuple[Run, dict[str, Any]]], task: type[Task] | Task, arm: str, steps: int) -> float:
-    """The learning rate with the best score on the validation split."""
+    """Of the task's learning rates, that with the best score on the validation split; a diverged one is the worst."""
     swept = {
-        run.lr: found["score"]
+        run.lr: task.better * found["score"] if math.isfinite(found["score"]) else -math.inf
         for run, found in done
-        if (run.task, run.arm, run.seed, run.steps) == (task.name, arm, SWEEP_SEED, steps)
+        if (run.task, run.arm, run.seed, run.steps) == (task.name, arm, SWEEP_SEED, steps) and run.lr in task.rates
     }
-    return max(swept, key=lambda lr: task.better * swept[lr])
+    return max(swept, key=swept.__getitem__, default=math.nan)
 
 
 def do(run: Run, task: Task, arm: Arm, rows: int | None = None) -> dict[str, Any]:
@@ -132,17 +133,29 @@ def read(results: Path) -> list[tuple[Run, dict[str, Any]]]:
     """The runs in a file, with what they found."""
     if not results.is_file():
         return []
-    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = results.read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines[:-1] if line]  # what follows the last line's end was cut off
     return [(Run(**row["run"]), row["found"]) for row in rows]
 
 
 def _append(results: Path, run: Run, found: dict[str, Any]) -> None:
     row = {"run": asdict(run), "found": found, "with": environment()}
     results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a", encoding="utf-8") as file:
+    with results.open("a+", encoding="utf-8") as file:
+        _cut_off_half_a_line(file)
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _cut_off_half_a_line(file: TextIO) -> None:
+    """What a process left that was killed while it wrote."""
+    file.seek(0)
+    text = file.read()
+    whole = text.rfind("\n") + 1
+    if whole < len(text):
+        file.truncate(len(text[:whole].encode()))
+        file.seek(0, os.SEEK_END)
 
 
 def environment() -> dict[str, Any]:
