@@ -39,7 +39,7 @@ from hf_qlora.kernels.functional import frozen_linear
 logger = logging.getLogger(__name__)
 
 # Weights handled at a time: on the CPU bitsandbytes compares each with all 16 levels, 128 bytes a weight.
-CHUNK = {"cpu": 2**17, "cuda": 2**26}
+CHUNK = {"cpu": 2**16, "cuda": 2**26}
 NESTED_BLOCK_SIZE = 256
 
 # What a layer has beside what every linear layer has.
@@ -202,17 +202,21 @@ def quantize_weight(weight: Tensor, config: NF4Config) -> tuple[Tensor, QuantSta
     Returns:
         the packed codes, `torch.uint8`, (⌈numel / 2⌉, 1), and the `QuantState`.
     """
-    pieces = [
-        quantize_4bit(piece.reshape(-1), blocksize=config.block_size, quant_type=config.quant_type)
-        for piece in weight.detach().split(_rows_at_a_time(weight, config.block_size))
-    ]
-    absmax = torch.cat([state.absmax for _, state in pieces])
+    # Made before the pieces: small results between large temporary ones would keep the allocator from reusing space.
+    packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-weight.numel() // config.block_size), dtype=torch.float32, device=weight.device)
+    done = 0
+    for piece in weight.detach().split(_rows_at_a_time(weight, config.block_size)):
+        codes, state = quantize_4bit(piece.reshape(-1), blocksize=config.block_size, quant_type=config.quant_type)
+        packed[done // 2 : done // 2 + len(codes)] = codes
+        absmax[done // config.block_size : done // config.block_size + len(state.absmax)] = state.absmax
+        done += piece.numel()
     result = QuantState(
         absmax=absmax,
         shape=weight.shape,
         dtype=weight.dtype,
         blocksize=config.block_size,
-        code=pieces[0][1].code,
+        code=state.code,
         quant_type=config.quant_type,
     )
     if config.double_quant:
@@ -220,7 +224,7 @@ def quantize_weight(weight: Tensor, config: NF4Config) -> tuple[Tensor, QuantSta
         result.absmax, result.state2 = quantize_blockwise(absmax - result.offset, blocksize=NESTED_BLOCK_SIZE)
         result.nested = True
     share_tables(result)
-    return torch.cat([packed for packed, _ in pieces]), result
+    return packed, result
 
 
 def chunk_of(weight: Tensor) -> int:
