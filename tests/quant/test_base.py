@@ -378,8 +378,9 @@ LAYER_MIB = 64
 def test_peak_memory_is_the_dense_model_and_one_layer(kind: str) -> None:
     """Four layers of 64 MiB in float32.
 
-    A layer needs its packed form, 8 MiB, and the workspace of a chunk, 8 MiB; the allocator keeps some more. bitsandbytes on the whole
-    weight needs seven layers; a transposed copy, or a dense weight that lives on into the next turn, one layer more.
+    A layer needs its packed form, 8 MiB, and the workspace of a chunk, 8 MiB; the allocator keeps some more.
+    bitsandbytes on the whole weight needs seven layers; a transposed copy, or a dense weight that lives on into the
+    next turn, one layer more.
     """
     run = subprocess.run([sys.executable, "-c", PEAK, kind], capture_output=True, text=True, check=True)
     dense, peak, after = map(float, run.stdout.split())
