@@ -98,7 +98,7 @@ def set_peft_model_state_dict(
     with fold.exchange(form, tensors.source, ignore_mismatched_sizes):
         try:
             return original(model, given, adapter_name, ignore_mismatched_sizes, **kwargs)
-        except Exception as error:
+        except Exception as error:  # whatever it is, it is raised again
             depth.restore(model, adapter_name, before)
             _explain(error, tensors.source)
             raise
@@ -161,7 +161,7 @@ def load_adapter(
             _check_trained_alike(config, folder)
     try:
         return original(model, model_id, adapter_name, *args, **kwargs)
-    except Exception:
+    except Exception:  # whatever it is, it is raised again
         if config is None and isinstance(model.peft_config.get(adapter_name), QLoRAConfig):
             model.delete_adapter(adapter_name)
         raise
@@ -191,7 +191,7 @@ def load_into_transformers(
         folder.check()
         place, name = str(folder.weights.parent), adapter_name or "default"
         rehearse(model, name, lambda copied: PeftModel.from_pretrained(copied, place, name, torch_device="cpu"))
-    with fold.past_peft():
+    with fold.exchange("portable", past_peft=True):
         return original(model, peft_model_id, adapter_name, *args, **kwargs)
 
 

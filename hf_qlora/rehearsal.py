@@ -74,7 +74,7 @@ def rehearse(model: nn.Module, adapter_name: str, step: Callable[[nn.Module], ob
     try:
         shadow = copy.deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in tensors})
         _make_dense(shadow)
-    except Exception as error:
+    except Exception as error:  # a module's own __deepcopy__ may raise anything
         logger.warning(
             "%s cannot be copied (%s), so that mistakes are not found before the base is quantized.",
             type(model).__name__,

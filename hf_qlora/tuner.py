@@ -43,7 +43,7 @@ class QLoRAModel(LoraModel):
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         # transformers' load_adapter and AutoModel.from_pretrained(adapter) set the file's tensors past PEFT: what they
         # read is folded, so the adapter must be.
-        if isinstance(peft_config, QLoRAConfig) and fold.tensors_bypass_peft():
+        if isinstance(peft_config, QLoRAConfig) and fold.current_exchange().past_peft:
             peft_config = peft_config.with_portable_scaling()
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
@@ -175,7 +175,7 @@ class QLoRAModel(LoraModel):
 def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
     try:
         found: nn.Module | None = model.get_input_embeddings()
-    except NotImplementedError:
+    except NotImplementedError:  # transformers': some models of images and sound have none
         return None
     return found
 
@@ -226,13 +226,12 @@ def _linear_names(model: nn.Module) -> list[str]:
 @contextmanager
 def _linear_layers_named(model: nn.Module) -> Iterator[None]:
     """Where nothing matches a config, say what there is to match."""
-    names = _linear_names(model)
     try:
         yield
     except NoMatchingPeftModuleError as error:
         raise NoMatchingPeftModuleError(
-            f"{error} The linear layers of {type(model).__name__} are called {names}: name some of these, a regular "
-            "expression for whole names, or 'all-linear'."
+            f"{error} The linear layers of {type(model).__name__} are called {_linear_names(model)}: name some of "
+            "these, a regular expression for whole names, or 'all-linear'."
         ) from error
 
 
@@ -241,7 +240,7 @@ def undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """Leave nothing of an adapter in a model whose addition failed half-way."""
     try:
         yield
-    except Exception:
+    except Exception:  # whatever it is, it is raised again
         delete_adapter(model, adapter_name, QLoRAModel.prefix)
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):

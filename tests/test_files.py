@@ -1279,7 +1279,7 @@ def test_a_callers_config_is_not_changed_by_a_loader_that_knows_no_forms(adapter
     """The layers scale as the file's tensors, which are folded, ask for; the config stays as it was read."""
     given = QLoRAConfig.from_pretrained(adapter)
     shown = given.to_dict()
-    with fold.past_peft():
+    with fold.exchange("portable", past_peft=True):
         model = inject_adapter_in_model(given, base())
     assert model.model.layers[0].self_attn.q_proj.scaling["default"] == 8 / 4
     assert given.to_dict() == shown

@@ -134,16 +134,17 @@ def watch(model: nn.Module, adapter: str, pattern: str | list[str] | None = None
         found, scale = depth.layer_index(model, name, pattern), depth.scale_of(layer, adapter)
         if found is not None and scale is not None:
             observer.layers.setdefault(f"{found[0]}.{found[1]}", []).append((layer, scale))
-    for name in observer.layers:
-        modules = list(_attentions(model.get_submodule(name)))
-        if not modules:
-            raise ConfigError(
-                f"attention='concentration' cannot observe {name}: {type(model).__name__} has no self-attention there "
-                "that goes through transformers' AttentionInterface. Use attention='off'."
-            )
+    watched = {name: list(_attentions(model.get_submodule(name))) for name in observer.layers}
+    unseen = [name for name, modules in watched.items() if not modules]
+    if unseen:
+        raise ConfigError(
+            f"attention='concentration' cannot observe {unseen[0]}: {type(model).__name__} has no self-attention "
+            "there that goes through transformers' AttentionInterface. Use attention='off'."
+        )
+    for name, modules in watched.items():
         for module in modules:
             module.__dict__.setdefault(_WATCHES, {})[adapter] = (observer, name)
-    if observer.layers:
+    if watched:
         _stand_in()
 
 

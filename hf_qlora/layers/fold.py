@@ -44,22 +44,23 @@ class Exchange:
         form: the form outside the model; portable unless said otherwise.
         source: the file they come from, which must then fit the adapter exactly; "" for a caller's own tensors.
         any_shape: PEFT's `ignore_mismatched_sizes`.
+        past_peft: whether a loader that knows no forms will set them, so that the layers must scale as the file says.
     """
 
     form: Form = "portable"
     source: str = ""
     any_shape: bool = False
+    past_peft: bool = False
 
 
 _CALLERS_OWN = Exchange()
-_past_peft: ContextVar[bool] = ContextVar("hf_qlora_past_peft", default=False)
 _exchange: ContextVar[Exchange] = ContextVar("hf_qlora_exchange", default=_CALLERS_OWN)
 
 
 @contextmanager
-def exchange(form: Form, source: str = "", any_shape: bool = False) -> Iterator[None]:
+def exchange(form: Form, source: str = "", any_shape: bool = False, past_peft: bool = False) -> Iterator[None]:
     """Say what the tensors are that cross within the context."""
-    token = _exchange.set(Exchange(form, source, any_shape))
+    token = _exchange.set(Exchange(form, source, any_shape, past_peft))
     try:
         yield
     finally:
@@ -68,20 +69,6 @@ def exchange(form: Form, source: str = "", any_shape: bool = False) -> Iterator[
 
 def current_exchange() -> Exchange:
     return _exchange.get()
-
-
-@contextmanager
-def past_peft() -> Iterator[None]:
-    """Say that a file's tensors will be set by a loader that knows no forms."""
-    token = _past_peft.set(True)
-    try:
-        yield
-    finally:
-        _past_peft.reset(token)
-
-
-def tensors_bypass_peft() -> bool:
-    return _past_peft.get()
 
 
 def factors(model: nn.Module, config: LoraConfig, adapter: str, from_file: bool = False) -> dict[str, float]:

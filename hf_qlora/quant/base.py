@@ -211,7 +211,7 @@ def take_over(model: nn.Module, config: NF4Config | None, *, skip: Collection[st
         if type(module) is bnb.nn.Linear4bit:
             adopt_linear(module, name, config.compute_dtype if config else None)
     if layers:
-        model.is_loaded_in_4bit = True  # type: ignore[assignment]
+        _mark_4bit(model, True)
     quantizer = getattr(model, "hf_quantizer", None)
     if type(quantizer) is Bnb4BitHfQuantizer:
         quantizer.__class__ = NF4Quantizer
@@ -231,7 +231,7 @@ def forget_quantization(model: nn.Module) -> None:
         if isinstance(quantizer := getattr(part, "hf_quantizer", None), NF4Quantizer):
             quantizer.remove_quantization_config(part)
     if getattr(model, "is_loaded_in_4bit", False):
-        model.is_loaded_in_4bit = False  # type: ignore[assignment]
+        _mark_4bit(model, False)
 
 
 def _check(model: nn.Module, layers: dict[str, nn.Linear | Conv1D], config: NF4Config) -> None:
@@ -318,9 +318,14 @@ def _convert(layers: dict[str, nn.Linear | Conv1D], config: NF4Config, on_layer:
             on_layer(name, weight, quantized)
 
 
+def _mark_4bit(model: Any, is_4bit: bool) -> None:
+    """What PEFT and Trainer ask; plain modules have no such attribute of their own."""
+    model.is_loaded_in_4bit = is_4bit
+
+
 def _mark(model: nn.Module, config: NF4Config, dense: list[str]) -> None:
     """Set what transformers, Trainer and PEFT look for on a model that from_pretrained has quantized."""
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    _mark_4bit(model, True)
     for prefix, part in pretrained_parts(model).items():
         names = [name.removeprefix(prefix) for name in dense if name.startswith(prefix)]
         quantizer = AutoHfQuantizer.from_config(bitsandbytes_config(config, names), pre_quantized=True)

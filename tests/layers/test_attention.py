@@ -194,10 +194,12 @@ def test_it_is_observed_once_for_each_optimizer_step() -> None:
     model, ids = adapted(), tokens()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(2):
+        before = (averages(model), scales(model))
         for _ in range(3):  # accumulation
             model.train()(input_ids=ids, labels=ids).loss.backward()
-        assert scales(model) == scales(model)
+        assert (averages(model), scales(model)) == before
         optimizer.step()
+        assert averages(model) != before[0]
     assert {s.observations for s in depth.scales(model, "default").values()} == {2}
 
 
@@ -228,7 +230,10 @@ def test_averages_move() -> None:
     step(model, first)
     before = averages(model)
     step(model, second)
-    assert all(0 < abs(b - a) < abs(a) for a, b in zip(before, averages(model), strict=True))  # type: ignore[operator]
+    for a, b in zip(before, averages(model), strict=True):
+        assert a is not None
+        assert b is not None
+        assert 0 < abs(b - a) < abs(a)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -6,6 +6,7 @@ Oracles: the profiles' formulas by hand, finite differences in float64, and stoc
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import torch
 import transformers as tf
 from architectures import ARCHITECTURES, Architecture, gpt2, llama, tokens
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ SAME = 1e-5  # fp32 sums of some hundred products in another order, through four
 WITHOUT_DEPTH = {"bert": ["pooler.dense"], "albert": ["pooler", "embedding_hidden_mapping_in"]}
 # The others' experts are parameters: test_experts_are_refused_by_name.
 FAMILIES = [family for family in ARCHITECTURES if family.name not in ("mixtral", "qwen2_moe")]
+DIFFERENT = 1e-3
 BASES = {"nf4": {}, "dense": {"quantization": None}}
 
 
@@ -156,10 +158,12 @@ def test_every_family_has_a_depth(name: str) -> None:
     stacks: dict[str, set[float]] = {}
     inner = model.get_base_model()
     for layer_name, scale in depth.scales(inner, "default").items():
-        stack, _, L = depth.layer_index(inner, layer_name)  # type: ignore[misc]
+        found = depth.layer_index(inner, layer_name)
+        assert found is not None
+        stack, _, L = found
         assert L == 2
         stacks.setdefault(stack, set()).add(round(scale.value, 9))
-    assert all(values == {4 / 3, 2 / 3} or values == {round(4 / 3, 9), round(2 / 3, 9)} for values in stacks.values())
+    assert all(values == {round(4 / 3, 9), round(2 / 3, 9)} for values in stacks.values())
     assert len(stacks) == (2 if name == "t5" else 1)  # encoder and decoder, each by itself
 
 
@@ -305,10 +309,15 @@ def test_gpt2_merges_too() -> None:
 
 
 def test_lora_bias_is_scaled_and_not_merged() -> None:
-    model, ids = trained(lora_bias=True, quantization=None, target_modules=["q_proj"]), tokens()
+    model = trained(lora_bias=True, quantization=None, target_modules=["q_proj"])
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj
+    x, scale = torch.randn(3, layer.in_features), layer.lora_magnitude_vector["default"].value
+    torch.nn.init.normal_(layer.lora_B["default"].bias)
+    plain = layer.lora_B["default"](layer.lora_A["default"](x)) * layer.scaling["default"]
+    assert relative(layer(x), layer.base_layer(x) + scale * plain) <= 1e-6
+    assert abs(scale - 1) > DIFFERENT
     with pytest.raises(MergeError, match="lora_bias"):
         model.merge_adapter()
-    logits(model, ids)
 
 
 def test_mixed_batches_use_each_adapters_scale() -> None:
@@ -365,7 +374,11 @@ def test_the_split_comes_back(name: str, tmp_path: Path) -> None:
     model, ids = trained(**SETTINGS[name]), tokens()
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base(), tmp_path)
-    assert again.peft_config["default"] == model.peft_config["default"] or again.peft_config["default"].inference_mode
+    expected_config, found_config = model.peft_config["default"], again.peft_config["default"]
+    settings = {f.name for f in dataclasses.fields(AdaptiveDepthLoRAConfig)} - {"inference_mode", "record"}
+    # An initialisation that has been is not repeated; PEFT has made sets of the names.
+    for field in settings - {"init_lora_weights", "base_model_name_or_path"}:
+        assert getattr(found_config, field) == getattr(expected_config, field), field
     assert scale_values(again) == scale_values(model)
     assert relative(logits(again, ids), logits(model, ids)) <= SAME
     expected = dict(model.named_parameters())
@@ -457,8 +470,6 @@ def test_a_state_dict_round_trip_keeps_the_function() -> None:
     with torch.no_grad():
         for p in (p for n, p in twin.named_parameters() if "lora_A" in n or "lora_B" in n):
             p.zero_()
-    from peft import set_peft_model_state_dict
-
     assert not [k for k in set_peft_model_state_dict(twin, tensors).missing_keys if "lora_" in k]
     assert relative(logits(twin, ids), expected) <= SAME
 
