@@ -9,6 +9,10 @@ W is made for the product (dequantized, or taken as it is) and dropped; backward
 backward is x itself, not a copy, s and the adapters: the skinny products need no (T, N) or (T, K) tensor of their own.
 A dropout mask is not kept but drawn again from the same state of the random numbers. A and B are master copies,
 normally float32, and are cast to x's dtype in every step. There is no gradient for W, and none of second order.
+
+Layers that get one x (q, k and v; gate and up) sum their dx in one place, a `SharedInput`: each adds its product into
+it, and the skinny products are added as one. The sum goes on when autograd has run, or left out, all of them, which is
+what it knows of any operation's consumers; so nothing need be known of which layers are called, or used, beforehand.
 """
 
 from __future__ import annotations
@@ -44,6 +48,64 @@ class Adapter:
     dropout: float = 0.0
 
 
+class SharedInput:
+    """One input of several nodes, and the sum of the gradients that they have for it.
+
+    Attributes:
+        x: what to give to the nodes; it has the value of the input that this was made of.
+    """
+
+    def __init__(self) -> None:
+        self._dx: Tensor | None = None
+        self._skinny: list[tuple[Tensor, Tensor]] = []
+        self._pass = -1
+
+    def add(self, g: Tensor, W: Tensor) -> Tensor:
+        """Add g W, and return the sum so far, to be added to in place."""
+        current = torch._C._current_graph_task_id()
+        if self._pass != current:  # else left by a pass that did not want the input's gradient
+            self._pass, self._dx, self._skinny = current, None, []
+        self._dx = g @ W if self._dx is None else self._dx.addmm_(g, W)
+        return self._dx
+
+    def add_skinny(self, gs: Tensor, A: Tensor) -> None:
+        """Add gs A, with the others of its kind, when all have come."""
+        self._skinny.append((gs, A))
+
+    def take(self) -> Tensor | None:
+        """The sum, (tokens, in_features), which is then forgotten; None where nothing was added."""
+        dx, skinny, self._dx, self._skinny, self._pass = self._dx, self._skinny, None, [], -1
+        if dx is None or not skinny:
+            return dx
+        if len(skinny) == 1:
+            return dx.addmm_(*skinny[0])
+        return dx.addmm_(torch.cat([gs for gs, _ in skinny], 1), torch.cat([A for _, A in skinny]))
+
+
+def share(x: Tensor) -> tuple[Tensor, SharedInput]:
+    """x for several nodes, and the place where they sum up its gradient; both go to each of them."""
+    shared = SharedInput()
+    gated: Tensor = _Gate.apply(x, shared)
+    return gated, shared
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shared: SharedInput) -> Tensor:
+        ctx.shared, ctx.shape = shared, x.shape
+        ctx.set_materialize_grads(False)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        dx = ctx.shared.take()
+        if dx is None:
+            return grad, None
+        whole = dx.view(ctx.shape)
+        return whole if grad is None else whole + grad, None
+
+
 def frozen_linear(x: Tensor, unpack: Unpack, bias: Tensor | None = None) -> Tensor:
     """Apply a frozen, packed linear layer.
 
@@ -58,11 +120,21 @@ def frozen_linear(x: Tensor, unpack: Unpack, bias: Tensor | None = None) -> Tens
     return lora_linear(x, unpack, bias, ())
 
 
-def lora_linear(x: Tensor, unpack: Unpack, bias: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
-    """Apply a frozen linear layer and its adapters; arguments and result as for `frozen_linear`."""
+def lora_linear(
+    x: Tensor,
+    unpack: Unpack,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    shared: SharedInput | None = None,
+) -> Tensor:
+    """Apply a frozen linear layer and its adapters; arguments and result as for `frozen_linear`.
+
+    Args:
+        shared: what `share` returned with x; x's gradient is then summed there.
+    """
     tensors = [tensor for adapter in adapters for tensor in (adapter.A, adapter.B, adapter.gain)]
     settings = tuple((adapter.scaling, adapter.dropout) for adapter in adapters)
-    result: Tensor = _LoraLinear.apply(x, bias, unpack, settings, *tensors)
+    result: Tensor = _LoraLinear.apply(x, bias, unpack, shared, settings, *tensors)
     return result
 
 
@@ -73,10 +145,12 @@ class _LoraLinear(torch.autograd.Function):
         x: Tensor,
         bias: Tensor | None,
         unpack: Unpack,
+        shared: SharedInput | None,
         settings: tuple[tuple[float, float], ...],
         *tensors: Tensor | None,
     ) -> Tensor:
         ctx.unpack, ctx.settings, ctx.shape = unpack, settings, x.shape
+        ctx.shared, ctx.x = shared, None if shared is None else x  # x, that others may find it while this graph lives
         flat = x.reshape(-1, x.shape[-1])
         y = torch.nn.functional.linear(flat, unpack(), bias)
         kept: list[Tensor | None] = [flat if settings else None]
@@ -95,33 +169,53 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.x = None
         flat, *kept = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
-        dx = g @ ctx.unpack() if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ ctx.unpack() if ctx.shared is None else ctx.shared.add(g, ctx.unpack())
         dbias = g.sum(0) if ctx.needs_input_grad[1] else None
         results: list[Tensor | None] = []
-        for i, ((scaling, dropout), state) in enumerate(zip(ctx.settings, ctx.random, strict=True)):
-            A, B, gain, s = kept[4 * i : 4 * i + 4]
-            wants_A, wants_B, wants_gain = ctx.needs_input_grad[4 + 3 * i : 7 + 3 * i]
-            c = scaling if gain is None else scaling * gain
-            gB = g @ B.to(g.dtype)  # (T, r)
-            gs = _times(gB, c)
-            dA = dB = dgain = None
+        for i, (settings, state) in enumerate(zip(ctx.settings, ctx.random, strict=True)):
+            wanted = ctx.needs_input_grad[5 + 3 * i : 8 + 3 * i]
+            results += _adapter_backward(g, flat, kept[4 * i : 4 * i + 4], settings, state, wanted, dx, ctx.shared)
+        own = dx is not None and ctx.shared is None
+        return (dx.view(ctx.shape) if own else None, dbias, None, None, None, *results)
+
+
+def _adapter_backward(
+    g: Tensor,
+    flat: Tensor,
+    kept: Sequence[Tensor],
+    settings: tuple[float, float],
+    state: Tensor | None,
+    wanted: Sequence[bool],
+    dx: Tensor | None,
+    shared: SharedInput | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dA, dB and dgain of one adapter, where they are wanted; its part of dx is added in place."""
+    (A, B, gain, s), (scaling, dropout) = kept, settings
+    c = scaling if gain is None else scaling * gain
+    gB = g @ B.to(g.dtype)  # (T, r)
+    gs = _times(gB, c)
+    dA = dB = dgain = None
+    if wanted[0]:
+        with _random_again(state, flat.device):
+            dA = (gs.t() @ _dropped(flat, dropout)).to(A.dtype)
+    if wanted[1]:
+        dB = (g.t() @ _times(s, c)).to(B.dtype)
+    if wanted[2]:
+        dgain = (scaling * (_wide(gB) * _wide(s)).sum()).to(gain.dtype).reshape(gain.shape)
+    if dx is not None:
+        if dropout:
             with _random_again(state, flat.device):
-                if wants_A:
-                    dA = (gs.t() @ _dropped(flat, dropout)).to(A.dtype)
-            if wants_B:
-                dB = (g.t() @ _times(s, c)).to(B.dtype)
-            if wants_gain:
-                dgain = (scaling * (_wide(gB) * _wide(s)).sum()).to(gain.dtype).reshape(gain.shape)
-            if dx is not None:
-                if dropout:
-                    with _random_again(state, flat.device):
-                        dx += _dropped(gs @ A.to(g.dtype), dropout)
-                else:
-                    dx.addmm_(gs, A.to(g.dtype))
-            results += [dA, dB, dgain]
-        return (None if dx is None else dx.view(ctx.shape), dbias, None, None, *results)
+                dx += _dropped(gs @ A.to(g.dtype), dropout)
+        elif shared is not None:
+            shared.add_skinny(gs, A.to(g.dtype))
+        else:
+            dx.addmm_(gs, A.to(g.dtype))
+    return dA, dB, dgain
 
 
 def _times(skinny: Tensor, c: float | Tensor) -> Tensor:

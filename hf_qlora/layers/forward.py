@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from hf_qlora.kernels.functional import Adapter, Unpack, lora_linear
+from hf_qlora.layers import siblings
 from hf_qlora.layers.depth import DepthVariant, scale_of
 
 
@@ -52,7 +53,8 @@ def step_forward(
     """The node in the dtype of the product, which the result has too."""
     kind = x.device.type
     with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-        return lora_linear(x.to(dtype), unpack, None if bias is None else bias.to(dtype), adapters)
+        given, shared = siblings.shared_input(x, dtype)
+        return lora_linear(given, unpack, None if bias is None else bias.to(dtype), adapters, shared)
 
 
 def _obstacle(layer: LoraLayer, name: str, parts: tuple[nn.Module, nn.Module, nn.Module]) -> str:

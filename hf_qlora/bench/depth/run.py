@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +19,7 @@ from transformers import set_seed
 
 from hf_qlora.bench.depth.arms import ARMS, Arm
 from hf_qlora.bench.depth.tasks import TASKS, Task
+from hf_qlora.bench.measure import environment
 
 
 SWEEP_SEED = 0
@@ -156,14 +155,3 @@ def _cut_off_half_a_line(file: TextIO) -> None:
     if whole < len(text):
         file.truncate(len(text[:whole].encode()))
         file.seek(0, os.SEEK_END)
-
-
-def environment() -> dict[str, Any]:
-    """What a number depends on beside the code."""
-    packages = ("hf-qlora", "torch", "transformers", "peft", "bitsandbytes")
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "date": time.strftime("%Y-%m-%d"),
-        **{name: version(name) for name in packages},
-    }

@@ -1,0 +1,204 @@
+"""What is compared: how each arm's model is made, and what one step of it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
+from hf_qlora.quant.base import quantize_model
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "llama3-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+}
+LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and on how much.
+
+    Attributes:
+        shape: of `SHAPES`; `layers` overrides its number of layers.
+        adapters: how many are active at once (ours only).
+    """
+
+    shape: str = "smollm2"
+    batch_size: int = 4
+    sequence_length: int = 256
+    rank: int = 16
+    adapters: int = 1
+    layers: int | None = None
+    checkpointing: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    def architecture(self) -> LlamaConfig:
+        sizes = SHAPES[self.shape] | ({} if self.layers is None else {"num_hidden_layers": self.layers})
+        return LlamaConfig(**sizes, max_position_embeddings=max(self.sequence_length, 2048), use_cache=False)
+
+    def dense(self) -> nn.Module:
+        """The base, in bfloat16, with the same random weights each time."""
+        torch.manual_seed(self.seed)
+        with torch.device(self.device):
+            model: nn.Module = AutoModelForCausalLM.from_config(self.architecture(), dtype=torch.bfloat16)
+        return model.to(self.device).requires_grad_(False)
+
+    def batch(self, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed + number)
+        size = (self.batch_size, self.sequence_length)
+        return torch.randint(0, SHAPES[self.shape]["vocab_size"], size, generator=generator).to(self.device)
+
+    def lora(self) -> dict[str, Any]:
+        return {
+            "r": self.rank,
+            "lora_alpha": 2 * self.rank,
+            "target_modules": "all-linear",
+            "task_type": "CAUSAL_LM",
+        }
+
+
+def stock_base(case: Case) -> nn.Module:
+    """The base as `from_pretrained` with a `BitsAndBytesConfig` gives it: bitsandbytes' own layers."""
+    model = quantize_model(case.dense(), NF4Config())
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.__class__ = bnb.nn.Linear4bit
+    return model
+
+
+def _documented(case: Case) -> nn.Module:
+    model = prepare_model_for_kbit_training(stock_base(case), use_gradient_checkpointing=False)
+    return get_peft_model(model, LoraConfig(**case.lora()))
+
+
+def _tuned(case: Case) -> nn.Module:
+    model: nn.Module = get_peft_model(stock_base(case), LoraConfig(**case.lora()))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def _ours(case: Case, config: type[QLoRAConfig] = QLoRAConfig, **settings: Any) -> nn.Module:
+    model = get_peft_model(case.dense(), config(**case.lora(), **settings))
+    names = ["default", *(f"extra_{i}" for i in range(1, case.adapters))]
+    for name in names[1:]:
+        model.add_adapter(name, config(**case.lora(), **settings))
+    if len(names) > 1:
+        model.base_model.set_adapter(names)
+    return model
+
+
+def _floor(case: Case) -> nn.Module:
+    return case.dense()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        build: makes the model; `settings` are passed to it.
+        options: of the forward.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def start(self, case: Case) -> Step:
+        model = self.build(case, **self.settings)
+        if case.checkpointing:
+            model.gradient_checkpointing_enable()
+        return Step(model.train(), case)
+
+
+class Step:
+    """A model with its optimizer; called with a batch, it is trained on it.
+
+    Attributes:
+        loss, gradient_norm: of the last step. Without adapters the norm is that of the gradient at the input.
+        optimizer_s: seconds of the last step that the optimizer took.
+    """
+
+    loss: float
+    gradient_norm: float
+
+    def __init__(self, model: nn.Module, case: Case) -> None:
+        self.model, self.case = model, case
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, fused=True) if self.trained else None
+
+    def __call__(self, ids: Tensor) -> None:
+        if self.optimizer is None:
+            inputs = self.model.get_input_embeddings()(ids).detach().requires_grad_()
+            loss = self.model(inputs_embeds=inputs, labels=ids).loss
+            loss.backward()
+            gradients = [inputs.grad]
+        else:
+            loss = self.model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.loss = loss.item()
+        self.gradient_norm = float(nn.utils.get_total_norm([g for g in gradients if g is not None]))
+
+
+DOCUMENTED, TUNED, OURS, CHUNKED, FLOOR = (
+    "stock, as documented",
+    "stock, all bfloat16",
+    "ours",
+    "ours, chunked loss",
+    "floor",
+)
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm(DOCUMENTED, _documented),
+        Arm(TUNED, _tuned),
+        Arm(OURS, _ours),
+        Arm("ours, gain", _ours, {"config": AdaptiveDepthLoRAConfig}),
+        Arm("ours, gain and concentration", _ours, {"config": AdaptiveDepthLoRAConfig, "attention": "concentration"}),
+        Arm(FLOOR, _floor),
+    )
+}
