@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,18 @@ def main(
     pass
 
 
+def _misused(message: str) -> typer.Exit:
+    """Say what is wrong; raise what this returns."""
+    typer.echo(f"Error: {message}", err=True)
+    return typer.Exit(MISUSED)
+
+
+def _check_choice(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise _misused(f"{option} {unknown} is not known; choose from {sorted(known)}.")
+
+
 bench = typer.Typer(help="Measurements that can be run again.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
@@ -59,17 +72,54 @@ def bench_adaptive_depth(
     try:
         from hf_qlora.bench.depth import report, run, tasks
     except ImportError as error:
-        typer.echo(f"Error: {error}. Install what the experiment needs: pip install 'hf-qlora[bench]'", err=True)
-        raise typer.Exit(MISUSED) from None
+        raise _misused(f"{error}. Install what the experiment needs: pip install 'hf-qlora[bench]'") from None
     names = tuple(task or tasks.TASKS)
-    unknown = sorted(set(names) - tasks.TASKS.keys())
-    if unknown:
-        typer.echo(f"Error: --task {unknown} is not known; choose from {sorted(tasks.TASKS)}.", err=True)
-        raise typer.Exit(MISUSED)
+    _check_choice("--task", names, tasks.TASKS)
     file = results.with_stem(f"{results.stem}_quick") if quick else results
     if not report_only:
         run.perform(replace(run.QUICK if quick else run.Plan(), tasks=names), file)
     typer.echo(report.markdown(file) or f"No test runs in {file} yet.")
+
+
+@bench.command("train-step")
+def bench_train_step(
+    shape: Annotated[
+        str, typer.Option(help="The model's: smollm2, llama3-8b or tiny. Weights are random.")
+    ] = "smollm2",
+    batch_size: Annotated[int, typer.Option(min=1)] = 4,
+    sequence_length: Annotated[int, typer.Option(min=2)] = 256,
+    rank: Annotated[int, typer.Option(min=1)] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each arm's turn comes.")] = 15,
+    arm: Annotated[list[str] | None, typer.Option(help="All by default.")] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Gradient checkpointing, in all arms.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    results: Annotated[Path, typer.Option(help="JSON; the picture goes beside it.")] = Path("results/train_step.json"),
+    report_only: Annotated[bool, typer.Option("--report", help="Do nothing; print the table of --results.")] = False,
+) -> None:
+    """Time and memory of a training step: ours, stock PEFT with bitsandbytes, and the frozen base alone.
+
+    The arms take turns in one process, so that ratios hold on a noisy machine; absolute seconds do not. Memory is
+    measured in a process for each arm. Minutes on two cores.
+    """
+    import json
+
+    from hf_qlora.bench.measure import write_whole
+    from hf_qlora.bench.train_step import arms, report, run
+
+    _check_choice("--shape", [shape], arms.SHAPES)
+    _check_choice("--arm", arm or [], arms.ARMS)
+    if report_only:
+        if not results.is_file():
+            raise _misused(f"{results} is not there; leave out --report to measure.")
+        typer.echo(report.markdown(json.loads(results.read_text(encoding="utf-8"))))
+        return
+    case = arms.Case(shape, batch_size, sequence_length, rank, checkpointing=checkpointing, device=device)
+    found = run.measure(case, rounds, arm or tuple(arms.ARMS))
+    write_whole(results, found)
+    report.plot(found, results.with_suffix(".png"))
+    typer.echo(report.markdown(found))
 
 
 @app.command("inspect")
@@ -83,8 +133,7 @@ def inspect_adapter(
     try:
         inspect_adapter.show(adapter, plot)
     except (ImportError, OSError, ValueError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(MISUSED) from None
+        raise _misused(str(error)) from None
 
 
 @app.command()
@@ -142,8 +191,7 @@ def demo(
     try:
         run(settings)
     except DemoError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(MISUSED) from None
+        raise _misused(str(error)) from None
     except KeyboardInterrupt:
         typer.echo(f"Stopped. If an adapter had been saved already, it is in {output}.", err=True)
         raise typer.Exit(INTERRUPTED) from None

@@ -180,8 +180,8 @@ class _LoraLinear(torch.autograd.Function):
         for i, (settings, state) in enumerate(zip(ctx.settings, ctx.random, strict=True)):
             wanted = ctx.needs_input_grad[5 + 3 * i : 8 + 3 * i]
             results += _adapter_backward(g, flat, kept[4 * i : 4 * i + 4], settings, state, wanted, dx, ctx.shared)
-        own = dx is not None and ctx.shared is None
-        return (dx.view(ctx.shape) if own else None, dbias, None, None, None, *results)
+        own = dx if ctx.shared is None else None
+        return (None if own is None else own.view(ctx.shape), dbias, None, None, None, *results)
 
 
 def _adapter_backward(

@@ -1,8 +1,8 @@
 """Layers that are given the same tensor: q, k and v; gate and up.
 
 They are found when they are called: the second of them gets the very object that the first one got, unchanged. So
-nothing depends on a model's names, nor on which of them is called, hooked or used; whatever stands between (a hook that
-returns another tensor, a cast, an operation in place) makes them strangers, which is slower and as right.
+nothing depends on a model's names, nor on which of them is called, hooked or used; whatever stands between (a hook
+that returns another tensor, a cast, an operation in place) makes them strangers, which is slower and as right.
 
 What they share is the input with its cast, and the place where its gradient is summed (`kernels.functional.share`).
 Rejected: one node for all of them, computed when the first is called. It must guess who will be called. What it learns

@@ -60,10 +60,12 @@ def test_gains_are_learned_in_float32(tmp_path: Path, quantized_before: bool, at
     adapters = {p.dtype for name, p in sft.model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
     assert adapters == {torch.bfloat16 if quantized_before else torch.float32}
     sft.train()
-    assert scales and all(scale.bias.dtype == torch.float32 for scale in scales.values())
+    assert scales
+    assert all(scale.bias.dtype == torch.float32 for scale in scales.values())
     assert all(scale.theta != 0 for scale in scales.values())
     decayed = {id(p) for group in sft.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
-    assert decayed and not any(id(scale.bias) in decayed for scale in scales.values())
+    assert decayed
+    assert not any(id(scale.bias) in decayed for scale in scales.values())
     observed = [scale.observations for scale in scales.values()]
     assert set(observed) == {3 if attention == "concentration" else 0}
 

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from peft import get_peft_model
 from torch import nn
 from tqdm import tqdm

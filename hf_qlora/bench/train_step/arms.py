@@ -75,11 +75,11 @@ class Case:
         sizes = SHAPES[self.shape] | ({} if self.layers is None else {"num_hidden_layers": self.layers})
         return LlamaConfig(**sizes, max_position_embeddings=max(self.sequence_length, 2048), use_cache=False)
 
-    def dense(self) -> nn.Module:
+    def dense(self) -> Any:
         """The base, in bfloat16, with the same random weights each time."""
         torch.manual_seed(self.seed)
         with torch.device(self.device):
-            model: nn.Module = AutoModelForCausalLM.from_config(self.architecture(), dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(self.architecture(), dtype=torch.bfloat16)
         return model.to(self.device).requires_grad_(False)
 
     def batch(self, number: int) -> Tensor:
@@ -96,7 +96,7 @@ class Case:
         }
 
 
-def stock_base(case: Case) -> nn.Module:
+def stock_base(case: Case) -> Any:
     """The base as `from_pretrained` with a `BitsAndBytesConfig` gives it: bitsandbytes' own layers."""
     model = quantize_model(case.dense(), NF4Config())
     for module in model.modules():
@@ -105,20 +105,20 @@ def stock_base(case: Case) -> nn.Module:
     return model
 
 
-def _documented(case: Case) -> nn.Module:
+def _documented(case: Case) -> Any:
     model = prepare_model_for_kbit_training(stock_base(case), use_gradient_checkpointing=False)
     return get_peft_model(model, LoraConfig(**case.lora()))
 
 
-def _tuned(case: Case) -> nn.Module:
-    model: nn.Module = get_peft_model(stock_base(case), LoraConfig(**case.lora()))
+def _tuned(case: Case) -> Any:
+    model = get_peft_model(stock_base(case), LoraConfig(**case.lora()))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 
-def _ours(case: Case, config: type[QLoRAConfig] = QLoRAConfig, **settings: Any) -> nn.Module:
+def _ours(case: Case, config: type[QLoRAConfig] = QLoRAConfig, **settings: Any) -> Any:
     model = get_peft_model(case.dense(), config(**case.lora(), **settings))
     names = ["default", *(f"extra_{i}" for i in range(1, case.adapters))]
     for name in names[1:]:
@@ -128,7 +128,7 @@ def _ours(case: Case, config: type[QLoRAConfig] = QLoRAConfig, **settings: Any) 
     return model
 
 
-def _floor(case: Case) -> nn.Module:
+def _floor(case: Case) -> Any:
     return case.dense()
 
 
@@ -142,7 +142,7 @@ class Arm:
     """
 
     name: str
-    build: Callable[..., nn.Module]
+    build: Callable[..., Any]
     settings: dict[str, Any] = field(default_factory=dict)
 
     def start(self, case: Case) -> Step:
@@ -163,7 +163,7 @@ class Step:
     loss: float
     gradient_norm: float
 
-    def __init__(self, model: nn.Module, case: Case) -> None:
+    def __init__(self, model: Any, case: Case) -> None:
         self.model, self.case = model, case
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, fused=True) if self.trained else None

@@ -19,8 +19,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{case['shape']}, {case['batch_size']} × {case['sequence_length']} tokens, rank {case['rank']}, "
         f"{rounds} rounds; {described(result['with'])}.",
         "",
-        f"| arm | step, s | ÷ {reference} | of minima | tokens/s | peak, MiB | adapters save, MiB | of GEMM rate | loss "
-        "| gradient norm |",
+        f"| arm | step, s | ÷ {reference} | of minima | tokens/s | peak, MiB | adapters save, MiB | of GEMM rate "
+        "| loss | gradient norm |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, arm in arms.items():

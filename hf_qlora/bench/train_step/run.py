@@ -31,7 +31,12 @@ def measure(case: Case, rounds: int, arms: Sequence[str] = tuple(ARMS)) -> dict[
             bar.set_postfix_str(f"memory: {arm}")
             found[arm] = {"memory": apart(peak_memory, arm, case)}
             bar.update()
-        times, rates, last = interleaved(case, rounds, arms, lambda arm: (bar.set_postfix_str(arm), bar.update()))
+
+        def on_step(arm: str) -> None:
+            bar.set_postfix_str(arm)
+            bar.update()
+
+        times, rates, last = interleaved(case, rounds, arms, on_step)
     for arm in arms:
         found[arm] |= times[arm] | last[arm]
     return {
@@ -44,7 +49,7 @@ def measure(case: Case, rounds: int, arms: Sequence[str] = tuple(ARMS)) -> dict[
 
 
 def interleaved(
-    case: Case, rounds: int, arms: Sequence[str], on_step: Callable[[str], Any] = lambda arm: None
+    case: Case, rounds: int, arms: Sequence[str], on_step: Callable[[str], None] = lambda arm: None
 ) -> tuple[dict[str, dict[str, list[float]]], list[float], dict[str, dict[str, Any]]]:
     """Seconds of each arm's steps in turn, the rate of a matrix product in each round, and how each arm ended."""
     steps = {arm: ARMS[arm].start(case) for arm in arms}
@@ -157,7 +162,7 @@ def flops(case: Case) -> dict[str, float]:
         model = replace(case, device="meta").dense()
     T = case.tokens
     linear = [module.weight.shape for module in model.modules() if isinstance(module, nn.Linear)]
-    adapted = [(N, K) for N, K in linear if N != case.architecture().vocab_size]
+    adapted = [(N, K) for N, K in linear if case.architecture().vocab_size != N]
     sizes = case.architecture()
     attention = 2 * 2 * T * case.sequence_length * sizes.hidden_size * sizes.num_hidden_layers
     return {
