@@ -39,6 +39,9 @@ class Adapter:
         scaling: α/r, or what stands for it.
         gain (`torch.Tensor`, (1,), *optional*): multiplies the scaling, and may be learned.
         dropout: probability of dropping an input of A; 0 in eval.
+        magnitude (`torch.Tensor`, (out_features,), *optional*): DoRA's; then the layer is `kernels.dora`'s.
+        row_squares: of the dense weight, (out_features, in_features), the sums of squares of its rows in float32;
+            wanted with a magnitude.
     """
 
     A: Tensor
@@ -46,6 +49,8 @@ class Adapter:
     scaling: float
     gain: Tensor | None = None
     dropout: float = 0.0
+    magnitude: Tensor | None = None
+    row_squares: Callable[[Tensor], Tensor] | None = None
 
 
 class SharedInput:
@@ -179,15 +184,15 @@ class _LoraLinear(torch.autograd.Function):
         results: list[Tensor | None] = []
         for i, (settings, state) in enumerate(zip(ctx.settings, ctx.random, strict=True)):
             wanted = ctx.needs_input_grad[5 + 3 * i : 8 + 3 * i]
-            results += _adapter_backward(g, flat, kept[4 * i : 4 * i + 4], settings, state, wanted, dx, ctx.shared)
+            results += adapter_backward(g, flat, kept[4 * i : 4 * i + 4], settings, state, wanted, dx, ctx.shared)
         own = dx if ctx.shared is None else None
         return (None if own is None else own.view(ctx.shape), dbias, None, None, None, *results)
 
 
-def _adapter_backward(
+def adapter_backward(
     g: Tensor,
     flat: Tensor,
-    kept: Sequence[Tensor],
+    kept: Sequence[Any],
     settings: tuple[float, float],
     state: Tensor | None,
     wanted: Sequence[bool],

@@ -1,20 +1,24 @@
 """The training forward of an adapted linear layer as one autograd node (`kernels/functional.py`).
 
-It serves plain LoRA and depth scales, with any dropout and any number of active adapters, over a frozen base. All else
-(DoRA and other variants, `lora_bias`, mixed batches, hooks on the parts, a base that is trained, no gradients wanted,
-torch.compile) goes the way PEFT has it; which layers do so is logged at debug level, once each.
+It serves plain LoRA and depth scales, with any dropout and any number of active adapters, and DoRA alone and without
+dropout, over a frozen base. All else (other variants, `lora_bias`, mixed batches, hooks on the parts, a base that is
+trained, no gradients wanted, torch.compile) goes the way PEFT has it; which layers do so is logged at debug level,
+once each.
 """
 
 from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from hf_qlora.kernels.dora import dora_linear
 from hf_qlora.kernels.functional import Adapter, Unpack, lora_linear
 from hf_qlora.layers import siblings
 from hf_qlora.layers.depth import DepthVariant, scale_of
@@ -22,6 +26,7 @@ from hf_qlora.layers.depth import DepthVariant, scale_of
 
 logger = logging.getLogger(__name__)
 
+_SQUARES = "_hf_qlora_row_squares"  # on a layer with DoRA: its base's, with what they were computed of
 _SAID = "_hf_qlora_said_slow"  # on a layer whose way has been logged
 
 
@@ -29,22 +34,48 @@ def step_adapters(layer: Any) -> list[Adapter] | None:
     """The active adapters as the node takes them; None where this forward is PEFT's."""
     if layer.disable_adapters or layer.merged or torch.compiler.is_compiling():
         return None
-    if not (layer.training or torch.is_grad_enabled()):  # in training also without: what checkpointing does first
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    learns = layer.training or torch.is_grad_enabled()  # in training also without: what checkpointing does first
+    if not learns and not any(_is_dora(layer, name) for name in names):  # PEFT's DoRA multiplies by an identity matrix
         return None
     found = []
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            parts = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-            why = _obstacle(layer, name, parts)
-            if why:
-                _say_once(layer, why)
-                return None
-            A, B, dropout = parts
-            scale = scale_of(layer, name)
-            p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-            gain = None if scale is None else scale()
-            found.append(Adapter(A.weight, B.weight, layer.scaling[name], gain, p))
+    for name in names:
+        why = _obstacle(layer, name, alone=len(names) == 1)
+        if why:
+            _say_once(layer, why)
+            return None
+        found.append(_adapter(layer, name))
     return found or None
+
+
+def _adapter(layer: Any, name: str) -> Adapter:
+    A, B, scaling, p = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], _dropout(layer, name)
+    if _is_dora(layer, name):
+        magnitude = layer.lora_magnitude_vector[name].weight
+        return Adapter(A, B, scaling, magnitude=magnitude, row_squares=partial(_row_squares, layer))
+    scale = scale_of(layer, name)
+    return Adapter(A, B, scaling, None if scale is None else scale(), p)
+
+
+def _dropout(layer: Any, name: str) -> float:
+    dropout = layer.lora_dropout[name]
+    return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _is_dora(layer: Any, name: str) -> bool:
+    return isinstance(layer.lora_variant.get(name), DoraLinearVariant)
+
+
+def _row_squares(layer: Any, W: Tensor) -> Tensor:
+    """Of the frozen W, computed once for each of its dtypes, and again when the layer's weight has been changed."""
+    weight = layer.get_base_layer().weight
+    key = (weight.data_ptr(), weight._version, W.dtype, W.device)
+    known = layer.__dict__.get(_SQUARES)
+    if known is None or known[0] != key:
+        wide = torch.promote_types(W.dtype, torch.float32)
+        known = layer.__dict__[_SQUARES] = (key, torch.linalg.vector_norm(W, dim=1, dtype=wide).square_())
+    squares: Tensor = known[1]
+    return squares
 
 
 def step_forward(
@@ -54,14 +85,22 @@ def step_forward(
     kind = x.device.type
     with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         given, shared = siblings.shared_input(x, dtype)
-        return lora_linear(given, unpack, None if bias is None else bias.to(dtype), adapters, shared)
+        narrow = None if bias is None else bias.to(dtype)
+        if adapters[0].magnitude is not None:
+            return dora_linear(given, unpack, narrow, adapters[0], shared)
+        return lora_linear(given, unpack, narrow, adapters, shared)
 
 
-def _obstacle(layer: LoraLayer, name: str, parts: tuple[nn.Module, nn.Module, nn.Module]) -> str:
-    A, B, dropout = parts
+def _obstacle(layer: LoraLayer, name: str, alone: bool) -> str:
+    A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    parts = [A, B, dropout]
     variant = layer.lora_variant.get(name)
-    if variant is not None and not isinstance(variant, DepthVariant):
+    if type(variant) not in (type(None), DepthVariant, DoraLinearVariant):
         return type(variant).__name__
+    if _is_dora(layer, name):
+        if not alone or _dropout(layer, name):
+            return "DoRA with dropout, or beside other adapters"
+        parts.append(layer.lora_magnitude_vector[name])
     if type(A) is not nn.Linear or type(B) is not nn.Linear or B.bias is not None:
         return "lora_bias, or other layers than nn.Linear"
     if type(dropout) not in (nn.Identity, nn.Dropout):

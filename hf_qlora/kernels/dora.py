@@ -1,0 +1,97 @@
+"""A frozen linear layer with DoRA (arXiv 2402.09353) as a single autograd node.
+
+    y = m/n ⊙ (x Wᵀ + c · s Bᵀ) + b,   s = x Aᵀ,   n = ‖W + c B A‖ by rows, a constant for backward (section 4.3)
+
+    n² = ‖W‖² + 2c · B ⊙ (A Wᵀ)ᵀ + c² · B (A Aᵀ) ⊙ B, summed by rows
+
+Rows of W have the same norm in every step; what is left are products with r rows. Neither B A nor an identity matrix
+is made. The sum in parentheses is kept for m's gradient, beside what LoRA keeps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_qlora.kernels.functional import Adapter, SharedInput, Unpack, adapter_backward
+
+
+def dora_linear(
+    x: Tensor, unpack: Unpack, bias: Tensor | None, adapter: Adapter, shared: SharedInput | None = None
+) -> Tensor:
+    """Apply a frozen linear layer with one adapter, which has a magnitude and no dropout.
+
+    Args:
+        x, unpack, bias, shared: as for `kernels.functional.lora_linear`.
+    """
+    magnitude = adapter.magnitude
+    result: Tensor = _DoraLinear.apply(x, bias, unpack, shared, adapter, adapter.A, adapter.B, magnitude)
+    return result
+
+
+def weight_norm(W: Tensor, row_squares: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """‖W + scaling · B A‖ by rows, (out_features,), in float32 or wider.
+
+    Args:
+        W (`torch.Tensor`, (out_features, in_features)): in the dtype of the product.
+        row_squares (`torch.Tensor`, (out_features,)): of W, in float32 or wider.
+    """
+    wide = torch.promote_types(W.dtype, torch.float32)
+    A, B = A.to(W.dtype), B.to(W.dtype).to(wide)
+    cross = (W @ A.t()).to(wide)  # (N, r)
+    A = A.to(wide)
+    own = B @ (A @ A.t())
+    squares = row_squares + (B * (2 * scaling * cross + scaling**2 * own)).sum(1)
+    return squares.clamp_(min=torch.finfo(wide).tiny).sqrt_()
+
+
+class _DoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        unpack: Unpack,
+        shared: SharedInput | None,
+        adapter: Adapter,
+        A: Tensor,
+        B: Tensor,
+        magnitude: Tensor,
+    ) -> Tensor:
+        assert adapter.row_squares is not None
+        ctx.unpack, ctx.shape, ctx.shared, ctx.x = unpack, x.shape, shared, None if shared is None else x
+        ctx.scaling = adapter.scaling
+        flat = x.reshape(-1, x.shape[-1])
+        W = unpack()
+        s = flat @ A.to(flat.dtype).t()
+        z = (flat @ W.t()).addmm_(s, B.to(flat.dtype).t(), alpha=adapter.scaling)
+        norm = weight_norm(W, adapter.row_squares(W), A, B, adapter.scaling)
+        ratio = magnitude.to(norm.dtype) / norm
+        ctx.save_for_backward(flat, A, B, s, z, norm, ratio)
+        ctx.magnitude_dtype = magnitude.dtype
+        y = torch.mul(z, ratio, out=torch.empty_like(z))
+        if bias is not None:
+            y += bias
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.x = None
+        flat, A, B, s, z, norm, ratio = ctx.saved_tensors
+        whole = grad.reshape(-1, grad.shape[-1])
+        g = torch.mul(whole, ratio, out=torch.empty_like(whole))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ ctx.unpack() if ctx.shared is None else ctx.shared.add(g, ctx.unpack())
+        dbias = whole.sum(0) if ctx.needs_input_grad[1] else None
+        dmagnitude = None
+        if ctx.needs_input_grad[7]:
+            dmagnitude = ((whole * z).sum(0, dtype=norm.dtype) / norm).to(ctx.magnitude_dtype)
+        wanted = (*ctx.needs_input_grad[5:7], False)
+        dA, dB, _ = adapter_backward(g, flat, (A, B, None, s), (ctx.scaling, 0.0), None, wanted, dx, ctx.shared)
+        own = dx if ctx.shared is None else None
+        return (None if own is None else own.view(ctx.shape), dbias, None, None, None, dA, dB, dmagnitude)
