@@ -82,7 +82,7 @@ class _LoraLinear(torch.autograd.Function):
         kept: list[Tensor | None] = [flat if settings else None]
         ctx.random = []
         for (scaling, dropout), (A, B, gain) in zip(settings, _in_threes(tensors), strict=True):
-            ctx.random.append(_random_state(flat.device) if dropout else None)
+            ctx.random.append(random_state(flat.device) if dropout else None)
             s = _dropped(flat, dropout) @ A.to(flat.dtype).t()
             if gain is None:
                 y.addmm_(s, B.to(flat.dtype).t(), alpha=scaling)
@@ -107,7 +107,7 @@ class _LoraLinear(torch.autograd.Function):
             gB = g @ B.to(g.dtype)  # (T, r)
             gs = _times(gB, c)
             dA = dB = dgain = None
-            with _random_again(state, flat.device):
+            with random_again(state, flat.device):
                 if wants_A:
                     dA = (gs.t() @ _dropped(flat, dropout)).to(A.dtype)
             if wants_B:
@@ -116,7 +116,7 @@ class _LoraLinear(torch.autograd.Function):
                 dgain = (scaling * (_wide(gB) * _wide(s)).sum()).to(gain.dtype).reshape(gain.shape)
             if dx is not None:
                 if dropout:
-                    with _random_again(state, flat.device):
+                    with random_again(state, flat.device):
                         dx += _dropped(gs @ A.to(g.dtype), dropout)
                 else:
                     dx.addmm_(gs, A.to(g.dtype))
@@ -142,12 +142,12 @@ def _dropped(x: Tensor, dropout: float) -> Tensor:
 
 
 @contextmanager
-def _random_again(state: Tensor | None, device: torch.device) -> Iterator[None]:
+def random_again(state: Tensor | None, device: torch.device) -> Iterator[None]:
     """Within it, random numbers are drawn from `state`; afterwards they go on as before."""
     if state is None:
         yield
         return
-    before = _random_state(device)
+    before = random_state(device)
     _set_random_state(state, device)
     try:
         yield
@@ -155,7 +155,7 @@ def _random_again(state: Tensor | None, device: torch.device) -> Iterator[None]:
         _set_random_state(before, device)
 
 
-def _random_state(device: torch.device) -> Tensor:
+def random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
