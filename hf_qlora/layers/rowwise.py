@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_qlora.kernels.loss import chunked_cross_entropy, linear_cross_entropy
+from hf_qlora.kernels import loss as chunked
 from hf_qlora.layers.logits import LazyLogits, Recipe, Step, lazy_logits, rule
 
 
@@ -127,16 +127,18 @@ def _cross_entropy(
         "ignore_index": ignore_index,
         "reduction": reduction,
         "label_smoothing": label_smoothing,
+        "chunk_bytes": chunked.CHUNK_BYTES,
     }
-    dtype = func(
-        torch.empty(1, 1, dtype=logits.dtype, device=logits.device), target.new_zeros(1)
-    ).dtype  # autocast has a say
+    one = torch.empty(1, 1, dtype=logits.dtype, device=logits.device)
+    dtype = func(one, target.new_zeros(1)).dtype  # autocast has a say
     frozen = recipe.call.frozen
     with torch.autocast(kind, enabled=False):
         if frozen is not None and weight is None and all(_is_widening(step) for step in recipe.steps):
-            loss = linear_cross_entropy(hidden, frozen.unpack, frozen.bias, target, dtype=frozen.dtype, **settings)
+            loss = chunked.linear_cross_entropy(
+                hidden, frozen.unpack, frozen.bias, target, dtype=frozen.dtype, **settings
+            )
         else:
-            loss = chunked_cross_entropy(
+            loss = chunked.chunked_cross_entropy(
                 hidden,
                 recipe,
                 recipe.call.parameters,
