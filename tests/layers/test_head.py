@@ -37,8 +37,8 @@ from hf_qlora.quant.linear4bit import Linear4bit, become_linear4bit, quantize_we
 from hf_qlora.validation import ConfigError
 
 
-# The order of sums over chunks differs: a few roundings of float32, relative to the largest gradient of a tensor; where
-# the gradient is a remainder of larger terms (key biases), of the noise floor beside it.
+# The order of sums over chunks differs: a few roundings of float32, relative to the largest gradient of a tensor; and
+# a floor for gradients that are remainders of larger terms (key biases).
 ROUNDING, FLOOR = 1e-5, 1e-6
 ROWS = 4
 
@@ -106,9 +106,10 @@ def step(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Te
     return out.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(
-    one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, Tensor]], factor: float = 1
-) -> None:
+Result = tuple[Tensor, dict[str, Tensor]]  # of a step: the loss, and gradients by name
+
+
+def assert_same(one: Result, other: Result, factor: float = 1) -> None:
     assert abs(float(one[0] - other[0])) <= factor * ROUNDING * abs(float(other[0]))
     assert one[1].keys() == other[1].keys()
     assert one[1]
@@ -215,7 +216,6 @@ def masked(x: Tensor, labels: Tensor) -> Tensor:
 READERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "log_softmax": lambda x, labels: -x.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).mean(),
     "own Function": lambda x, labels: Square.apply(x),
-    "changed in place": masked,
     "by class": lambda x, labels: x[..., 7].sum() + x[:, 2:4, :5].square().sum(),
     "soft targets": lambda x, labels: F.cross_entropy(x.view(-1, VOCAB), torch.ones(32, VOCAB) / VOCAB),
     "each row's": lambda x, labels: F.cross_entropy(x.view(-1, VOCAB), labels.view(-1), reduction="none").sum(),
@@ -242,6 +242,21 @@ def test_whoever_reads_logits_gets_real_ones_with_their_gradients(case: str, rea
 
     found = run()
     assert disable_chunked_loss(model)
+    assert_same(found, run())
+
+
+@pytest.mark.parametrize("case", ["frozen head", "trained head"])
+def test_logits_changed_in_place_are_real_from_then_on(case: str) -> None:
+    model, inputs = adapted(**ADAPTED[case]), batch()
+
+    def run() -> Result:
+        model.zero_grad()
+        value = masked(model(input_ids=inputs["input_ids"]).logits, inputs["labels"])
+        value.backward()
+        return value.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    found = run()
+    disable_chunked_loss(model)
     assert_same(found, run())
 
 
@@ -447,22 +462,24 @@ def test_trainer_has_real_logits_for_metrics_and_smoothing(tmp_path: Path) -> No
         assert losses[True, smoothing] == pytest.approx(losses[False, smoothing], rel=1e-5)
 
 
-@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
-def test_trls_fused_head_is_left_alone_and_refused_over_an_adapted_head(targets: list[str], tmp_path: Path) -> None:
+def test_trls_fused_head_is_left_alone(tmp_path: Path) -> None:
     settings = {"max_steps": 1, "report_to": [], "save_strategy": "no", "use_cpu": True, "bf16": False}
     arguments = trl.SFTConfig(str(tmp_path), max_length=16, dataset_kwargs={"skip_prepare_dataset": True}, **settings)
+    config = QLoRAConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", quantization=None)
+    data = datasets.Dataset.from_list(ROWS_OF_TEXT)
     trainer = trl.SFTTrainer(
-        make("llama"),
-        arguments,
-        train_dataset=datasets.Dataset.from_list(ROWS_OF_TEXT),
-        processing_class=tokenizer(),
-        peft_config=QLoRAConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", quantization=None),
+        make("llama"), arguments, train_dataset=data, processing_class=tokenizer(), peft_config=config
     )
-    if "lm_head" in targets:
-        with pytest.raises(ConfigError, match=r"weight of (model\.)?lm_head .* Leave lm_head out"):
-            trainer.train()
-    else:
-        assert trainer.train().training_loss > 0
+    inputs = {"input_ids": torch.tensor([ROWS_OF_TEXT[0]["input_ids"]])}
+    expected = make("llama")(**inputs, labels=inputs["input_ids"]).loss
+    assert isinstance(trainer.model.get_base_model().lm_head, ChunkedHead)
+    assert trainer.train().training_loss == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["adapted head", "4-bit adapted head"])
+def test_a_fused_head_over_an_adapted_one_is_refused(case: str) -> None:
+    with pytest.raises(ConfigError, match=r"weight of lm_head .* Leave lm_head out"):
+        adapted(**ADAPTED[case])(**batch(), fused_lm_head=True)
 
 
 def tokenizer() -> Any:
