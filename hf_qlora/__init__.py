@@ -9,6 +9,7 @@ configs behave as before.
 """
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
+from hf_qlora.layers.head import disable_chunked_loss, enable_chunked_loss
 from hf_qlora.quant.base import quantize_model
 from hf_qlora.registration import register
 from hf_qlora.train.callbacks import DepthScaleCallback
@@ -24,6 +25,8 @@ __all__ = [
     "QLoRAConfig",
     "QLoRAModel",
     "create_optimizer",
+    "disable_chunked_loss",
+    "enable_chunked_loss",
     "quantize_model",
 ]
 

@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig, QLoRAConfig
-from hf_qlora.layers import attention, depth, fold
+from hf_qlora.layers import attention, depth, fold, head
 from hf_qlora.layers.linear import Linear4bit, adopt
 from hf_qlora.prepare import Factors, prepare_base
 from hf_qlora.quant.base import dequantize_layers, forget_quantization, refuse_interrupted
 from hf_qlora.rehearsal import is_real_step, is_rehearsal, tried, try_config
+from hf_qlora.validation import ConfigError
 
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,20 @@ class QLoRAModel(LoraModel):
             peft_config = peft_config.with_portable_scaling()
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("fused_lm_head"):
+            _refuse_fused_head(self.model)
+        return super().forward(*args, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        with head.set_aside(model):
+            self._inject_adapter(model, adapter_name, *args, **kwargs)
+        ours = isinstance(config, QLoRAConfig) and config.chunked_loss and not config.inference_mode
+        if ours and not is_rehearsal(model):
+            head.try_chunked_loss(model)
+
+    def _inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         refuse_interrupted(model)
         if not isinstance(config, QLoRAConfig):
@@ -96,6 +110,7 @@ class QLoRAModel(LoraModel):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         ours = any(isinstance(config, QLoRAConfig) for config in self.peft_config.values())
+        head.disable_chunked_loss(self.model)
         if ours and merge:
             names = kwargs.get("adapter_names")
             self._check_mergeable(names, kwargs.get("safe_merge", False))
@@ -196,6 +211,17 @@ class _LetGradientsIn:
         if not any(layer.gradient_checkpointing and layer.training for layer in self.checkpointed):
             return None
         return output.requires_grad_(True).clone()  # no leaf, so that it may be changed in place
+
+
+def _refuse_fused_head(model: nn.Module) -> None:
+    """Stop TRL's fused head, which reads `weight` and `bias`, where they are not all that the head computes."""
+    found = head.output_head(model)
+    if head.computes_more_than_its_weight(found):
+        name = next((name for name, module in model.named_modules() if module is found), "the output head")
+        raise ConfigError(
+            f"TRL's fused head reads the weight of {name} and would ignore that it is adapted or quantized. Leave "
+            f"{name.rpartition('.')[2]} out of target_modules and of quantization, or use transformers' Trainer."
+        )
 
 
 def _renew_magnitude(layer: LoraLayer, adapter_name: str) -> None:

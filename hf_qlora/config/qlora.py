@@ -48,6 +48,12 @@ class QLoRAConfig(LoraConfig):
             "help": "Save with rsLoRA and alpha_pattern folded into lora_B, so that every consumer computes the same."
         },
     )
+    chunked_loss: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute the cross entropy over a vocabulary in chunks while training; logits are made when read."
+        },
+    )
 
     record: dict[str, Any] | None = field(
         default=None,

@@ -72,10 +72,11 @@ class _DoraLinear(torch.autograd.Function):
         ratio = magnitude.to(norm.dtype) / norm
         ctx.save_for_backward(flat, A, B, s, z, norm, ratio)
         ctx.magnitude_dtype = magnitude.dtype
-        y = torch.mul(z, ratio, out=torch.empty_like(z))
+        result = z.new_empty(*x.shape[:-1], z.shape[-1])
+        y = torch.mul(z, ratio, out=result.view(z.shape))
         if bias is not None:
             y += bias
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return result  # and not a view of it, which nobody could change in place
 
     @staticmethod
     @once_differentiable

@@ -157,11 +157,12 @@ class _LoraLinear(torch.autograd.Function):
         ctx.unpack, ctx.settings, ctx.shape = unpack, settings, x.shape
         ctx.shared, ctx.x = shared, None if shared is None else x  # x, that others may find it while this graph lives
         flat = x.reshape(-1, x.shape[-1])
-        y = torch.nn.functional.linear(flat, unpack(), bias)
+        result = torch.nn.functional.linear(flat.view(x.shape), unpack(), bias)
+        y = result.view(flat.shape[0], result.shape[-1])
         kept: list[Tensor | None] = [flat if settings else None]
         ctx.random = []
         for (scaling, dropout), (A, B, gain) in zip(settings, _in_threes(tensors), strict=True):
-            ctx.random.append(_random_state(flat.device) if dropout else None)
+            ctx.random.append(random_state(flat.device) if dropout else None)
             s = _dropped(flat, dropout) @ A.to(flat.dtype).t()
             if gain is None:
                 y.addmm_(s, B.to(flat.dtype).t(), alpha=scaling)
@@ -169,7 +170,7 @@ class _LoraLinear(torch.autograd.Function):
                 y.addmm_(_times(s, scaling * gain), B.to(flat.dtype).t())
             kept += [A, B, gain, s]
         ctx.save_for_backward(*kept)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return result  # and not a view of it, which nobody could change in place
 
     @staticmethod
     @once_differentiable
@@ -206,7 +207,7 @@ def adapter_backward(
     gs = _times(gB, c)
     dA = dB = dgain = None
     if wanted[0]:
-        with _random_again(state, flat.device):
+        with random_again(state, flat.device):
             dA = (gs.t() @ _dropped(flat, dropout)).to(A.dtype)
     if wanted[1]:
         dB = (g.t() @ _times(s, c)).to(B.dtype)
@@ -214,7 +215,7 @@ def adapter_backward(
         dgain = (scaling * (_wide(gB) * _wide(s)).sum()).to(gain.dtype).reshape(gain.shape)
     if dx is not None:
         if dropout:
-            with _random_again(state, flat.device):
+            with random_again(state, flat.device):
                 dx += _dropped(gs @ A.to(g.dtype), dropout)
         elif shared is not None:
             shared.add_skinny(gs, A.to(g.dtype))
@@ -241,12 +242,12 @@ def _dropped(x: Tensor, dropout: float) -> Tensor:
 
 
 @contextmanager
-def _random_again(state: Tensor | None, device: torch.device) -> Iterator[None]:
+def random_again(state: Tensor | None, device: torch.device) -> Iterator[None]:
     """Within it, random numbers are drawn from `state`; afterwards they go on as before."""
     if state is None:
         yield
         return
-    before = _random_state(device)
+    before = random_state(device)
     _set_random_state(state, device)
     try:
         yield
@@ -254,7 +255,7 @@ def _random_again(state: Tensor | None, device: torch.device) -> Iterator[None]:
         _set_random_state(before, device)
 
 
-def _random_state(device: torch.device) -> Tensor:
+def random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 

@@ -105,12 +105,12 @@ def _obstacle(layer: LoraLayer, name: str, alone: bool) -> str:
         return "lora_bias, or other layers than nn.Linear"
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return type(dropout).__name__
-    if any(_is_hooked(part) for part in (*parts, layer.get_base_layer())):
+    if any(is_hooked(part) for part in (*parts, layer.get_base_layer())):
         return "hooks"
     return ""
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(kinds) or hasattr(module, "_hf_hook")
 

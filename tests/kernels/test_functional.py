@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_qlora.kernels.dora import dora_linear
 from hf_qlora.kernels.functional import Adapter, frozen_linear, lora_linear
 
 
@@ -221,3 +223,82 @@ def test_the_input_is_not_changed_and_results_are_the_same_each_time() -> None:
     assert torch.equal(lora_linear(x, lambda: W, None, [adapter]), first)
     assert torch.equal(x, before)
     assert torch.equal(frozen_linear(x, lambda: W), nn.functional.linear(x, W))
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3), ()], ids=str)
+def test_the_output_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    x, W, adapter = torch.randn(*shape, K, requires_grad=True), torch.randn(N, K), make_adapter(torch.float32)
+    y = lora_linear(x, lambda: W, None, [adapter])
+    y *= 2
+    y[..., 0] = 0
+    (found,) = torch.autograd.grad(y.sum(), [adapter.B])
+    expected = torch.autograd.grad((reference(x, W, None, [adapter]) * 2)[..., 1:].sum(), [adapter.B])[0]
+    assert close(found, expected, torch.float32)
+
+
+def dora_formula(x: Tensor, W: Tensor, bias: Tensor | None, a: Adapter) -> Tensor:
+    """Equation 5 of arXiv 2402.09353 with the norm a constant, as in its section 4.3."""
+    V = W + a.scaling * a.B.to(x.dtype) @ a.A.to(x.dtype)
+    assert a.magnitude is not None
+    y = x @ (a.magnitude.to(x.dtype)[:, None] * V / V.detach().norm(dim=1, keepdim=True)).t()
+    return y if bias is None else y + bias
+
+
+def squares(W: Tensor) -> Tensor:
+    return W.double().square().sum(1).to(torch.promote_types(W.dtype, torch.float32))
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (1, 1), (0,)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_dora_is_its_formula(dtype: torch.dtype, bias: bool, shape: tuple[int, ...]) -> None:
+    x, W = torch.randn(*shape, K, dtype=dtype, requires_grad=True), torch.randn(N, K, dtype=dtype)
+    b = torch.randn(N, dtype=dtype, requires_grad=True) if bias else None
+    plain = make_adapter(dtype)
+    magnitude = torch.rand(N, dtype=dtype).add_(0.5).requires_grad_(True)
+    adapter = replace(plain, magnitude=magnitude, row_squares=squares)
+    found, expected = dora_linear(x, lambda: W, b, adapter), dora_formula(x, W, b, adapter)
+    assert found.shape == expected.shape
+    assert found.dtype == dtype
+    assert close(found, expected, dtype)
+    of = [*leaves(x, b, [adapter]), magnitude]
+    # the norm adds a root and a quotient to the roundings of the products
+    for one, other in zip(gradients(found, of), gradients(expected, of), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.allclose(
+            one,
+            other,
+            rtol=20 * ROUNDING[dtype],
+            atol=20 * ROUNDING[dtype] * float(other.abs().max() if other.numel() else 0),
+        )
+
+
+def test_dora_in_bfloat16_is_close_to_float64() -> None:
+    x, W = torch.randn(16, K).bfloat16().requires_grad_(True), torch.randn(N, K).bfloat16()
+    magnitude = torch.rand(N).add_(0.5).requires_grad_(True)
+    adapter = replace(make_adapter(torch.float32), magnitude=magnitude, row_squares=squares)
+    wide = replace(
+        adapter,
+        A=adapter.A.detach().double().requires_grad_(True),
+        B=adapter.B.detach().double().requires_grad_(True),
+        magnitude=magnitude.detach().double().requires_grad_(True),
+    )
+    exact_x = x.detach().double().requires_grad_(True)
+    found, expected = dora_linear(x, lambda: W, None, adapter), dora_formula(exact_x, W.double(), None, wide)
+    assert close(found, expected, torch.bfloat16)
+    assert wide.magnitude is not None
+    of, exact_of = [x, adapter.A, adapter.B, magnitude], [exact_x, wide.A, wide.B, wide.magnitude]
+    for one, other in zip(gradients(found, of), gradients(expected, exact_of), strict=True):
+        assert close(one, other, torch.bfloat16)
+
+
+def test_dora_of_a_row_of_zeros_stays_finite() -> None:
+    W = torch.randn(N, K)
+    W[3] = 0
+    plain = make_adapter(torch.float32)
+    with torch.no_grad():
+        plain.B[3] = 0
+    magnitude = W.norm(dim=1).requires_grad_(True)
+    y = dora_linear(torch.randn(4, K), lambda: W, None, replace(plain, magnitude=magnitude, row_squares=squares))
+    assert torch.isfinite(y).all()
+    assert not y[:, 3].any()

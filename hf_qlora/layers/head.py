@@ -1,0 +1,182 @@
+"""Output heads whose logits are lazy while they are trained, so that the loss can be computed in chunks.
+
+A head is changed in place to a subclass of its own class: the module object stays, with its parameters, names and
+hooks. In training its forward returns `LazyLogits`; in eval, without gradients, when compiled, and where the head is
+hooked or sharded, so that its weight may be gone when the loss is computed, it is what it was.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from hf_qlora.layers import rowwise  # noqa: F401  # its rules
+from hf_qlora.layers.forward import is_hooked
+from hf_qlora.layers.logits import FrozenHead, HeadCall, Recipe, lazy_logits
+from hf_qlora.quant.linear4bit import Linear4bit
+from hf_qlora.validation import ConfigError
+
+
+def enable_chunked_loss(model: nn.Module) -> None:
+    """Compute a model's cross entropy in chunks from now on, without ever making its full logits in training.
+
+    `outputs.logits` are still there for whoever reads them.
+
+    Args:
+        model: a transformers model or a `PeftModel`, with an output head (`get_output_embeddings`).
+
+    Raises:
+        ConfigError: the model has no output head, or one that is no linear layer.
+    """
+    head = output_head(model)
+    if head is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no output head over a vocabulary (get_output_embeddings() gives none), so "
+            "there is nothing to compute in chunks. Leave enable_chunked_loss out."
+        )
+    if not try_chunked_loss(model):
+        raise ConfigError(
+            f"The output head of {type(model).__name__} is a {type(head).__name__}, not a linear layer: its loss "
+            "cannot be computed in chunks. Leave enable_chunked_loss out."
+        )
+
+
+def try_chunked_loss(model: nn.Module) -> bool:
+    """As `enable_chunked_loss`; whether it was possible."""
+    disable_chunked_loss(model)
+    layers = _linear_layers(output_head(model))
+    for layer in layers:
+        layer.__class__ = _chunked(type(layer))
+    return bool(layers)
+
+
+def disable_chunked_loss(model: nn.Module) -> bool:
+    """Give heads their classes back; whether there were any to give."""
+    found: list[Any] = [module for module in model.modules() if isinstance(module, ChunkedHead)]
+    for module in found:
+        module.__class__ = module._own_class
+    return bool(found)
+
+
+@contextmanager
+def set_aside(model: nn.Module) -> Iterator[None]:
+    """Within it heads have their own classes; afterwards those that are there then are as before."""
+    was_enabled = disable_chunked_loss(model)
+    try:
+        yield
+    finally:
+        if was_enabled:
+            try_chunked_loss(model)
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    getter = getattr(base, "get_output_embeddings", None)
+    found: nn.Module | None = getter() if getter is not None else None
+    return found
+
+
+def computes_more_than_its_weight(head: nn.Module | None) -> bool:
+    """Whether reading `weight` and `bias` of a head misses something: an adapter, or that it is packed."""
+    return isinstance(head, LoraLayer | bnb.nn.Linear4bit)
+
+
+def _linear_layers(head: nn.Module | None) -> list[Any]:
+    if isinstance(head, ModulesToSaveWrapper):
+        return [head.original_module, *head.modules_to_save.values()] if _is_linear(head.original_module) else []
+    return [head] if _is_linear(head) else []
+
+
+def _is_linear(head: nn.Module | None) -> bool:
+    return isinstance(head.get_base_layer() if isinstance(head, LoraLayer) else head, nn.Linear)
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class ChunkedHead(nn.Module):
+    """What is put before a head's own class."""
+
+    _own_class: type[nn.Module]
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits, (..., V), of hidden, (..., K)."""
+        apply: Any = super().forward
+        if args or kwargs or torch.compiler.is_compiling() or not self.training or not torch.is_grad_enabled():
+            result: Tensor = apply(hidden, *args, **kwargs)
+            return result
+        parameters = tuple(parameter for parameter in self.parameters() if parameter.requires_grad)
+        if not (hidden.requires_grad or parameters) or _is_bound(self):
+            result = apply(hidden)
+            return result
+        kind = hidden.device.type
+        with torch.no_grad():
+            packed = _packed(self)
+            none = hidden.new_empty(0, hidden.shape[-1])
+            empty = none.new_empty(0, packed.out_features) if packed is not None else apply(none)
+        autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        frozen = None if parameters else _frozen_head(self, hidden, empty.dtype)
+        call = HeadCall(self, apply, functools.partial(_adapters, self), frozen, parameters, autocast)
+        return lazy_logits(Recipe(call), hidden, (*hidden.shape[:-1], empty.shape[-1]), empty.dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _rebuilt, (reduced[0], self._own_class, *reduced[1][1:]), *reduced[2:]
+
+
+def _chunked(own_class: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a head's class, which goes by its name."""
+    if own_class not in _classes:
+        _classes[own_class] = _subclass(own_class)
+    return _classes[own_class]
+
+
+def _subclass(own_class: type[nn.Module]) -> type[nn.Module]:
+    names = {name: getattr(own_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(own_class.__name__, (ChunkedHead, own_class), {**names, "_own_class": own_class})
+
+
+def _rebuilt(rebuild: Any, own_class: type[nn.Module], *arguments: Any) -> Any:
+    return rebuild(_chunked(own_class), *arguments)
+
+
+def _is_bound(head: nn.Module) -> bool:
+    """Whether a head is what it is only while it is called: hooked, sharded, a replica, or with its adapter off."""
+    sharded = any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in head.parameters())
+    off = any(isinstance(module, BaseTunerLayer) and module.disable_adapters for module in head.modules())
+    return sharded or off or getattr(head, "_is_replica", False) or any(map(is_hooked, head.modules()))
+
+
+def _adapters(head: nn.Module) -> object:
+    """What the adapters of a head do beside their parameters."""
+    return [
+        (module.disable_adapters, list(module.active_adapters), list(module.merged_adapters))
+        for module in head.modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
+
+
+def _packed(head: nn.Module) -> Any:
+    """The packed layer of a head; its result has the dtype of its input."""
+    base = head.get_base_layer() if isinstance(head, LoraLayer) else head
+    return base if isinstance(base, Linear4bit) else None
+
+
+def _frozen_head(head: Any, hidden: Tensor, dtype: torch.dtype) -> FrozenHead | None:
+    own_class = head._own_class
+    if own_class is Linear4bit:
+        dtype = head.product_dtype(hidden)
+        return FrozenHead(lambda: head.dequantize(dtype), head.bias, dtype)
+    if own_class is nn.Linear:
+        return FrozenHead(lambda: head.weight.detach().to(dtype), head.bias, dtype)
+    return None
