@@ -26,7 +26,6 @@ from hf_qlora.layers.linear import Linear4bit, adopt
 from hf_qlora.prepare import Factors, prepare_base
 from hf_qlora.quant.base import dequantize_layers, forget_quantization, refuse_interrupted
 from hf_qlora.rehearsal import is_real_step, is_rehearsal, tried, try_config
-from hf_qlora.validation import ConfigError
 
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ class QLoRAModel(LoraModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("fused_lm_head"):
-            _refuse_fused_head(self.model)
+            head.refuse_fused(self.model)
         return super().forward(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -211,17 +210,6 @@ class _LetGradientsIn:
         if not any(layer.gradient_checkpointing and layer.training for layer in self.checkpointed):
             return None
         return output.requires_grad_(True).clone()  # no leaf, so that it may be changed in place
-
-
-def _refuse_fused_head(model: nn.Module) -> None:
-    """Stop TRL's fused head, which reads `weight` and `bias`, where they are not all that the head computes."""
-    found = head.output_head(model)
-    if head.computes_more_than_its_weight(found):
-        name = next((name for name, module in model.named_modules() if module is found), "the output head")
-        raise ConfigError(
-            f"TRL's fused head reads the weight of {name} and would ignore that it is adapted or quantized. Leave "
-            f"{name.rpartition('.')[2]} out of target_modules and of quantization, or use transformers' Trainer."
-        )
 
 
 def _renew_magnitude(layer: LoraLayer, adapter_name: str) -> None:

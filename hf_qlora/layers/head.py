@@ -86,9 +86,19 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return found
 
 
-def computes_more_than_its_weight(head: nn.Module | None) -> bool:
-    """Whether reading `weight` and `bias` of a head misses something: an adapter, or that it is packed."""
-    return isinstance(head, LoraLayer | bnb.nn.Linear4bit)
+def refuse_fused(model: nn.Module) -> None:
+    """Stop TRL's fused head, which reads `weight` and `bias`, where they are not all that the head computes.
+
+    Raises:
+        ConfigError: the head is adapted or packed.
+    """
+    head = output_head(model)
+    if isinstance(head, LoraLayer | bnb.nn.Linear4bit):
+        name = next((name for name, module in model.named_modules() if module is head), "the output head")
+        raise ConfigError(
+            f"TRL's fused head reads the weight of {name} and would ignore that it is adapted or quantized. Leave "
+            f"{name.rpartition('.')[2]} out of target_modules and of quantization, or use transformers' Trainer."
+        )
 
 
 def _linear_layers(head: nn.Module | None) -> list[Any]:

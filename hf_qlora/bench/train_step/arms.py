@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
+from hf_qlora.layers.head import enable_chunked_loss
 from hf_qlora.quant.base import quantize_model
 
 
@@ -119,6 +120,7 @@ def _tuned(case: Case) -> Any:
 
 
 def _ours(case: Case, config: type[QLoRAConfig] = QLoRAConfig, **settings: Any) -> Any:
+    """Chunked loss included, unless the settings say otherwise."""
     model = get_peft_model(case.dense(), config(**case.lora(), **settings))
     names = ["default", *(f"extra_{i}" for i in range(1, case.adapters))]
     for name in names[1:]:
@@ -128,8 +130,25 @@ def _ours(case: Case, config: type[QLoRAConfig] = QLoRAConfig, **settings: Any) 
     return model
 
 
+def _with_trls_head(case: Case) -> Any:
+    """Ours with the fused output head of TRL's trainers, which wants a keyword in every forward.
+
+    Raises:
+        ImportError: without TRL.
+    """
+    try:
+        from trl.trainer.utils import add_fused_lm_head
+    except ImportError as error:
+        raise ImportError(f"The arm {TRL!r} needs TRL 1.16 or newer: pip install trl") from error
+    model = _ours(case, chunked_loss=False)
+    add_fused_lm_head(model.get_base_model())
+    return model
+
+
 def _floor(case: Case) -> Any:
-    return case.dense()
+    model = case.dense()
+    enable_chunked_loss(model)
+    return model
 
 
 @dataclass(frozen=True)
@@ -138,18 +157,19 @@ class Arm:
 
     Attributes:
         build: makes the model; `settings` are passed to it.
-        options: of the forward.
+        options: of the model's forward.
     """
 
     name: str
     build: Callable[..., Any]
     settings: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def start(self, case: Case) -> Step:
         model = self.build(case, **self.settings)
         if case.checkpointing:
             model.gradient_checkpointing_enable()
-        return Step(model.train(), case)
+        return Step(model.train(), case, self.options)
 
 
 class Step:
@@ -157,14 +177,13 @@ class Step:
 
     Attributes:
         loss, gradient_norm: of the last step. Without adapters the norm is that of the gradient at the input.
-        optimizer_s: seconds of the last step that the optimizer took.
     """
 
     loss: float
     gradient_norm: float
 
-    def __init__(self, model: Any, case: Case) -> None:
-        self.model, self.case = model, case
+    def __init__(self, model: Any, case: Case, options: dict[str, Any]) -> None:
+        self.model, self.case, self.options = model, case, options
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, fused=True) if self.trained else None
 
@@ -175,7 +194,7 @@ class Step:
             loss.backward()
             gradients = [inputs.grad]
         else:
-            loss = self.model(input_ids=ids, labels=ids).loss
+            loss = self.model(input_ids=ids, labels=ids, **self.options).loss
             loss.backward()
             gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
             self.optimizer.step()
@@ -184,19 +203,16 @@ class Step:
         self.gradient_norm = float(nn.utils.get_total_norm([g for g in gradients if g is not None]))
 
 
-DOCUMENTED, TUNED, OURS, CHUNKED, FLOOR = (
-    "stock, as documented",
-    "stock, all bfloat16",
-    "ours",
-    "ours, chunked loss",
-    "floor",
-)
+DOCUMENTED, TUNED, FLOOR = "stock, as documented", "stock, all bfloat16", "floor"
+OURS, CHUNKED, TRL = "ours, full logits", "ours", "ours, TRL's head"
 ARMS = {
     arm.name: arm
     for arm in (
         Arm(DOCUMENTED, _documented),
         Arm(TUNED, _tuned),
-        Arm(OURS, _ours),
+        Arm(OURS, _ours, {"chunked_loss": False}),
+        Arm(CHUNKED, _ours),
+        Arm(TRL, _with_trls_head, options={"fused_lm_head": True}),
         Arm("ours, gain", _ours, {"config": AdaptiveDepthLoRAConfig}),
         Arm("ours, gain and concentration", _ours, {"config": AdaptiveDepthLoRAConfig, "attention": "concentration"}),
         Arm(FLOOR, _floor),
