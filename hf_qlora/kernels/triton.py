@@ -5,7 +5,8 @@
 
 The products and the sum are fp32, each rounded by itself. bitsandbytes' CUDA kernels are built with --use_fast_math: a
 product below 2⁻¹²⁶ becomes zero, while torch's addition of the offset keeps what is small. `mul.rn.ftz` is such a
-product, and being explicitly rounded it is never fused with the addition. The interpreter multiplies as a CPU does.
+product, and being explicitly rounded it is never fused with the addition. In Triton's interpreter, which cuts bfloat16
+instead of rounding, the kernel multiplies as a CPU does and rounds by itself (`NATIVE` is false).
 
 In memory: blocks run over the flat weight, two codes a byte, the earlier one in the high nibble. A program writes TILE
 weights, taken as rows of 32, the shortest block, so that a row has one scale whatever the block size. A thread reads
@@ -114,7 +115,7 @@ def dequantize_nf4(
                 packed.numel(),
                 BLOCK=block_size,
                 NESTED=nested is not None,
-                FLUSH=not INTERPRETED,
+                NATIVE=not INTERPRETED,
                 RUN=8 // out.itemsize,
                 num_warps=WARPS,
                 enable_fp_fusion=False,
@@ -158,13 +159,22 @@ def _check(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _product(a, b, FLUSH: tl.constexpr):  # type: ignore[no-untyped-def]
-    if FLUSH:
+def _product(a, b, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+    if NATIVE:
         return tl.inline_asm_elementwise(
             "mul.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
         return a * b
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rounded(x, dtype: tl.constexpr, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+    if NATIVE or dtype != tl.bfloat16:
+        return x.to(dtype)
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -180,7 +190,7 @@ def _dequantize(  # type: ignore[no-untyped-def]
     size,
     BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
-    FLUSH: tl.constexpr,
+    NATIVE: tl.constexpr,
     RUN: tl.constexpr,  # bytes that make 16 bytes of weights
 ):
     start = tl.program_id(0).to(tl.int64) * _TILE  # may pass 2³¹
@@ -191,19 +201,19 @@ def _dequantize(  # type: ignore[no-untyped-def]
     scale = tl.load(absmax + block, mask=inside, other=0)
     if NESTED:
         wide = tl.load(group + block // _GROUP, mask=inside, other=0.0)
-        scale = _product(tl.load(table + scale.to(tl.int32)), wide, FLUSH) + tl.load(offset)
+        scale = _product(tl.load(table + scale.to(tl.int32)), wide, NATIVE) + tl.load(offset)
     at = row[:, None] * (_ROW // 2) + tl.arange(0, _ROW // 2)[None, :]
     # Without the bound a thread would read 16 bytes, and its weights would not lie beside its neighbour's.
     at = tl.max_contiguous(at, [1, RUN])
     left = tl.minimum(size - start // 2, _TILE // 2).to(tl.int32)
     code = tl.load(packed + start // 2 + at, mask=at < left, other=0).to(tl.int32)
     # Looked up apart and joined afterwards: so all loads have one layout.
-    high = _product(tl.load(levels + (code >> 4)), scale[:, None], FLUSH).to(out.dtype.element_ty)
-    low = _product(tl.load(levels + (code & 15)), scale[:, None], FLUSH).to(out.dtype.element_ty)
+    high = _product(tl.load(levels + (code >> 4)), scale[:, None], NATIVE)
+    low = _product(tl.load(levels + (code & 15)), scale[:, None], NATIVE)
     weight = tl.reshape(tl.join(high, low), [_TILE // _ROW, _ROW])
     to = row[:, None] * _ROW + tl.arange(0, _ROW)[None, :]
     left = tl.minimum(numel - start, _TILE).to(tl.int32)
-    tl.store(out + start + to, weight, mask=to < left)
+    tl.store(out + start + to, _rounded(weight, out.dtype.element_ty, NATIVE), mask=to < left)
 
 
 INTERPRETED = not isinstance(_dequantize, triton.JITFunction)

@@ -1,8 +1,8 @@
 """The dense weight of packed codes: by bitsandbytes, or by the Triton kernel that does it in one launch.
 
 `implementation` chooses for all layers. "auto" takes Triton for CUDA tensors where it is installed, knows the format,
-and has, once in this process, given bit for bit what bitsandbytes gives on that device; else bitsandbytes. "triton" and
-"bitsandbytes" are taken at their word: where they cannot serve, they raise.
+and has, once in this process, given bit for bit what bitsandbytes gives on that device; else bitsandbytes. "triton"
+and "bitsandbytes" are taken at their word: where they cannot serve, they raise.
 """
 
 from __future__ import annotations
