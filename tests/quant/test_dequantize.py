@@ -47,6 +47,16 @@ def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dequantize, "find_spec", lambda name: None)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_bitsandbytes_result_in_the_wanted_dtype(
+    weight: tuple[Tensor, QuantState, Tensor], dtype: torch.dtype | None
+) -> None:
+    packed, state, expected = weight
+    found = dequantize_weight(packed, state, dtype, impl="bitsandbytes")
+    assert found.dtype == (dtype or torch.float32)
+    assert torch.equal(found, expected.to(found.dtype))
+
+
 def test_unknown_implementation(weight: tuple[Tensor, QuantState, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     packed, state, _ = weight
     message = "implementation='torch' is not known; choose 'auto', 'bitsandbytes' or 'triton'"
