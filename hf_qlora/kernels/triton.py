@@ -100,26 +100,25 @@ def dequantize_nf4(
         )
     out = torch.empty(shape, dtype=dtype, device=packed.device) if out is None else out
     _check(packed, absmax, levels, tuple(shape), dtype, block_size, nested, out)
-    if out.numel():
-        # Triton launches on the current device.
-        with torch.cuda.device_of(packed):
-            _dequantize[(-(-out.numel() // TILE),)](
-                out,
-                packed,
-                absmax,
-                levels,
-                nested and nested.table,
-                nested and nested.absmax,
-                nested and nested.offset,
-                out.numel(),
-                packed.numel(),
-                BLOCK=block_size,
-                NESTED=nested is not None,
-                NATIVE=not INTERPRETED,
-                RUN=8 // out.itemsize,
-                num_warps=WARPS,
-                enable_fp_fusion=False,
-            )
+    # Triton launches on the current device, and nothing for a grid of 0.
+    with torch.cuda.device_of(packed):
+        _dequantize[(-(-out.numel() // TILE),)](
+            out,
+            packed,
+            absmax,
+            levels,
+            nested and nested.table,
+            nested and nested.absmax,
+            nested and nested.offset,
+            out.numel(),
+            packed.numel(),
+            BLOCK=block_size,
+            NESTED=nested is not None,
+            NATIVE=not INTERPRETED,
+            RUN=8 // out.itemsize,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
     return out
 
 
