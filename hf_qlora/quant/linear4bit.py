@@ -25,7 +25,6 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from bitsandbytes.functional import (
     QuantState,
     _convert_weight_packed_for_cpu_inverse,
-    dequantize_4bit,
     quantize_4bit,
     quantize_blockwise,
 )
@@ -34,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.config import NF4Config
 from hf_qlora.kernels.functional import frozen_linear
+from hf_qlora.quant.dequantize import dequantize_weight
 
 
 logger = logging.getLogger(__name__)
@@ -108,8 +108,7 @@ class Linear4bit(bnb.nn.Linear4bit):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, (out_features, in_features), in `dtype` or the dtype it was quantized from."""
-        weight = dequantize_weight(self.weight.data, self.state)
-        return weight if dtype is None else weight.to(dtype)
+        return dequantize_weight(self.weight.data, self.state, dtype)
 
     def to_dense(self, weight: Tensor) -> nn.Linear | Conv1D:
         """A new dense layer of the class this one was made from, with its bias and hooks.
@@ -237,23 +236,6 @@ def _rows_at_a_time(weight: Tensor, block_size: int) -> int:
     row_length = weight.shape[1]
     whole = block_size // math.gcd(row_length, block_size)
     return max(chunk_of(weight) // row_length // whole, 1) * whole
-
-
-def dequantize_weight(packed: Tensor, state: QuantState) -> Tensor:
-    """The dense weight of packed codes, in the state's shape and dtype.
-
-    On AVX-512 processors bitsandbytes reads the scales of a weight whose rows are not whole blocks from wrong places:
-    silently, a relative error of 0.2 to 0.5 instead of 0.09. One long row has no such places.
-    """
-    if packed.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
-        whole: Tensor = dequantize_4bit(packed, state)
-        return whole
-    row = copy.copy(state)
-    row.shape = torch.Size((1, state.shape.numel()))
-    # An odd length falls back to code that bitsandbytes compiles, for seconds, at the first call.
-    with torch.compiler.set_stance("force_eager") if row.shape[-1] % 2 else nullcontext():
-        flat: Tensor = dequantize_4bit(packed, row)
-        return flat.reshape(state.shape)
 
 
 def share_tables(state: QuantState) -> None:
