@@ -107,7 +107,7 @@ class Answers(Task):
     """The answers of 49 small tasks, with SmolLM2 (Llama, 30 layers) in bfloat16; the perplexity of held-out ones."""
 
     name, metric, better, batch_size, steps = "answers", "perplexity", -1, 8, 24
-    rates = (3e-4, 1e-3, 3e-3)
+    rates = (1e-3, 3e-3, 1e-2)
     shared: ClassVar[dict[str, Any]] = {
         "r": 8,
         "lora_alpha": 16,
