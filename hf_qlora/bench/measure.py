@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
+import hashlib
 import json
 import os
 import platform
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import hf_qlora
 
 
 PACKAGES = ("hf-qlora", "torch", "transformers", "peft", "bitsandbytes")
@@ -30,7 +34,17 @@ def environment(device: str | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
         **{name: version(name) for name in PACKAGES},
+        "code": code(),
     }
+
+
+@functools.cache
+def code() -> str:
+    """A short hash of this package's source: results of one code can be compared."""
+    found = hashlib.sha256()
+    for path in sorted(Path(hf_qlora.__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def write_whole(path: Path, values: Any) -> None:

@@ -71,11 +71,13 @@ def test_every_arm_is_swept_and_then_run_on_fresh_seeds(plan: Plan, tmp_path: Pa
     results = tmp_path / "deep" / "results.jsonl"
     run.perform(plan, results)
     rows = lines(results)
-    assert len(rows) == len(ARMS) * (2 + 2)
-    sweep = [row for row in rows if row["run"]["seed"] == run.SWEEP_SEED]
+    assert len(rows) == len(ARMS) * (2 * 2 + 2)
+    sweep = [row for row in rows if row["run"]["seed"] in run.SWEEP_SEEDS]
+    assert len(sweep) == len(ARMS) * 4
     assert {row["found"]["split"] for row in sweep} == {"validation"}
     for arm in ARMS:
-        scores = {row["run"]["lr"]: row["found"]["score"] for row in sweep if row["run"]["arm"] == arm}
+        own = [row for row in sweep if row["run"]["arm"] == arm]
+        scores = {lr: sum(r["found"]["score"] for r in own if r["run"]["lr"] == lr) for lr in Toy.rates}
         chosen = {row["run"]["lr"] for row in rows if row["run"]["arm"] == arm and row["found"]["split"] == "test"}
         assert chosen == {min(scores, key=scores.__getitem__)}
     for row in rows:
@@ -124,6 +126,35 @@ def test_a_diverged_rate_is_not_chosen() -> None:
     assert run.best_rate(done, Toy, "gain", 2) == 1e-2
 
 
+def test_one_lucky_seed_does_not_choose_the_rate() -> None:
+    scores = {1e-3: (2.0, 2.0), 1e-2: (1.0, 9.0)}
+    done = [
+        (Run("toy", "gain", lr, seed, 2), {"score": score})
+        for lr, both in scores.items()
+        for seed, score in zip(run.SWEEP_SEEDS, both, strict=True)
+    ]
+    assert run.best_rate(done, Toy, "gain", 2) == 1e-3
+
+
+def test_arms_start_from_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `do` makes them: one `lora_A` for all arms of a seed, another for another seed."""
+    made: list[nn.Module] = []
+    original = run.get_peft_model
+
+    def get(*args: Any, **kwargs: Any) -> Any:
+        made.append(original(*args, **kwargs))
+        starts.append(next(p.detach().clone() for n, p in made[-1].named_parameters() if "lora_A" in n))
+        return made[-1]
+
+    monkeypatch.setattr(run, "get_peft_model", get)
+    starts: list[Tensor] = []
+    for name, seed in ((REFERENCE, 1), ("DoRA", 1), ("gain", 1), (REFERENCE, 2)):
+        run.do(Run("toy", name, 1e-3, seed, 1), Toy(), ARMS[name])
+    assert torch.equal(starts[0], starts[1])
+    assert torch.equal(starts[0], starts[2])
+    assert not torch.equal(starts[0], starts[3])
+
+
 def test_arms_of_a_seed_start_alike_and_train_the_same_number_of_weights() -> None:
     models = {}
     for name, arm in ARMS.items():
@@ -143,8 +174,9 @@ def test_the_arm_of_layer_rates_is_the_fixed_profile() -> None:
     """To Adam's ε, which sees gradients that the profile has multiplied."""
     found = {}
     for name in ("layer rates, linear", "fixed linear", REFERENCE):
-        found[name] = run.do(Run("toy", name, 1e-2, 1, 4), Toy(), ARMS[name])["losses"]
+        found[name] = run.do(Run("toy", name, 1e-1, 1, 6), Toy(), ARMS[name])["losses"]
     assert found["layer rates, linear"] == pytest.approx(found["fixed linear"], abs=2e-4)
+    assert found["layer rates, linear"] != pytest.approx(found[REFERENCE], abs=1e-3)
 
 
 def test_rates_warm_up_and_fall() -> None:
@@ -162,17 +194,24 @@ def test_the_p_value_is_a_paired_t_tests() -> None:
     centred = [d / statistics.stdev([-2, -1, 0, 1, 2]) * 5**0.5 for d in (-2, -1, 0, 1, 2)]  # standard error 1
     assert report.paired_p([d + 2.776 for d in centred]) == pytest.approx(0.05, abs=1e-4)
     assert report.paired_p([d - 4.604 for d in centred]) == pytest.approx(0.01, abs=1e-4)
-    assert report.paired_p([0.0, 0.0]) == report.paired_p([0.3]) == report.paired_p([0.1] * 5) == 1.0
-    assert report.paired_p([0.1, math.nan, 0.2]) == 1.0
+    for too_little in ([0.0, 0.0], [0.3], [0.1] * 5, [0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.1, 0.2, math.nan]):
+        assert math.isnan(report.paired_p(too_little))
 
 
 def test_the_interval_covers_what_it_says() -> None:
     """Of the mean of eight normal numbers, in 400 trials: within three standard errors of 95 %."""
     trials = np.random.default_rng(1).normal(size=(400, 8))
     inside = sum(low <= 0 <= high for low, high in map(report.bootstrap_interval, trials))
-    assert inside / 400 >= 0.95 - 3 * (0.95 * 0.05 / 400) ** 0.5
-    assert all(math.isnan(end) for end in report.bootstrap_interval([0.5, 0.5, 0.5]))
-    assert all(math.isnan(end) for end in report.bootstrap_interval([0.5, 0.6]))
+    assert abs(inside / 400 - 0.95) <= 3 * (0.95 * 0.05 / 400) ** 0.5
+    for too_little in ([0.5] * 5, [0.5, 0.6], [0.1, 0.2, 0.3, 0.4]):
+        assert all(math.isnan(end) for end in report.bootstrap_interval(too_little))
+
+
+def test_the_interval_is_not_made_of_rounding() -> None:
+    """0.1 repeated has a standard deviation of 1e-17, which is no error to divide by."""
+    for tied in ([0.1, 0.2, 0.3, 0.1, 0.1], [0.0015, -0.0035, 0.007, 0.0015, 0.0015]):
+        low, high = report.bootstrap_interval(tied)
+        assert max(tied) + 10 * np.ptp(tied) > high > low > min(tied) - 10 * np.ptp(tied)
 
 
 def test_holm_multiplies_and_never_falls() -> None:
@@ -180,23 +219,24 @@ def test_holm_multiplies_and_never_falls() -> None:
         report.Row(name, 1, 1, 0, 0, p=p) for name, p in (("a", 0.04), ("b", 0.01), ("c", 0.03))
     ]
     corrected = {row.arm: row.p_corrected for row in report._corrected(rows)}
-    assert corrected == {REFERENCE: 1.0, "b": pytest.approx(0.03), "c": pytest.approx(0.06), "a": pytest.approx(0.06)}
+    assert math.isnan(corrected.pop(REFERENCE))
+    assert corrected == {"b": pytest.approx(0.03), "c": pytest.approx(0.06), "a": pytest.approx(0.06)}
 
 
 def test_only_seeds_in_common_are_compared(plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    sweep = {run.SWEEP_SEED: 1.0}
+    sweep = dict.fromkeys(run.SWEEP_SEEDS, 1.0)
     scores = {REFERENCE: {**sweep, 1: 2.0, 2: 4.0}, "gain": {**sweep, 1: 1.0, 2: 2.0, 3: 100.0}}
     with path.open("w") as file:
         for arm, seeds in scores.items():
             for seed, score in seeds.items():
                 made = Run("toy", arm, 1e-3, seed, 2)
-                file.write(json.dumps({"run": dataclasses.asdict(made), "found": {"score": score}}) + "\n")
+                file.write(json.dumps({"run": dataclasses.asdict(made), "found": {"score": score}, "with": {"code": "a"}}) + "\n")
         for other in (Run("toy", "gain", 1e-2, 1, 2), Run("toy", "gain", 1e-3, 1, 1)):  # another rate, fewer steps
-            file.write(json.dumps({"run": dataclasses.asdict(other), "found": {"score": 50.0}}) + "\n")
+            file.write(json.dumps({"run": dataclasses.asdict(other), "found": {"score": 50.0}, "with": {"code": "a"}}) + "\n")
     reference, gain = report.table(path, Toy)
     assert (reference.mean, gain.mean, gain.difference, gain.seeds) == (3.0, 1.5, -1.5, 2)
-    assert "| gain | 0.001 | 2 | 1.5000 |" in report.markdown(path)
+    assert "| gain | 0.001\\* | 2 | 1.5000 | 0.7071 | 2.0000 | -1.5000 |  |  |" in report.markdown(path)
 
 
 def test_the_command_reports_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

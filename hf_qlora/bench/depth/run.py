@@ -21,10 +21,9 @@ from hf_qlora.bench.depth.tasks import TASKS, Task
 from hf_qlora.bench.measure import environment
 
 
-SWEEP_SEED = 0
+SWEEP_SEEDS = (0, 100)  # one alone may take a rate just below a cliff
 TEST_SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
 WARMUP = 0.1  # of the steps; then the rate falls to 0
-CLIP = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Run:
 
     @property
     def split(self) -> str:
-        return "validation" if self.seed == SWEEP_SEED else "test"
+        return "validation" if self.seed in SWEEP_SEEDS else "test"
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,18 @@ class Plan:
     seeds: tuple[int, ...] = TEST_SEEDS
     steps: int | None = None  # the task's own
     rates: int | None = None  # how many of the task's
+    sweep_seeds: tuple[int, ...] = SWEEP_SEEDS
     rows: int | None = None  # of a split that are scored
 
 
-QUICK = Plan(seeds=(1, 2), steps=2, rates=1, rows=16)
+QUICK = Plan(seeds=(1, 2), steps=2, rates=1, sweep_seeds=SWEEP_SEEDS[:1], rows=16)
 
 
 def perform(plan: Plan, results: Path) -> None:
     """Do the runs of a plan that are not in the file `results`, and append each there."""
     tasks = {name: TASKS[name]() for name in plan.tasks}
-    total = sum(len(ARMS) * (len(task.rates[: plan.rates]) + len(plan.seeds)) for task in tasks.values())
+    swept = len(plan.sweep_seeds)
+    total = sum(len(ARMS) * (len(task.rates[: plan.rates]) * swept + len(plan.seeds)) for task in tasks.values())
     with tqdm(total=total, desc="runs", unit="run") as bar:
         for run in _runs(plan, results):
             if run not in {done for done, _ in read(results)}:
@@ -74,24 +75,29 @@ def _runs(plan: Plan, results: Path) -> Iterator[Run]:
         steps = plan.steps or task.steps
         rates = task.rates[: plan.rates]
         for arm in ARMS:
-            yield from (Run(name, arm, lr, SWEEP_SEED, steps) for lr in rates)
+            yield from (Run(name, arm, lr, seed, steps) for lr in rates for seed in plan.sweep_seeds)
         for seed in plan.seeds:
             for arm in ARMS:
                 yield Run(name, arm, best_rate(read(results), task, arm, steps), seed, steps)
 
 
 def best_rate(done: list[tuple[Run, dict[str, Any]]], task: type[Task] | Task, arm: str, steps: int) -> float:
-    """Of the task's learning rates, that with the best score on the validation split; a diverged one is the worst."""
-    swept = {
-        run.lr: task.better * found["score"] if math.isfinite(found["score"]) else -math.inf
-        for run, found in done
-        if (run.task, run.arm, run.seed, run.steps) == (task.name, arm, SWEEP_SEED, steps) and run.lr in task.rates
-    }
-    return max(swept, key=swept.__getitem__, default=math.nan)
+    """Of the task's learning rates, that with the best mean score on the validation split; diverging is the worst."""
+    swept: dict[float, list[float]] = {}
+    for run, found in done:
+        if (run.task, run.arm, run.steps) == (task.name, arm, steps) and run.seed in SWEEP_SEEDS:
+            score = task.better * found["score"] if math.isfinite(found["score"]) else -math.inf
+            swept.setdefault(run.lr, []).append(score)
+    means = {lr: sum(scores) / len(scores) for lr, scores in swept.items() if lr in task.rates}
+    return max(means, key=means.__getitem__, default=math.nan)
 
 
 def do(run: Run, task: Task, arm: Arm, rows: int | None = None) -> dict[str, Any]:
-    """Train and score; the losses and gradient norms of all steps are kept too."""
+    """Train and score; the losses and gradient norms of all steps are kept too.
+
+    Gradients are not clipped: one norm over all of them would make the step of each weight depend on the scales of all
+    others, and a profile would be no longer the same as learning rates.
+    """
     started = time.monotonic()
     base = task.base()
     set_seed(run.seed)  # after the base is made: all arms of a seed start alike
@@ -106,7 +112,7 @@ def do(run: Run, task: Task, arm: Arm, rows: int | None = None) -> dict[str, Any
             group["lr"] = rate * _schedule(step, run.steps)
         loss = model(**batch).loss
         loss.backward()
-        norms.append(float(nn.utils.clip_grad_norm_(trained, CLIP)))
+        norms.append(float(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -129,11 +135,15 @@ def _schedule(step: int, steps: int) -> float:
 
 def read(results: Path) -> list[tuple[Run, dict[str, Any]]]:
     """The runs in a file, with what they found."""
+    return [(Run(**row["run"]), row["found"]) for row in rows_of(results)]
+
+
+def rows_of(results: Path) -> list[dict[str, Any]]:
+    """The file's lines; none where it is not there."""
     if not results.is_file():
         return []
     lines = results.read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in lines[:-1] if line]  # what follows the last line's end was cut off
-    return [(Run(**row["run"]), row["found"]) for row in rows]
+    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last line's end was cut off
 
 
 def _append(results: Path, run: Run, found: dict[str, Any]) -> None:
