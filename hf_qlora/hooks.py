@@ -74,7 +74,7 @@ def load_peft_weights(
 ) -> dict[str, Tensor]:
     folder = files.adapter_folder(model_id, **kwargs)
     if folder is None:
-        form: fold.Form = "native" if files.has_config(model_id, **kwargs) else "portable"
+        form: fold.Form = "stock" if files.has_config(model_id, **kwargs) else "portable"
         return files.AdapterTensors(original(model_id, device, *args, **kwargs), str(model_id), form)
     folder.check()
     return folder.tensors(lambda: original(model_id, device, *args, **kwargs), device)

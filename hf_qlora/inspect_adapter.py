@@ -22,6 +22,7 @@ from hf_qlora.layers.fold import rank_and_scaling
 from hf_qlora.layers.norms import product_norm
 
 
+_SHOWN = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$")
 _NUMBERED = re.compile(r"(.*?\.\d+)\.(.+)")
 SHORT = {"gain": "g", "attention": "a", "concentration": "c"}  # columns, as `layers/depth.py` calls them
 _PREFIX = "base_model.model."
@@ -47,8 +48,8 @@ class Module:
     concentration: float | None = None
 
 
-def read_modules(adapter: str) -> tuple[LoraConfig, list[Module]]:
-    """The config and the modules of an adapter at a local path or Hub id.
+def read_modules(adapter: str) -> tuple[LoraConfig, list[Module], list[str]]:
+    """The config, the modules and the names of other tensors of an adapter at a local path or Hub id.
 
     Raises:
         AdapterFileError: not an adapter of ours, or not whole.
@@ -72,7 +73,8 @@ def read_modules(adapter: str) -> tuple[LoraConfig, list[Module]]:
                 raise files.AdapterFileError(f"{folder.weights} has {key}, but no lora_B for it; it is incomplete.")
             A, B = tensors[key].flatten(1), tensors[f"{module}.lora_B.weight"].flatten(1)
             modules.append(_module(config, module, int(A.shape[0]), product_norm(B, A), by, learned))
-    return config, modules
+    others = {key for key in tensors if not _SHOWN.search(key)}
+    return config, modules, sorted(others, key=_natural)
 
 
 def _module(
@@ -86,9 +88,10 @@ def _module(
     gain = None
     if isinstance(config, AdaptiveDepthLoRAConfig) and "theta" in values:
         gain = math.exp(config.gain_bound * math.tanh(values["theta"] / config.gain_bound))
+    concentration = values.get("concentration")
     return Module(
         *(layer, name, rank, rank_and_scaling(stock, plain)[1] * norm, by.get(module, 1.0)),
-        *(gain, values.get("attention"), values.get("concentration")),
+        *(gain, None if concentration is None else values.get("attention"), concentration),
     )
 
 
@@ -96,7 +99,7 @@ def show(adapter: str, plot: Path | None = None, console: Console | None = None)
     """Print the table, and draw the map of ‖ΔW‖ over layers and modules, relative to its geometric mean."""
     if plot is not None:
         plots.pyplot()  # an ImportError before any work
-    config, modules = read_modules(adapter)
+    config, modules, others = read_modules(adapter)
     to = console or Console()
     rank = f"r={config.r}" + (" and patterns" if config.rank_pattern else "")
     to.print(f"{adapter}: {type(config).__name__}, {rank}, lora_alpha={config.lora_alpha}", highlight=False)
@@ -104,6 +107,10 @@ def show(adapter: str, plot: Path | None = None, console: Console | None = None)
     if prefix:
         to.print(f"layers of {prefix.removesuffix('.')}", highlight=False)
     to.print(_table(modules))
+    if config.use_dora:
+        to.print("‖ΔW‖ is that of B A; DoRA's magnitudes change rows besides.", highlight=False)
+    if others:
+        to.print(f"{len(others)} other tensors are not shown: {others[0]}, …", highlight=False)
     if plot is not None:
         sizes = [math.log(module.delta) for module in modules if module.delta > 0]
         mean = math.exp(sum(sizes) / len(sizes)) if sizes else 1.0

@@ -144,6 +144,7 @@ class QLoRAModel(LoraModel):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: LoraConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
+        depth.warn_of_unobserved(model, adapter_name)
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         return fold.fold(tensors, fold.factors(model, config, adapter_name), adapter_name)
 
@@ -256,6 +257,7 @@ def undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
         yield
     except Exception:  # whatever it is, it is raised again
         delete_adapter(model, adapter_name, QLoRAModel.prefix)
+        attention.unwatch(model, adapter_name)
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, LoraLayer) and not child.r:

@@ -55,7 +55,8 @@ def save(
 )
 def test_modules_are_those_of_the_model(cls: type[QLoRAConfig], settings: dict[str, Any], tmp_path: Path) -> None:
     model = save(tmp_path, cls, **settings)
-    config, modules = read_modules(str(tmp_path))
+    config, modules, others = read_modules(str(tmp_path))
+    assert not others
     assert type(config) is cls
     layers = [(n, m) for n, m in model.get_base_model().named_modules() if "default" in getattr(m, "r", ())]
     assert len(modules) == len(layers) == 24
@@ -83,8 +84,22 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
     assert "layers of model.layers" in text
     assert [line.split()[0] for line in text.splitlines() if "up_proj" in line] == [str(i) for i in range(12)]
     assert "…" not in text
-    assert re.search(r"fold +g +a", text)
+    assert re.search(r"fold +g *$", text, re.MULTILINE)
     assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+def test_what_the_table_leaves_out_is_said(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), QLoRAConfig(r=2, target_modules=["q_proj", "embed_tokens"], quantization=None))
+    model.save_pretrained(tmp_path / "embedded")
+    dora = get_peft_model(llama(), QLoRAConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    dora.save_pretrained(tmp_path / "dora")
+    console = Console(record=True, width=120)
+    show(str(tmp_path / "embedded"), console=console)
+    show(str(tmp_path / "dora"), console=console)
+    text = console.export_text()
+    assert len(re.findall(r"other tensors are not shown: .*embed_tokens", text)) == 1
+    assert "magnitudes" in text
+    assert text.count("not shown") == 1
 
 
 def test_the_command(tmp_path: Path) -> None:

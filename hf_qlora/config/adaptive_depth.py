@@ -40,7 +40,7 @@ class AdaptiveDepthLoRAConfig(QLoRAConfig):
         },
     )
     normalize_depth: bool = field(
-        default=True, metadata={"help": "Divide f by its mean over the stack, so that it shifts and does not shrink."}
+        default=True, metadata={"help": "Divide f by its mean over all layers of the stack."}
     )
     learn_gain: bool = field(default=True, metadata={"help": "Learn g, one number for each adapted module."})
     gain_bound: float = field(

@@ -87,6 +87,11 @@ class SharedInput:
         return dx.addmm_(torch.cat([gs for gs, _ in skinny], 1), torch.cat([A for _, A in skinny]))
 
 
+def is_in_backward() -> bool:
+    """Whether autograd runs a backward pass on this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def share(x: Tensor) -> tuple[Tensor, SharedInput]:
     """x for several nodes, and the place where they sum up its gradient; both go to each of them."""
     shared = SharedInput()

@@ -10,9 +10,11 @@ The mean attention weight is 1/length for every pattern, so it says nothing. Con
 
 A few query rows of a sequence are enough, so that no (tokens, tokens) matrix is made. They are chosen by the number of
 observations so far, so that a resumed run chooses as an uninterrupted one does. Layers observe in the first forward of
-an optimizer step; a changes when the step is done, so that a forward, its backward and their recomputation under
-checkpointing see one a. In eval nothing is observed. What a learned run ends with is a constant for each layer, which
-is folded like the others: attention shapes training, and costs nothing afterwards.
+an optimizer step, never in a recomputation; a changes when the step is done, or with optimizers that step within
+backward when that is done, so that a forward, its backward and their recomputation under checkpointing see one a. What
+runs without gradients, as generation does, counts only until a forward with them. In eval nothing is observed. What a
+learned run ends with is a constant for each layer, which is folded like the others: attention shapes training, and
+costs nothing afterwards.
 
 Attention modules of transformers fetch their function from `AttentionInterface.get_interface` in every forward. That
 is where the observer stands: the function is called with the same arguments, whatever the implementation.
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import logging
 import math
 import re
@@ -35,6 +38,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.modeling_utils import AttentionInterface
 
+from hf_qlora.kernels.functional import is_in_backward
 from hf_qlora.layers import depth
 from hf_qlora.layers.names import adapted_layers
 from hf_qlora.validation import ConfigError
@@ -49,6 +53,7 @@ LIMITS = (0.5, 2.0)
 _WATCHES = "_hf_qlora_watches"  # on an attention module
 _OTHERS_KEYS = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)  # names of attention to another sequence
 _live: weakref.WeakSet[Watch] = weakref.WeakSet()
+_numbers = itertools.count()
 
 
 class Watch:
@@ -56,39 +61,46 @@ class Watch:
 
     Attributes:
         layers: the adapted LoRA layers with their scales, by the numbered layer they are in.
-        seen: what was observed since the last optimizer step.
+        seen: what was observed since the last optimizer step, and whether with gradients.
+        number: in the order in which they were made, which all processes have.
     """
 
     def __init__(self, adapter: str) -> None:
-        self.adapter = adapter
+        self.adapter, self.number = adapter, next(_numbers)
         self.layers: dict[str, list[tuple[LoraLayer, depth.DepthScale]]] = {}
-        self.seen: dict[str, Tensor | None] = {}
+        self.seen: dict[str, tuple[Tensor | None, bool]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "seen": {}}  # a copy begins its own step
+        return {**self.__dict__, "seen": {}, "number": next(_numbers)}  # a copy begins its own step
 
     def wants(self, layer: str) -> bool:
         """Whether the layer is trained now and has not been observed since the last optimizer step."""
         lora, _ = self.layers[layer][0]
+        if self.adapter not in lora.lora_B or is_in_backward():
+            return False
         trains = self.adapter in lora.active_adapters and not lora.disable_adapters and not lora.merged
         learns = trains and lora.training and lora.lora_B[self.adapter].weight.requires_grad
-        return learns and layer not in self.seen
+        _, with_gradients = self.seen.get(layer, (None, False))
+        return learns and (layer not in self.seen or (torch.is_grad_enabled() and not with_gradients))
 
     def observe(self, layer: str, value: Tensor | None) -> None:
         if value is None:
             _say_once(layer)
         _live.add(self)
-        self.seen[layer] = value
+        self.seen[layer] = value, torch.is_grad_enabled()
 
     def learns_with(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer steps this adapter."""
-        own = {id(lora.lora_B[self.adapter].weight) for layers in self.layers.values() for lora, _ in layers}
+        layers = [lora for layers in self.layers.values() for lora, _ in layers if self.adapter in lora.lora_B]
+        own = {id(lora.lora_B[self.adapter].weight) for lora in layers}  # none: PEFT's functions deleted it
         return any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
 
     def end_step(self) -> None:
         """Take what was observed into the averages, and the averages into the scales."""
         found = self._means()
         self.seen.clear()
+        if not found:
+            return
         averages: dict[str, float] = {}
         for name, layers in self.layers.items():
             before, value = layers[0][1].concentration, found.get(name)
@@ -109,7 +121,7 @@ class Watch:
         names = sorted(self.layers)
         device = self.layers[names[0]][0][1].bias.device
         nothing = torch.full((), math.nan, device=device)
-        values = [self.seen.get(name) for name in names]
+        values = [self.seen.get(name, (None, False))[0] for name in names]
         sums = torch.stack([nothing if value is None else value.to(device).float() for value in values])
         counts = sums.isfinite().float()
         both = torch.stack([sums.nan_to_num(0.0), counts])
@@ -145,6 +157,7 @@ def watch(model: nn.Module, adapter: str, pattern: str | list[str] | None = None
         for module in modules:
             module.__dict__.setdefault(_WATCHES, {})[adapter] = (observer, name)
     if watched:
+        _live.add(observer)  # before it has seen anything: another process may be ahead, and they take means together
         _stand_in()
 
 
@@ -186,7 +199,7 @@ def _stand_in() -> None:
 
 
 def _end_step(optimizer: torch.optim.Optimizer, *args: Any) -> None:
-    for observer in list(_live):
+    for observer in sorted(_live, key=lambda watch: watch.number):
         if observer.learns_with(optimizer):
             observer.end_step()
 
@@ -211,8 +224,8 @@ def _observe(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: 
 @functools.cache
 def _say_once(layer: str) -> None:
     logger.warning(
-        "The attention of %s cannot be observed in this form (several sequences in a row, or a mask of blocks); "
-        "without any observation its scale stays 1.",
+        "The attention of %s cannot be observed in this form (several sequences in a row, a mask of blocks, attention "
+        "sinks, or fewer keys than tokens); without any observation its scale stays 1.",
         layer,
     )
 
@@ -232,9 +245,10 @@ def concentration(
     position_ids: Tensor | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> Tensor | None:
-    """c of one layer, a scalar float32 tensor, NaN where no row sees two keys; None where sequences are packed.
+    """c of one layer, a scalar float32 tensor, NaN where no row sees two keys; None where that is not known here.
 
     Args:
         query, key (`torch.Tensor`, (batch, heads, tokens, head_dim)): keys may have fewer heads, and more tokens.
@@ -244,7 +258,7 @@ def concentration(
     """
     (batch, heads, tokens, size), (kv_heads, keys) = query.shape, key.shape[1:3]
     packed = cu_seq_lens_q is not None or (mask is None and _restarts(position_ids))
-    if packed or keys < tokens or not (mask is None or isinstance(mask, Tensor)):
+    if packed or s_aux is not None or keys < tokens or not (mask is None or isinstance(mask, Tensor)):
         return None
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if mask is not None and mask.ndim == 4:

@@ -13,12 +13,13 @@ trains, moves, deletes and hot-swaps what is there, and TRL's cast of trainable 
 out. θ is called `bias`, because Trainer leaves that name out of weight decay. It is never in an adapter file: folding
 (`layers/fold.py`) multiplies the scale into `lora_B`, and the file's JSON remembers θ and a.
 
-With Adam, a fixed f is the same as a learning rate per layer: the update of `lora_B` does not depend on the size of
-its gradient. What f changes is that ratio, and the weight of the decay.
+With Adam and no clipping, a fixed f is the same as a learning rate per layer: the update of `lora_B` does not depend
+on the size of its gradient. What f changes is that ratio, and the weight of the decay.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,10 +32,13 @@ from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Linear, LoraVariant
 from torch import Tensor, nn
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig
+from hf_qlora.kernels.functional import is_in_backward
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.layers.names import adapted_layers
 from hf_qlora.validation import ConfigError
 
+
+logger = logging.getLogger(__name__)
 
 # Layers of PEFT that ask a variant in every path.
 SUPPORTED = (Linear, Linear4bit, Linear8bitLt, Conv1d, Conv2d, Conv3d)
@@ -60,6 +64,7 @@ class DepthScale(nn.Module):
         super().__init__()
         self.profile, self.bound = profile, config.gain_bound
         self.merged_value = math.nan
+        self._due: tuple[float, float, float] | None = None  # what `observed` becomes when backward is done
         theta = torch.zeros(1, device=device)
         if config.learn_gain:
             # Not through `__setattr__`: PEFT's low_cpu_mem_usage would put it on meta, and no file brings θ.
@@ -71,10 +76,12 @@ class DepthScale(nn.Module):
 
     def forward(self) -> Tensor:
         """The scale, (1,), in float32."""
+        self._settle()
         scale = self.profile * torch.exp(self.bound * torch.tanh(self.bias / self.bound))
         return scale if self.observed is None else scale * self.observed[:1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DepthScale:
+        self._settle()
         exact = {name: tensor.detach().clone() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
         super()._apply(fn, recurse)
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
@@ -92,15 +99,18 @@ class DepthScale(nn.Module):
 
     @property
     def attention(self) -> float:
+        self._settle()
         return 1.0 if self.observed is None else self.observed[0].item()
 
     @property
     def concentration(self) -> float | None:
+        self._settle()
         average = math.nan if self.observed is None else self.observed[1].item()
         return None if math.isnan(average) else average
 
     @property
     def observations(self) -> int:
+        self._settle()
         return 0 if self.observed is None else int(self.observed[2].item())
 
     @property
@@ -114,10 +124,19 @@ class DepthScale(nn.Module):
         self.see(attention, concentration, observations)
 
     def see(self, attention: float, concentration: float | None, observations: int) -> None:
-        """Set what was observed; in a new tensor, since a graph that has yet to run backward may hold the old one."""
-        if self.observed is not None:
-            average = math.nan if concentration is None else concentration
-            self.observed = torch.tensor([attention, average, float(observations)], device=self.observed.device)
+        """Set what was observed; within a backward pass, when it is done: it may have to compute the forward again."""
+        self._due = attention, math.nan if concentration is None else concentration, float(observations)
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._due is not None and not is_in_backward():
+            if self.observed is not None:  # in a new tensor: a graph that has yet to run backward may hold the old one
+                self.observed = torch.tensor(self._due, device=self.observed.device)
+            self._due = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def neutralise(self) -> None:
         """Become 1, and stay it but for what is learned from now on."""
@@ -183,7 +202,7 @@ def attach(model: nn.Module, config: AdaptiveDepthLoRAConfig, adapter: str) -> N
         ConfigError: a layer without a depth, of a kind that knows no variants, or a profile of another length.
     """
     for name, layer in adapted_layers(model, adapter):
-        if not isinstance(layer, SUPPORTED):
+        if not isinstance(layer, SUPPORTED) or not _asks_variants(type(layer)):
             raise ConfigError(
                 f"{name} is adapted by {type(layer).__module__}.{type(layer).__name__}, which cannot be scaled by "
                 "depth. Leave it out of target_modules, or use QLoRAConfig."
@@ -194,6 +213,37 @@ def attach(model: nn.Module, config: AdaptiveDepthLoRAConfig, adapter: str) -> N
         scale.requires_grad_(layer.lora_B[adapter].weight.requires_grad)
         layer.lora_variant[adapter] = DepthVariant()
         getattr(layer, SLOT)[adapter] = scale
+
+
+def _asks_variants(cls: type) -> bool:
+    """Whether a layer's class computes and merges as one of PEFT's that ask a variant, or as ours do."""
+
+    def is_known(method: str) -> bool:
+        definer = next(base for base in cls.__mro__ if method in vars(base))
+        return definer in SUPPORTED or any(definer in known.__mro__ for known in SUPPORTED) or _is_ours(definer)
+
+    return all(is_known(method) for method in ("forward", "merge", "unmerge", "_mixed_batch_forward"))
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def warn_of_unobserved(model: nn.Module, adapter: str) -> None:
+    """Say so where an adapter was trained whose attention should have been observed, and never was."""
+    watched = [
+        (layer, scale)
+        for _, layer in adapted_layers(model, adapter)
+        if (scale := scale_of(layer, adapter)) is not None and scale.observed is not None
+    ]
+    if not watched or any(scale.observations for _, scale in watched):
+        return
+    if any(bool(layer.lora_B[adapter].weight.detach().any()) for layer, _ in watched):
+        logger.warning(
+            "Adapter %r has attention='concentration', but no optimizer step was seen after which what its layers saw "
+            "could have been used: its scales stayed 1. Is lora_B stepped by a torch optimizer, as it is?",
+            adapter,
+        )
 
 
 def profile_at(model: nn.Module, name: str, config: AdaptiveDepthLoRAConfig) -> float:

@@ -33,7 +33,7 @@ from hf_qlora.layers.errors import FoldError
 from hf_qlora.layers.names import adapted_layers, plain_name
 
 
-Form = Literal["portable", "native"]
+Form = Literal["portable", "native", "stock"]  # stock: of an adapter that is not ours
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,10 @@ def factors(model: nn.Module, config: LoraConfig, adapter: str, from_file: bool 
     """
     if not isinstance(config, QLoRAConfig) or not (config.folds or from_file):
         return {}
+    stock = current_exchange().form == "stock"  # whose scaling is the model's, but which has no depth
     found = {
-        name: _native_scaling(layer, adapter) * layer.r[adapter] / config.lora_alpha * _depth(layer, adapter)
+        name: (1.0 if stock else _native_scaling(layer, adapter) * layer.r[adapter] / config.lora_alpha)
+        * _depth(layer, adapter)
         for name, layer in adapted_layers(model, adapter)
     }
     return {name: c for name, c in found.items() if not math.isclose(c, 1.0, rel_tol=1e-12)}

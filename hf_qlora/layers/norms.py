@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from hf_qlora.quant.linear4bit import Linear4bit
@@ -19,5 +20,5 @@ def product_norm(B: Tensor, A: Tensor) -> float:
 
 def weight_norm(layer: nn.Module) -> float:
     """The Frobenius norm of a layer's weight, unpacked if need be."""
-    weight: Any = layer.dequantize(torch.float32) if isinstance(layer, Linear4bit) else layer.weight
+    weight: Any = layer.dequantize(torch.float32) if isinstance(layer, Linear4bit) else dequantize_module_weight(layer)
     return float(weight.detach().float().norm())

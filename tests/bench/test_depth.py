@@ -231,9 +231,14 @@ def test_only_seeds_in_common_are_compared(plan: Plan, tmp_path: Path) -> None:
         for arm, seeds in scores.items():
             for seed, score in seeds.items():
                 made = Run("toy", arm, 1e-3, seed, 2)
-                file.write(json.dumps({"run": dataclasses.asdict(made), "found": {"score": score}, "with": {"code": "a"}}) + "\n")
+                file.write(
+                    json.dumps({"run": dataclasses.asdict(made), "found": {"score": score}, "with": {"code": "a"}})
+                    + "\n"
+                )
         for other in (Run("toy", "gain", 1e-2, 1, 2), Run("toy", "gain", 1e-3, 1, 1)):  # another rate, fewer steps
-            file.write(json.dumps({"run": dataclasses.asdict(other), "found": {"score": 50.0}, "with": {"code": "a"}}) + "\n")
+            file.write(
+                json.dumps({"run": dataclasses.asdict(other), "found": {"score": 50.0}, "with": {"code": "a"}}) + "\n"
+            )
     reference, gain = report.table(path, Toy)
     assert (reference.mean, gain.mean, gain.difference, gain.seeds) == (3.0, 1.5, -1.5, 2)
     assert "| gain | 0.001\\* | 2 | 1.5000 | 0.7071 | 2.0000 | -1.5000 |  |  |" in report.markdown(path)

@@ -226,14 +226,17 @@ def test_scales_are_ratios_to_the_mean_within_limits() -> None:
 
 def test_averages_move() -> None:
     model = adapted()
-    first, second = tokens(), tokens()
-    step(model, first)
+    found: dict[str, float] = {}
+    (watch,) = {id(w): w for m in model.modules() for w, _ in vars(m).get(attention._WATCHES, {}).values()}.values()
+    original = watch._means
+    watch._means = lambda: found.update(original()) or dict(found)
+    step(model, tokens())
     before = averages(model)
-    step(model, second)
-    for a, b in zip(before, averages(model), strict=True):
-        assert a is not None
-        assert b is not None
-        assert 0 < abs(b - a) < abs(a)
+    assert before == pytest.approx(list(found.values()))
+    step(model, tokens())
+    moved = [a + 0.1 * (c - a) for a, c in zip(before, found.values(), strict=True)]
+    assert averages(model) == pytest.approx(moved)
+    assert before != pytest.approx(moved, rel=1e-3)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -361,6 +364,31 @@ def test_padding_is_not_looked_at(make: Any) -> None:
     assert all(value is not None for value in found)
 
 
+def test_rows_are_drawn_among_those_that_are_real() -> None:
+    real = torch.zeros(2, 64, dtype=torch.bool)
+    real[0, :10], real[1, 50:60] = True, True
+    for seed in range(20):
+        rows = attention.choose_rows(seed, real)
+        assert real.gather(1, rows).all()
+    few = attention.choose_rows(0, real & (torch.arange(64) < 3))
+    assert set(range(3)) <= set(few[0].tolist())
+
+
+@pytest.mark.parametrize("kind", ["mask", "position_bias"])
+def test_what_is_added_to_scores_counts(kind: str) -> None:
+    """ALiBi's slopes, T5's positions: against the definition, every row being looked at."""
+    query, key = torch.randn(1, 2, attention.ROWS, 4), torch.randn(1, 2, attention.ROWS, 4)
+    added = torch.randn(1, 2, attention.ROWS, attention.ROWS)
+    causal = torch.ones(attention.ROWS, attention.ROWS, dtype=torch.bool).tril()
+    bias = added.masked_fill(~causal, torch.finfo(torch.float32).min)
+    given = {"mask": bias} if kind == "mask" else {"position_bias": added, "is_causal": True}
+    found = attention.concentration(nn.Identity(), query, key, **given)
+    weights = (query.double() @ key.double().mT / 2 + added.double()).masked_fill(~causal, -math.inf).softmax(-1)
+    rows = torch.arange(attention.ROWS)[None]
+    assert found is not None
+    assert found.item() == pytest.approx(by_definition(weights, rows, torch.ones(1, attention.ROWS)), abs=1e-6)
+
+
 def test_nothing_to_see_is_no_error() -> None:
     model, ids = adapted(), torch.randint(1, VOCAB, (2, 1))
     step(model, ids)
@@ -379,15 +407,102 @@ def test_another_optimizer_ends_no_step() -> None:
     assert {s.observations for s in depth.scales(model, "default").values()} == {0}
 
 
-def test_an_optimizer_that_steps_within_backward_is_borne() -> None:
-    model, ids = adapted(init_lora_weights=False), tokens()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            own = torch.optim.SGD([parameter], lr=1e-3)
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["kept", "checkpointed", "reentrant"])
+def test_an_optimizer_that_steps_within_backward_changes_nothing_before_its_end(checkpointing: bool | None) -> None:
+    ids, found = torch.randint(1, VOCAB, (2, 16)), []
+    for within in (False, True):
+        model = adapted(init_lora_weights=False)
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained if within else []:
+            own = torch.optim.SGD([parameter], lr=0.0)
             parameter.register_post_accumulate_grad_hook(lambda _, own=own: own.step())
-    for _ in range(2):
-        model.train()(input_ids=ids, labels=ids).loss.backward()
-    assert None not in averages(model)
+        together = torch.optim.SGD(trained, lr=0.0)
+        gradients = []
+        for _ in range(2):
+            model.train()(input_ids=ids, labels=ids).loss.backward()
+            gradients += [parameter.grad.clone() for parameter in trained]
+            if not within:
+                together.step()
+            model.zero_grad()
+        assert {s.observations for s in depth.scales(model, "default").values()} == {2}
+        found.append((gradients, averages(model), scales(model)))
+    assert all(torch.equal(one, other) for one, other in zip(found[0][0], found[1][0], strict=True))
+    assert found[0][1:] == found[1][1:]
+
+
+def test_generating_before_a_step_is_not_what_is_observed() -> None:
+    ids, prompt = torch.randint(1, VOCAB, (2, 16)), torch.randint(1, VOCAB, (1, 4))
+    found = []
+    for generates in (False, True):
+        model = adapted(init_lora_weights=False)
+        if generates:
+            with torch.no_grad():
+                model.train()(input_ids=prompt)
+        step(model, ids)
+        found.append(averages(model))
+    assert found[0] == found[1]
+
+
+def test_an_adapter_that_pefts_functions_deleted_disturbs_no_optimizer() -> None:
+    """transformers' `delete_adapter` calls them, and no method of ours."""
+    model = base()
+    model.add_adapter(config())
+    ids = tokens()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    model.delete_adapter("default")
+    other = nn.Linear(2, 2)
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=1.0).step()
+    model.train()(input_ids=ids)
+
+
+def test_training_without_an_observation_is_told(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    model, ids = adapted(), tokens()
+    model.save_pretrained(tmp_path)
+    assert "its scales stayed 1" not in caplog.text
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    for parameter in model.parameters():  # by something that is no torch optimizer
+        if parameter.grad is not None:
+            parameter.data -= 1e-2 * parameter.grad
+    model.save_pretrained(tmp_path)
+    assert "its scales stayed 1" in caplog.text
+
+
+def _rank(rank: int, file: str, results: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    model = adapted(init_lora_weights=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    torch.manual_seed(rank)
+    ids = torch.randint(1, VOCAB, (2, 16))
+    for number in range(2):
+        if rank == 0 or number:  # a process may be without a batch at first
+            model.train()(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    torch.save((averages(model), ids), f"{results}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_agree(tmp_path: Path) -> None:
+    """Each sees its own batch; averages are of both, and a process that saw nothing at first holds nobody up."""
+    files = str(tmp_path / "meet"), str(tmp_path / "result")
+    torch.multiprocessing.spawn(_rank, files, nprocs=2)
+    (first, ids_0), (second, ids_1) = (torch.load(f"{files[1]}.{rank}") for rank in range(2))
+    assert first == second
+    alone = []
+    for ids in (ids_0, ids_1):
+        model = adapted(init_lora_weights=False)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        for batch in (ids_0, ids):
+            model.train()(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+        alone.append(averages(model))
+    assert first == pytest.approx([(a + b) / 2 for a, b in zip(*alone, strict=True)], rel=1e-5)
+    assert alone[0] != pytest.approx(alone[1], rel=1e-4)
 
 
 def test_a_frozen_adapter_is_not_observed() -> None:

@@ -14,11 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import transformers as tf
 from architectures import ARCHITECTURES, Architecture, gpt2, llama, tokens
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners import lora
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from hf_qlora import AdaptiveDepthLoRAConfig, QLoRAConfig, quantize_model
 from hf_qlora.config.adaptive_depth import DEPTH_PROFILES
 from hf_qlora.layers import depth
 from hf_qlora.layers.errors import MergeError
+from hf_qlora.layers.norms import weight_norm
 from hf_qlora.validation import ConfigError
 
 
@@ -671,3 +674,54 @@ def test_a_pattern_of_layers_survives_transformers(tmp_path: Path) -> None:
     again = base()
     again.load_adapter(str(tmp_path))
     assert relative(logits(again, ids), logits(model, ids)) <= SAME
+
+
+# --- what others bring -----------------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_merges_in_its_own_way_is_refused() -> None:
+    """As PEFT's for torchao do: what they merge asks no variant, so the scale would be lost in silence."""
+
+    class Own(lora.Linear):
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            self.get_base_layer().weight.data += self.get_delta_weight("default")
+
+    custom = config(quantization=None)
+    custom._register_custom_module({nn.Linear: Own})
+    model = base()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ConfigError, match=r"q_proj.*cannot be scaled by depth"):
+        get_peft_model(model, custom)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("path", ["from_pretrained", "load_adapter"])
+def test_a_stock_adapter_under_a_depth_config_computes_what_it_did(tmp_path: Path, path: str) -> None:
+    targets = config().target_modules
+    stock = get_peft_model(base(), LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    stock.save_pretrained(tmp_path)
+    ids = tokens()
+    with torch.no_grad():
+        expected = stock.eval()(input_ids=ids).logits
+        plain = base().eval()(input_ids=ids).logits
+    if path == "from_pretrained":
+        model = PeftModel.from_pretrained(base(), tmp_path, config=config(r=2, quantization=None))
+    else:
+        model = get_peft_model(base(), config(r=2, quantization=None, init_lora_weights=False))
+        for scale in depth.scales(model, "default").values():
+            scale.restore(0.3, 1.0, None, 0)
+        model.load_adapter(tmp_path, "default")
+    with torch.no_grad():
+        found = model.eval()(input_ids=ids).logits
+    # the division by the scale and its multiplication round once each
+    assert (found - expected).abs().max() <= 1e-5 * (expected - plain).abs().max()
+
+
+def test_the_norm_of_an_8_bit_weight_is_not_that_of_its_codes() -> None:
+    dense = nn.Linear(64, 32, bias=False)
+    packed = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False)
+    packed.load_state_dict(dense.state_dict())
+    packed = packed.to("cpu")
+    packed(torch.randn(2, 64))  # which is when bitsandbytes quantizes on a CPU
+    # 8 bits for the largest of each row: an error of 1 % at most
+    assert weight_norm(packed) == pytest.approx(float(dense.weight.detach().norm()), rel=0.01)
