@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +27,9 @@ from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.rehearsal import after, is_real_step, is_rehearsal, rehearse, try_config
 from hf_qlora.tuner import AdapterError, QLoRAModel, undone_on_error
 from hf_qlora.validation import ConfigError
+
+
+logger = logging.getLogger(__name__)
 
 
 def inject_adapter(
@@ -167,6 +171,9 @@ def load_adapter(
         raise
 
 
+_OF_NO_FILE = ("quantization", "portable", "chunked_loss")  # checked above, or without effect on what is learned
+
+
 def _check_trained_alike(config: QLoRAConfig, folder: files.AdapterFolder) -> None:
     """An adapter that is loaded under a name that exists, as Trainer does on resuming, brings no config."""
     trained, ours = folder.record["quantization"], config.to_dict()["quantization"]
@@ -174,6 +181,15 @@ def _check_trained_alike(config: QLoRAConfig, folder: files.AdapterFolder) -> No
         raise ConfigError(
             f"{folder.source} was trained on a base with quantization {trained}, but this model's adapter is on one "
             f"with {ours}. Make the model with the same config, or load the adapter under another name."
+        )
+    now = config.to_dict()
+    names = [name for name in config.own_fields() if name in folder.record and name not in _OF_NO_FILE]
+    changed = [
+        f"{name}={now[name]!r}, was {folder.record[name]!r}" for name in names if now[name] != folder.record[name]
+    ]
+    if changed:
+        logger.warning(
+            "%s goes on with other settings than it was trained with: %s.", folder.source, "; ".join(changed)
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hf_qlora.layers.norms import product_norm
 
 _SHOWN = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$")
 _NUMBERED = re.compile(r"(.*?\.\d+)\.(.+)")
+UNCUT = 200  # columns where no terminal says how many: a file keeps its numbers
 SHORT = {"gain": "g", "attention": "a", "concentration": "c"}  # columns, as `layers/depth.py` calls them
 _PREFIX = "base_model.model."
 
@@ -56,9 +58,8 @@ def read_modules(adapter: str) -> tuple[LoraConfig, list[Module], list[str]]:
     """
     folder = files.adapter_folder(adapter)
     if folder is None:
-        raise files.AdapterFileError(
-            f"{adapter} is no adapter saved by hf_qlora: it has no adapter_config.json of ours."
-        )
+        what = "it has no adapter_config.json of ours" if Path(adapter).is_dir() else "there is no such folder"
+        raise files.AdapterFileError(f"{adapter} is no adapter saved by hf_qlora: {what}.")
     folder.check()
     config = PeftConfig.from_pretrained(str(folder.weights.parent))
     assert isinstance(config, QLoRAConfig)
@@ -99,8 +100,9 @@ def show(adapter: str, plot: Path | None = None, console: Console | None = None)
     """Print the table, and draw the map of ‖ΔW‖ over layers and modules, relative to its geometric mean."""
     if plot is not None:
         plots.pyplot()  # an ImportError before any work
+        plots.check_path(plot)
     config, modules, others = read_modules(adapter)
-    to = console or Console()
+    to = console or Console(width=None if sys.stdout.isatty() else UNCUT)
     rank = f"r={config.r}" + (" and patterns" if config.rank_pattern else "")
     to.print(f"{adapter}: {type(config).__name__}, {rank}, lora_alpha={config.lora_alpha}", highlight=False)
     prefix = _common_prefix(modules)

@@ -27,6 +27,25 @@ def pyplot() -> Any:
     return plt
 
 
+def check_path(path: Path) -> None:
+    """Raise ValueError unless a picture can have that name."""
+    if path.suffix != ".png" or path.is_dir():
+        raise ValueError(f"{path} cannot be the picture: name a file that ends in .png.")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure to a temporary name, rename it, and let the figure go."""
+    check_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial.png")
+    try:
+        figure.savefig(aside, dpi=150, bbox_inches="tight")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+        pyplot().close(figure)
+
+
 def heat_maps(grids: Mapping[str, Grid], path: Path, label: str) -> None:
     """One map of layers × modules for each title, with one colour scale, 1 in its middle."""
     plt = pyplot()
@@ -48,11 +67,7 @@ def heat_maps(grids: Mapping[str, Grid], path: Path, label: str) -> None:
         axis.set_xticks(range(len(modules)), modules, rotation=90, fontsize=7)
         axis.set_yticks(range(len(layers)), layers if axis is axes[0][0] else [""] * len(layers), fontsize=6)
     figure.colorbar(image, ax=axes[0].tolist(), label=f"log₂ {label}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial.png")
-    figure.savefig(aside, dpi=150, bbox_inches="tight")
-    aside.replace(path)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _ordered(names: Any) -> Sequence[str]:

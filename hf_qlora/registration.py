@@ -56,6 +56,7 @@ PRIVATE = {
     "peft.mapping:PEFT_TYPE_TO_CONFIG_MAPPING": "registration",
     "peft.tuners.tuners_utils:BaseTuner.inject_adapter": "registration, tuner",
     "peft.config:PeftConfigMixin.from_json_file": "registration",
+    "peft.config:PeftConfigMixin._split_kwargs": "config.qlora",
     "peft.peft_model:load_peft_weights": "registration",
     "peft.peft_model:set_peft_model_state_dict": "registration",
     "peft.peft_model:PeftModel.__init__": "registration",

@@ -205,7 +205,10 @@ class _LetGradientsIn:
     def __init__(self, model: nn.Module) -> None:
         self.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):  # some vision models' embeddings, with the size of the image
+            first = self(module, inputs, output[0])
+            return None if first is None else (first, *output[1:])
         if not torch.is_grad_enabled() or output.requires_grad:
             return None
         if not any(layer.gradient_checkpointing and layer.training for layer in self.checkpointed):

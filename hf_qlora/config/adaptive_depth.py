@@ -16,6 +16,7 @@ from hf_qlora.validation import CHANGES_BASE, ConfigError
 
 DEPTH_PROFILES = ("linear", "constant", "reverse", "cosine", "rsqrt")
 LARGEST_BOUND = 10.0
+LARGEST_FACTOR = 1e6  # beyond, lora_B cannot hold the fold in float32 with the precision it has
 ATTENTION = ("off", "concentration")
 
 
@@ -87,10 +88,21 @@ def _check_depth(config: AdaptiveDepthLoRAConfig) -> None:
             f"depth_profile={profile!r} is not known; choose one of {DEPTH_PROFILES}, or a list of positive numbers, "
             "one for each layer."
         )
+    if not isinstance(profile, str | list | tuple):
+        raise ConfigError(
+            f"depth_profile={profile!r} must be one of {DEPTH_PROFILES}, or a list of Python numbers, one for each "
+            "layer."
+        )
+    pattern: Any = config.layers_pattern
+    if pattern is not None and not isinstance(pattern, str | list):
+        raise ConfigError(f"layers_pattern={pattern!r} must be the name of a list of layers, or a list of such names.")
     if isinstance(profile, list | tuple):
         config.depth_profile = list(profile)
-        if not profile or not all(_is_positive(value) for value in profile) or not math.isfinite(sum(profile)):
-            raise ConfigError(f"depth_profile={profile} must hold positive finite numbers, one for each layer.")
+        if not profile or not all(_is_positive(v) and 1 / LARGEST_FACTOR <= v <= LARGEST_FACTOR for v in profile):
+            raise ConfigError(
+                f"depth_profile={profile} must hold positive numbers, one for each layer, between "
+                f"{1 / LARGEST_FACTOR:g} and {LARGEST_FACTOR:g}, as Python's int or float."
+            )
     for name in ("gain_bound", "gain_lr_ratio"):
         if not _is_positive(getattr(config, name)):
             raise ConfigError(f"{name}={getattr(config, name)!r} must be a positive finite number.")

@@ -187,6 +187,14 @@ class QLoRAConfig(LoraConfig):
         return self
 
     @classmethod
+    def _split_kwargs(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """PEFT's, which takes for settings of the config only those that the class itself declares."""
+        hub, settings, others = super()._split_kwargs(kwargs)
+        fields = {f.name for config_cls in _classes().values() for f in dataclasses.fields(config_cls)}
+        settings |= {name: others.pop(name) for name in list(others) if name in fields}
+        return hub, settings, others
+
+    @classmethod
     def own_fields(cls) -> list[str]:
         """The names of the fields that `LoraConfig` has not, and that are for users."""
         stock = {f.name for f in dataclasses.fields(LoraConfig)}
@@ -204,14 +212,20 @@ _STOCK_INIT: dict[str, Any] = {
 }
 
 
-def _class_named(name: str) -> type[QLoRAConfig]:
-    """The config class of that name among ours and those derived from them; nothing is imported by name."""
+def _classes() -> dict[str, type[QLoRAConfig]]:
+    """Our config classes and those derived from them."""
     classes: dict[str, type[QLoRAConfig]] = {}
     remaining: list[type[QLoRAConfig]] = [QLoRAConfig]
     while remaining:
         cls = remaining.pop()
         classes[cls.__name__] = cls
         remaining += cls.__subclasses__()
+    return classes
+
+
+def _class_named(name: str) -> type[QLoRAConfig]:
+    """The config class of that name; nothing is imported by name."""
+    classes = _classes()
     if name not in classes:
         raise ConfigError(
             f"The adapter's config type is {name!r}; this version knows {sorted(classes)}. Upgrade hf-qlora, or "

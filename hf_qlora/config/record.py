@@ -42,8 +42,14 @@ def checked_record(record: Any) -> dict[str, Any]:
     if lacking:
         raise ConfigError(f"adapter_config.json: {RECORD_KEY} lacks {lacking}.")
     depth = record.get("depth", {})
-    if not isinstance(depth, dict) or not all(_is_depth(value) for value in depth.values()):
+    if not isinstance(depth, dict):
         raise ConfigError(f"adapter_config.json: {RECORD_KEY}.depth={depth!r:.200} must hold numbers by layer.")
+    for layer, value in depth.items():
+        if not _is_depth(value):
+            raise ConfigError(
+                f"adapter_config.json: {RECORD_KEY}.depth[{layer!r}]={value!r:.200} must hold theta, attention "
+                "(within 0.5 and 2), concentration (or null) and observations, as numbers."
+            )
     return record
 
 
@@ -54,7 +60,9 @@ def _is_depth(value: Any) -> bool:
         return False
     theta, attention, average = value["theta"], value["attention"], value["concentration"]
     numbers = [theta, attention, 0.0 if average is None else average]
-    return all(isinstance(n, float) and math.isfinite(n) for n in numbers) and 0.5 <= attention <= 2
+    # Integers too: other writers of JSON make 1 of 1.0.
+    are_numbers = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+    return are_numbers and 0.5 <= attention <= 2
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

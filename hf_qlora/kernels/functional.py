@@ -161,9 +161,13 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.unpack, ctx.settings, ctx.shape = unpack, settings, x.shape
         ctx.shared, ctx.x = shared, None if shared is None else x  # x, that others may find it while this graph lives
-        flat = x.reshape(-1, x.shape[-1])
-        result = torch.nn.functional.linear(flat.view(x.shape), unpack(), bias)
-        y = result.view(flat.shape[0], result.shape[-1])
+        flat, W = x.reshape(-1, x.shape[-1]), unpack()
+        result = x.new_empty(*x.shape[:-1], len(W))
+        y = result.view(len(flat), len(W))
+        if bias is None:
+            torch.mm(flat, W.t(), out=y)
+        else:
+            torch.addmm(bias, flat, W.t(), out=y)
         kept: list[Tensor | None] = [flat if settings else None]
         ctx.random = []
         for (scaling, dropout), (A, B, gain) in zip(settings, _in_threes(tensors), strict=True):

@@ -6,7 +6,7 @@ The mean attention weight is 1/length for every pattern, so it says nothing. Con
 
 0 where all keys weigh the same and 1 where one key has everything. Each layer keeps a moving average c̄; its scale is
 
-    a = c̄ / mean of c̄ over the adapted layers, within [½, 2].
+    a = c̄ / mean of c̄ over the adapted layers of the same stack, within [½, 2].
 
 A few query rows of a sequence are enough, so that no (tokens, tokens) matrix is made. They are chosen by the number of
 observations so far, so that a resumed run chooses as an uninterrupted one does. Layers observe in the first forward of
@@ -71,7 +71,12 @@ class Watch:
         self.seen: dict[str, tuple[Tensor | None, bool]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "seen": {}, "number": next(_numbers)}  # a copy begins its own step
+        return {**self.__dict__, "seen": {}}  # a copy begins its own step
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, number=next(_numbers))
+        _live.add(self)
+        _stand_in()  # it may have come from another process
 
     def wants(self, layer: str) -> bool:
         """Whether the layer is trained now and has not been observed since the last optimizer step."""
@@ -79,7 +84,7 @@ class Watch:
         if self.adapter not in lora.lora_B or is_in_backward():
             return False
         trains = self.adapter in lora.active_adapters and not lora.disable_adapters and not lora.merged
-        learns = trains and lora.training and lora.lora_B[self.adapter].weight.requires_grad
+        learns = trains and lora.training and any(own.requires_grad for own in self._stepped(layer))
         _, with_gradients = self.seen.get(layer, (None, False))
         return learns and (layer not in self.seen or (torch.is_grad_enabled() and not with_gradients))
 
@@ -91,9 +96,13 @@ class Watch:
 
     def learns_with(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer steps this adapter."""
-        layers = [lora for layers in self.layers.values() for lora, _ in layers if self.adapter in lora.lora_B]
-        own = {id(lora.lora_B[self.adapter].weight) for lora in layers}  # none: PEFT's functions deleted it
+        own = {id(parameter) for layer in self.layers for parameter in self._stepped(layer)}
         return any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+
+    def _stepped(self, layer: str) -> list[Tensor]:
+        """The parameters of a layer by which its steps are known; none where PEFT's functions deleted the adapter."""
+        present = [(lora, scale) for lora, scale in self.layers[layer] if self.adapter in lora.lora_B]
+        return [own for lora, scale in present for own in (lora.lora_B[self.adapter].weight, scale.bias)]
 
     def end_step(self) -> None:
         """Take what was observed into the averages, and the averages into the scales."""
@@ -108,13 +117,16 @@ class Watch:
                 averages[name] = value if before is None else before + MOMENTUM * (value - before)
             elif before is not None:
                 averages[name] = before
-        mean = sum(averages.values()) / len(averages) if averages else 0.0
+        stacks: dict[str, list[float]] = {}
+        for name, average in averages.items():
+            stacks.setdefault(name.rpartition(".")[0], []).append(average)
         for name, layers in self.layers.items():
-            average, a = averages.get(name), 1.0
-            if average is not None and mean > 0:
-                a = min(max(average / mean, LIMITS[0]), LIMITS[1])
+            own, a, fellows = averages.get(name), 1.0, stacks.get(name.rpartition(".")[0], [])
+            mean = sum(fellows) / len(fellows) if fellows else 0.0
+            if own is not None and mean > 0:
+                a = min(max(own / mean, LIMITS[0]), LIMITS[1])
             for _, scale in layers:
-                scale.see(a, average, scale.observations + 1)
+                scale.see(a, own, scale.observations + 1)
 
     def _means(self) -> dict[str, float]:
         """What each layer saw, over all processes; layers that saw nothing are left out."""

@@ -205,14 +205,27 @@ def attach(model: nn.Module, config: AdaptiveDepthLoRAConfig, adapter: str) -> N
         if not isinstance(layer, SUPPORTED) or not _asks_variants(type(layer)):
             raise ConfigError(
                 f"{name} is adapted by {type(layer).__module__}.{type(layer).__name__}, which cannot be scaled by "
-                "depth. Leave it out of target_modules, or use QLoRAConfig."
+                "depth. Name the layers to adapt in target_modules, without it and instead of 'all-linear' (which "
+                "takes parameters of experts too), or use QLoRAConfig."
             )
         device = layer.get_base_layer().weight.device
         on = torch.device("cpu") if device.type == "meta" else device  # a file brings no θ that could follow
         scale = DepthScale(profile_at(model, name, config), config, on)
         scale.requires_grad_(layer.lora_B[adapter].weight.requires_grad)
         layer.lora_variant[adapter] = DepthVariant()
+        _start_as_its_model(layer, scale, config, model)
         getattr(layer, SLOT)[adapter] = scale
+
+
+def _start_as_its_model(layer: Any, scale: DepthScale, config: AdaptiveDepthLoRAConfig, model: nn.Module) -> None:
+    """Let an adapter made with the very config of another see what that one saw.
+
+    TRL makes its reference adapters so, and copies their parameters, which a is none of.
+    """
+    configs = getattr(model, "peft_config", {})
+    for other, own in getattr(layer, SLOT).items():
+        if configs.get(other) is config and isinstance(own, DepthScale):
+            scale.see(own.attention, own.concentration, own.observations)
 
 
 def _asks_variants(cls: type) -> bool:

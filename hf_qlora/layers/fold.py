@@ -93,6 +93,12 @@ def fold(tensors: dict[str, Tensor], by: dict[str, float], adapter: str) -> dict
     if current_exchange().form == "native" or not tensors:  # none: a process that holds no part of them
         return tensors
     modules = {name: _scaled_module(name, adapter) for name in tensors}
+    broken = sorted(name for name, c in by.items() if not math.isfinite(c))
+    if broken:
+        raise FoldError(
+            f"The scale of {broken[0]} is {by[broken[0]]}, so that adapter {adapter!r} would be lost in the file: its "
+            "training diverged. Go back to a checkpoint, and lower the learning rate."
+        )
     lost = sorted(by.keys() - set(modules.values()))
     if lost:
         raise FoldError(
@@ -171,7 +177,9 @@ def _native_scaling(layer: LoraLayer, adapter: str) -> float:
 
 def _depth(layer: LoraLayer, adapter: str) -> float:
     scale = scale_of(layer, adapter)
-    return 1.0 if scale is None else scale.value
+    if scale is None:
+        return 1.0
+    return scale.value if math.isfinite(scale.theta) else math.nan
 
 
 def _scaling(r: int, alpha: float, use_rslora: bool) -> float:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig
@@ -15,7 +15,7 @@ from hf_qlora.validation import ConfigError
 
 
 def create_optimizer(
-    model: PeftModel,
+    model: Any,
     optimizer_cls: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     *,
     lr: float,
@@ -28,6 +28,7 @@ def create_optimizer(
     The gains of `AdaptiveDepthLoRAConfig` learn with `lr * gain_lr_ratio`. Gains, biases and norms do not decay.
 
     Args:
+        model: a `PeftModel`, or a transformers model that has adapters.
         lr: learning rate of the adapters and of everything else.
         gain_lr_ratio: by default that of the active adapters' configs, 1 where they have none.
         weight_decay: of the matrices.
@@ -36,10 +37,12 @@ def create_optimizer(
     Raises:
         ConfigError: nothing to train, or a ratio that is not positive.
     """
+    if not getattr(model, "peft_config", None):
+        raise ConfigError(f"This {type(model).__name__} has no adapter. Add one with get_peft_model first.")
     gains = {id(scale.bias) for name in model.peft_config for scale in depth.scales(model, name).values()}
     ratio = _ratio(model) if gain_lr_ratio is None else gain_lr_ratio
-    if not ratio > 0:
-        raise ConfigError(f"gain_lr_ratio={ratio!r} must be positive.")
+    if not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
+        raise ConfigError(f"gain_lr_ratio={ratio!r} must be a positive finite number.")
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gains": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -59,8 +62,11 @@ def create_optimizer(
     return optimizer_cls(filled, lr=lr, **kwargs)
 
 
-def _ratio(model: PeftModel) -> float:
-    configs = [model.peft_config[name] for name in model.active_adapters]
+def _ratio(model: Any) -> float:
+    active = model.active_adapters
+    configs = [
+        model.peft_config[name] for name in (active() if callable(active) else active)
+    ]  # transformers' or PEFT's
     ratios = {config.gain_lr_ratio for config in configs if isinstance(config, AdaptiveDepthLoRAConfig)}
     if len(ratios) > 1:
         raise ConfigError(f"The active adapters' configs have gain_lr_ratio {sorted(ratios)}; pass one gain_lr_ratio.")

@@ -145,6 +145,15 @@ def _() -> None:
     assert "from_json_file" not in vars(LoraConfig)
 
 
+@contract("peft.config:PeftConfigMixin._split_kwargs")
+def _() -> None:
+    """`from_pretrained` takes the second of three dicts for settings, and it lacks what a class inherits."""
+    assert calls_method(PeftConfig.from_pretrained, "_split_kwargs")
+    given = {"revision": "main", "use_rslora": True, "r": 3, "nonsense": 1}
+    hub, settings, others = LoraConfig._split_kwargs(given)
+    assert (hub, settings, others) == ({"revision": "main"}, {"use_rslora": True, "r": 3}, {"nonsense": 1})
+
+
 @contract("peft.peft_model:load_peft_weights")
 def _() -> None:
     """`PeftModel.load_adapter` calls it by its module's name, with the folder first and Hub options by keyword."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -570,3 +572,64 @@ def test_a_compiled_model_is_observed() -> None:
     compiled.train()(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     assert None not in averages(model)
+
+
+def test_an_unpickled_model_observes_in_another_process(tmp_path: Path) -> None:
+    model = adapted(quantization=None)
+    step(model, tokens())
+    torch.save(model, tmp_path / "model.pt")
+    code = f"""
+import torch
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+ids = torch.randint(1, {VOCAB}, (2, 16))
+optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+model.train()(input_ids=ids, labels=ids).loss.backward()
+optimizer.step()
+from hf_qlora.layers import depth
+print({{scale.observations for scale in depth.scales(model, "default").values()}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "{2}"
+
+
+def test_each_stack_has_its_own_mean() -> None:
+    (t5,) = [family for family in ARCHITECTURES if family.name == "t5"]
+    model = get_peft_model(
+        t5.make(),
+        AdaptiveDepthLoRAConfig(r=2, target_modules=["q"], task_type="SEQ_2_SEQ_LM", attention="concentration"),
+    )
+    ids = torch.randint(1, VOCAB, (2, 16))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model.train()(input_ids=ids, decoder_input_ids=ids).logits.sum().backward()
+    optimizer.step()
+    found: dict[str, dict[str, tuple[float, float]]] = {"encoder": {}, "decoder": {}}
+    for name, scale in depth.scales(model, "default").items():
+        assert scale.concentration is not None
+        stack = "encoder" if "encoder" in name else "decoder"
+        found[stack][name.partition(".block.")[2].partition(".")[0]] = scale.attention, scale.concentration
+    for layers in found.values():
+        mean = sum(c for _, c in layers.values()) / len(layers)
+        for a, c in layers.values():
+            assert a == pytest.approx(min(max(c / mean, 0.5), 2.0), rel=1e-5)
+
+
+def test_gains_alone_are_observed_too() -> None:
+    model = adapted(init_lora_weights=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_magnitude_vector" in name)
+    step(model, tokens())
+    assert None not in averages(model)
+
+
+def test_a_reference_adapter_as_trl_makes_it_computes_the_same() -> None:
+    """Of the same config, with the parameters copied."""
+    model, ids = adapted(quantization=None, init_lora_weights=False), tokens()
+    step(model, ids)
+    model.add_adapter("ref", model.peft_config["default"])
+    with torch.no_grad():
+        for name, parameter in list(model.named_parameters()):
+            if ".default" in name:
+                model.get_parameter(name.replace(".default", ".ref")).copy_(parameter)
+        expected = model.eval()(input_ids=ids).logits
+        model.set_adapter("ref")
+        assert torch.equal(model(input_ids=ids).logits, expected)

@@ -545,7 +545,10 @@ def test_layers_pattern_says_what_a_layer_is_and_survives(tmp_path: Path) -> Non
         ({"depth_profile": 3}, "depth_profile=3"),
         ({"gain_bound": 0}, "gain_bound=0"),
         ({"gain_bound": 1000}, "at most 10"),
-        ({"depth_profile": [1e308, 1e308]}, "finite"),
+        ({"depth_profile": [1e308, 1e308]}, "between"),
+        ({"depth_profile": [1e-46, 1.0]}, "between"),
+        ({"depth_profile": {1.0, 2.0}}, "a list of Python numbers"),
+        ({"layers_pattern": 3}, "layers_pattern=3"),
         ({"gain_lr_ratio": -1.0}, "gain_lr_ratio"),
         ({"attention": "entropy"}, "entropy.*concentration"),
         ({"learn_gain": "yes"}, "learn_gain"),
@@ -725,3 +728,60 @@ def test_the_norm_of_an_8_bit_weight_is_not_that_of_its_codes() -> None:
     packed(torch.randn(2, 64))  # which is when bitsandbytes quantizes on a CPU
     # 8 bits for the largest of each row: an error of 1 % at most
     assert weight_norm(packed) == pytest.approx(float(dense.weight.detach().norm()), rel=0.01)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", [AdaptiveDepthLoRAConfig, QLoRAConfig])
+def test_settings_given_on_reading_are_taken_whichever_class_reads(tmp_path: Path, reader: type[QLoRAConfig]) -> None:
+    get_peft_model(base(), config()).save_pretrained(tmp_path)
+    read = reader.from_pretrained(tmp_path, quantization=None, depth_profile="reverse")
+    assert isinstance(read, AdaptiveDepthLoRAConfig)
+    assert (read.quantization, read.depth_profile) == (None, "reverse")
+    loaded = PeftModel.from_pretrained(base(), tmp_path, config=reader.from_pretrained(tmp_path, quantization=None))
+    assert not any(isinstance(module, bnb.nn.Linear4bit) for module in loaded.modules())
+
+
+def test_a_json_that_another_program_has_written_is_read(tmp_path: Path) -> None:
+    """jq and JavaScript write 1 for 1.0."""
+    model = get_peft_model(base(), config(init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    for number in values["hf_qlora"]["depth"].values():
+        assert number["attention"] == 1.0
+        number["attention"], number["theta"] = 1, 0
+    path.write_text(json.dumps(values))
+    ids = tokens()
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+        found = PeftModel.from_pretrained(base(), tmp_path).eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    number["theta"] = "much"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"depth\['.*_proj'\].*'much'"):
+        PeftModel.from_pretrained(base(), tmp_path)
+
+
+@pytest.mark.parametrize("theta", [math.nan, math.inf])
+def test_a_scale_that_diverged_is_not_saved(tmp_path: Path, theta: float) -> None:
+    model = get_peft_model(base(), config(init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_config.json").read_bytes()
+    name, scale = next(iter(depth.scales(model, "default").items()))
+    scale.bias.data.fill_(theta)
+    with pytest.raises(ValueError, match=f"{name}.*diverged"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").read_bytes() == before
+
+
+def test_going_on_with_other_settings_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    get_peft_model(base(), config(depth_profile="rsqrt")).save_pretrained(tmp_path)
+    model = get_peft_model(base(), config(depth_profile="reverse"))
+    model.load_adapter(tmp_path, "default")
+    assert "depth_profile='reverse', was 'rsqrt'" in caplog.text
+    caplog.clear()
+    model = get_peft_model(base(), config(depth_profile="rsqrt"))
+    model.load_adapter(tmp_path, "default")
+    assert "other settings" not in caplog.text

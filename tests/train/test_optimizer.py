@@ -80,3 +80,22 @@ def test_trainer_takes_it(tmp_path: Path) -> None:
     optimizer = create_optimizer(trained, lr=1e-2)
     tf.Trainer(trained, arguments, train_dataset=rows, optimizers=(optimizer, None)).train()
     assert all(p.abs() > 0 for name, p in trained.named_parameters() if "vector" in name)
+
+
+def test_a_transformers_model_with_an_adapter_has_an_optimizer_too() -> None:
+    model = llama()
+    model.add_adapter(AdaptiveDepthLoRAConfig(r=2, target_modules=["q_proj"], gain_lr_ratio=7.0))
+    rates = sorted(group["lr"] for group in create_optimizer(model, lr=1e-3).param_groups)
+    assert rates == pytest.approx([1e-3, 7e-3])
+
+
+@pytest.mark.parametrize("ratio", ["10", float("inf"), float("nan"), 0])
+def test_a_ratio_that_is_none_is_refused(ratio: Any) -> None:
+    model = get_peft_model(llama(), AdaptiveDepthLoRAConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="gain_lr_ratio"):
+        create_optimizer(model, lr=1e-3, gain_lr_ratio=ratio)
+
+
+def test_a_model_without_an_adapter_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no adapter"):
+        create_optimizer(llama(), lr=1e-3)

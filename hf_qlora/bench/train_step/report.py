@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_qlora.bench.train_step.arms import FLOOR
-from hf_qlora.plots import pyplot
+from hf_qlora.plots import pyplot, save
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -62,8 +62,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
     time.set_xlabel("step, s (median; each round a mark)")
     space.barh(places, [arm["memory"]["peak"] / 2**20 for arm in arms.values()], color="#dd8452", height=0.6)
     space.set_xlabel("peak of steady steps, MiB")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial.png")
-    figure.savefig(aside, dpi=150, bbox_inches="tight")
-    aside.replace(path)
-    plt.close(figure)
+    save(figure, path)
