@@ -122,6 +122,25 @@ def bench_train_step(
     typer.echo(report.markdown(found))
 
 
+@bench.command("learning-curve")
+def bench_learning_curve(
+    results: Annotated[
+        Path, typer.Option(help="JSON lines, one for each run; runs that are there are not done again.")
+    ] = Path("results/learning_curve.jsonl"),
+    steps: Annotated[int, typer.Option(min=2)] = 200,
+    report_only: Annotated[bool, typer.Option("--report", help="Do nothing; print the table.")] = False,
+) -> None:
+    """Loss curves of our step and of stock PEFT's, on real weights and data, over three seeds.
+
+    Half an hour on two cores.
+    """
+    from hf_qlora.bench.train_step import curves
+
+    if not report_only:
+        curves.perform(results, steps)
+    typer.echo(curves.markdown(results) or f"No runs to compare in {results} yet.")
+
+
 @app.command("inspect")
 def inspect_adapter(
     adapter: Annotated[str, typer.Argument(help="A folder, or a Hub id.")],

@@ -955,3 +955,28 @@ def test_models_that_are_not_transformers_are_adapted_too(tmp_path: Path) -> Non
     assert [type(module) for module in merged] == [nn.Linear, nn.ReLU, nn.Linear]
     assert not getattr(merged, "is_loaded_in_4bit", False)
     assert relative(merged(x), expected) <= SAME
+
+
+def test_embeddings_that_return_a_tuple_let_gradients_in() -> None:
+    """As Swin's do, with the size of the image."""
+    model = tf.SwinForImageClassification(
+        tf.SwinConfig(embed_dim=16, depths=[1, 1], num_heads=[2, 4], image_size=32, patch_size=2, window_size=4)
+    )
+    model = get_peft_model(model, QLoRAConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.train()(pixel_values=torch.randn(2, 3, 32, 32), labels=torch.tensor([0, 1])).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_B" in n)
+
+
+def test_what_a_packed_layer_returns_may_be_changed_in_place() -> None:
+    """As wav2vec2 masks the output of its projection while it trains."""
+    model = tf.Wav2Vec2ForCTC(
+        tf.Wav2Vec2Config(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, conv_dim=(32,) * 3,
+            conv_stride=(4, 4, 4), conv_kernel=(8, 4, 4), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+            vocab_size=8, mask_time_prob=0.5, mask_time_length=2, mask_time_min_masks=1,
+        )
+    )  # fmt: skip
+    model = get_peft_model(model, QLoRAConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model.train()(input_values=torch.randn(2, 4000), labels=torch.randint(1, 8, (2, 4))).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_B" in n)

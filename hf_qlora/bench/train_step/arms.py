@@ -46,7 +46,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class Case:
     layers: int | None = None
     checkpointing: bool = False
     device: str = "cpu"
+    learning_rate: float = 1e-4
     seed: int = 0
 
     @property
@@ -83,10 +83,11 @@ class Case:
             model = AutoModelForCausalLM.from_config(self.architecture(), dtype=torch.bfloat16)
         return model.to(self.device).requires_grad_(False)
 
-    def batch(self, number: int) -> Tensor:
+    def batch(self, number: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed + number)
         size = (self.batch_size, self.sequence_length)
-        return torch.randint(0, SHAPES[self.shape]["vocab_size"], size, generator=generator).to(self.device)
+        ids = torch.randint(0, SHAPES[self.shape]["vocab_size"], size, generator=generator).to(self.device)
+        return {"input_ids": ids, "labels": ids}
 
     def lora(self) -> dict[str, Any]:
         return {
@@ -185,16 +186,16 @@ class Step:
     def __init__(self, model: Any, case: Case, options: dict[str, Any]) -> None:
         self.model, self.case, self.options = model, case, options
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, fused=True) if self.trained else None
+        self.optimizer = torch.optim.AdamW(self.trained, lr=case.learning_rate, fused=True) if self.trained else None
 
-    def __call__(self, ids: Tensor) -> None:
+    def __call__(self, batch: dict[str, Tensor]) -> None:
         if self.optimizer is None:
-            inputs = self.model.get_input_embeddings()(ids).detach().requires_grad_()
-            loss = self.model(inputs_embeds=inputs, labels=ids).loss
+            inputs = self.model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+            loss = self.model(inputs_embeds=inputs, labels=batch["labels"]).loss
             loss.backward()
             gradients = [inputs.grad]
         else:
-            loss = self.model(input_ids=ids, labels=ids, **self.options).loss
+            loss = self.model(**batch, **self.options).loss
             loss.backward()
             gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
             self.optimizer.step()

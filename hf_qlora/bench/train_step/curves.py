@@ -1,0 +1,107 @@
+"""Does the fast step learn what stock's learns? The loss curves of real steps, side by side.
+
+    for each seed and arm: SmolLM2 on NF4, real examples, the same batches from the same `lora_A` → losses of all steps
+
+Arms differ in rounding alone, which training amplifies: no two curves are the same. What that amounts to is seen
+between the two stock arms, which round differently too: the difference to ours has to be of that size. Every run is
+one line of a JSON-lines file; what is there is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy import stats
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from hf_qlora import assets
+from hf_qlora.bench.depth.tasks import Answers
+from hf_qlora.bench.measure import environment
+from hf_qlora.bench.train_step.arms import ARMS, CHUNKED, DOCUMENTED, TUNED, Case
+
+
+COMPARED = (DOCUMENTED, TUNED, CHUNKED)
+SEEDS = (1, 2, 3)
+STEPS, LAST = 200, 50
+
+
+class FourAnswers(Answers):
+    batch_size = 4
+
+
+@dataclass(frozen=True)
+class SmolLM2(Case):
+    """The real weights."""
+
+    learning_rate: float = 5e-4
+
+    def dense(self) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(assets.smollm2_135m_instruct(), dtype=torch.bfloat16)
+        model.config.use_cache = False
+        return model.requires_grad_(False)
+
+
+def perform(results: Path, steps: int = STEPS, seeds: tuple[int, ...] = SEEDS) -> None:
+    """Do the runs that are not in the file `results`, and append each there."""
+    done = {(row["arm"], row["seed"], row["steps"]) for row in read(results)}
+    todo = [(arm, seed) for seed in seeds for arm in COMPARED if (arm, seed, steps) not in done]
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(todo) * steps, desc="curves", unit="step") as bar:
+        for arm, seed in todo:
+            bar.set_postfix_str(f"{arm}, seed {seed}")
+            row = {"arm": arm, "seed": seed, "steps": steps, **_run(arm, seed, steps, bar), "with": environment("cpu")}
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def _run(arm: str, seed: int, steps: int, bar: Any) -> dict[str, list[float]]:
+    batches = FourAnswers().batches(seed, steps)
+    torch.manual_seed(seed)
+    step = ARMS[arm].start(SmolLM2(seed=seed))
+    losses, norms = [], []
+    for batch in batches:
+        step(batch)
+        losses.append(round(step.loss, 5))
+        norms.append(round(step.gradient_norm, 5))
+        bar.update()
+    return {"losses": losses, "gradient_norms": norms}
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    if not results.is_file():
+        return []
+    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines() if line]
+
+
+def markdown(results: Path, last: int = LAST) -> str:
+    """For each pair of arms: the difference of the mean losses, and how far curves are apart step by step."""
+    rows = read(results)
+    steps = max((row["steps"] for row in rows), default=0)
+    curves = {(row["arm"], row["seed"]): row["losses"] for row in rows if row["steps"] == steps}
+    lines = [
+        f"| difference | seeds | mean loss, all {steps} steps | mean loss, last {last} | p, paired | step by step |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for arm, other in ((TUNED, DOCUMENTED), (CHUNKED, DOCUMENTED), (CHUNKED, TUNED)):
+        seeds = sorted(seed for name, seed in curves if name == arm and (other, seed) in curves)
+        if seeds:
+            lines.append(_line(f"{arm} − {other}", [(curves[arm, s], curves[other, s]) for s in seeds], last))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _line(title: str, pairs: list[tuple[list[float], list[float]]], last: int) -> str:
+    whole = [statistics.fmean(one) - statistics.fmean(other) for one, other in pairs]
+    ends = [statistics.fmean(one[-last:]) - statistics.fmean(other[-last:]) for one, other in pairs]
+    p = float(stats.ttest_1samp(ends, 0.0).pvalue) if len(ends) > 2 else math.nan
+    apart = statistics.fmean(abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True))
+    return (
+        f"| {title} | {len(pairs)} | {statistics.fmean(whole):+.4f} | {statistics.fmean(ends):+.4f} "
+        f"| {'' if math.isnan(p) else f'{p:.2f}'} | {apart:.4f} |"
+    )
