@@ -62,15 +62,14 @@ class _DoraLinear(torch.autograd.Function):
         magnitude: Tensor,
     ) -> Tensor:
         assert adapter.row_squares is not None
-        ctx.unpack, ctx.shape, ctx.shared, ctx.x = unpack, x.shape, shared, None if shared is None else x
-        ctx.scaling = adapter.scaling
+        ctx.unpack, ctx.shared, ctx.scaling = unpack, shared, adapter.scaling
         flat = x.reshape(-1, x.shape[-1])
         W = unpack()
         s = flat @ A.to(flat.dtype).t()
         z = (flat @ W.t()).addmm_(s, B.to(flat.dtype).t(), alpha=adapter.scaling)
         norm = weight_norm(W, adapter.row_squares(W), A, B, adapter.scaling)
         ratio = magnitude.to(norm.dtype) / norm
-        ctx.save_for_backward(flat, A, B, s, z, norm, ratio)
+        ctx.save_for_backward(x, A, B, s, z, norm, ratio)
         ctx.magnitude_dtype = magnitude.dtype
         result = z.new_empty(*x.shape[:-1], z.shape[-1])
         y = torch.mul(z, ratio, out=result.view(z.shape))
@@ -81,8 +80,8 @@ class _DoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.x = None
-        flat, A, B, s, z, norm, ratio = ctx.saved_tensors
+        x, A, B, s, z, norm, ratio = ctx.saved_tensors
+        flat = x.reshape(-1, x.shape[-1])
         whole = grad.reshape(-1, grad.shape[-1])
         g = torch.mul(whole, ratio, out=torch.empty_like(whole))
         dx = None
@@ -95,4 +94,4 @@ class _DoraLinear(torch.autograd.Function):
         wanted = (*ctx.needs_input_grad[5:7], False)
         dA, dB, _ = adapter_backward(g, flat, (A, B, None, s), (ctx.scaling, 0.0), None, wanted, dx, ctx.shared)
         own = dx if ctx.shared is None else None
-        return (None if own is None else own.view(ctx.shape), dbias, None, None, None, dA, dB, dmagnitude)
+        return (None if own is None else own.view(x.shape), dbias, None, None, None, dA, dB, dmagnitude)

@@ -104,7 +104,7 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shared: SharedInput) -> Tensor:
         ctx.shared, ctx.shape = shared, x.shape
         ctx.set_materialize_grads(False)
-        return x.view_as(x)
+        return x.detach()  # and no view, which would keep x
 
     @staticmethod
     @once_differentiable
@@ -159,8 +159,7 @@ class _LoraLinear(torch.autograd.Function):
         settings: tuple[tuple[float, float], ...],
         *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.unpack, ctx.settings, ctx.shape = unpack, settings, x.shape
-        ctx.shared, ctx.x = shared, None if shared is None else x  # x, that others may find it while this graph lives
+        ctx.unpack, ctx.settings, ctx.shared = unpack, settings, shared
         flat, W = x.reshape(-1, x.shape[-1]), unpack()
         result = x.new_empty(*x.shape[:-1], len(W))
         y = result.view(len(flat), len(W))
@@ -168,7 +167,7 @@ class _LoraLinear(torch.autograd.Function):
             torch.mm(flat, W.t(), out=y)
         else:
             torch.addmm(bias, flat, W.t(), out=y)
-        kept: list[Tensor | None] = [flat if settings else None]
+        kept: list[Tensor | None] = [x if settings else None]
         ctx.random = []
         for (scaling, dropout), (A, B, gain) in zip(settings, _in_threes(tensors), strict=True):
             ctx.random.append(random_state(flat.device) if dropout else None)
@@ -184,9 +183,9 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.x = None
-        flat, *kept = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
+        x, *kept = ctx.saved_tensors
+        g, shape = grad.reshape(-1, grad.shape[-1]), grad.shape[:-1]
+        flat = None if x is None else x.reshape(-1, x.shape[-1])
         dx = None
         if ctx.needs_input_grad[0]:
             dx = g @ ctx.unpack() if ctx.shared is None else ctx.shared.add(g, ctx.unpack())
@@ -196,12 +195,12 @@ class _LoraLinear(torch.autograd.Function):
             wanted = ctx.needs_input_grad[5 + 3 * i : 8 + 3 * i]
             results += adapter_backward(g, flat, kept[4 * i : 4 * i + 4], settings, state, wanted, dx, ctx.shared)
         own = dx if ctx.shared is None else None
-        return (None if own is None else own.view(ctx.shape), dbias, None, None, None, *results)
+        return (None if own is None else own.view(*shape, own.shape[-1]), dbias, None, None, None, *results)
 
 
 def adapter_backward(
     g: Tensor,
-    flat: Tensor,
+    flat: Any,
     kept: Sequence[Any],
     settings: tuple[float, float],
     state: Tensor | None,
@@ -247,7 +246,11 @@ def _in_threes(tensors: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
 
 
 def _dropped(x: Tensor, dropout: float) -> Tensor:
-    return torch.nn.functional.dropout(x, dropout) if dropout else x
+    """Dropout, whose mask follows the order in memory, and on GPUs the alignment: both the same each time."""
+    if not dropout:
+        return x
+    even = x.contiguous()
+    return torch.nn.functional.dropout(even.clone() if even.data_ptr() % 16 else even, dropout)
 
 
 @contextmanager

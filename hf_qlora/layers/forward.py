@@ -22,6 +22,7 @@ from hf_qlora.kernels.dora import dora_linear
 from hf_qlora.kernels.functional import Adapter, Unpack, lora_linear
 from hf_qlora.layers import siblings
 from hf_qlora.layers.depth import DepthVariant, scale_of
+from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
 
 
 logger = logging.getLogger(__name__)
@@ -67,12 +68,11 @@ def _is_dora(layer: Any, name: str) -> bool:
 
 
 def _row_squares(layer: Any, W: Tensor) -> Tensor:
-    """Of the frozen W, computed once for each of its dtypes, and again when the layer's weight has been changed."""
-    weight = layer.get_base_layer().weight
-    key = (weight.data_ptr(), weight._version, W.dtype, W.device)
+    """Of the frozen W; of a packed one once for each of its dtypes, and again when its bytes have been replaced."""
+    base, wide = layer.get_base_layer(), torch.promote_types(W.dtype, torch.float32)
+    key = (base.weight.data_ptr(), base.weight._version, W.dtype, W.device)
     known = layer.__dict__.get(_SQUARES)
-    if known is None or known[0] != key:
-        wide = torch.promote_types(W.dtype, torch.float32)
+    if known is None or known[0] != key or not isinstance(base, BaseLinear4bit):  # dense ones are changed unseen
         known = layer.__dict__[_SQUARES] = (key, torch.linalg.vector_norm(W, dim=1, dtype=wide).square_())
     squares: Tensor = known[1]
     return squares
@@ -105,6 +105,8 @@ def _obstacle(layer: LoraLayer, name: str, alone: bool) -> str:
         return "lora_bias, or other layers than nn.Linear"
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return type(dropout).__name__
+    if _dropout(layer, name) and layer.get_base_layer().weight.device.type not in ("cpu", "cuda"):
+        return "dropout on a device whose random numbers are not known here"
     if any(is_hooked(part) for part in (*parts, layer.get_base_layer())):
         return "hooks"
     return ""

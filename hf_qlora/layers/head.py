@@ -161,10 +161,11 @@ def _rebuilt(rebuild: Any, own_class: type[nn.Module], *arguments: Any) -> Any:
 
 
 def _is_bound(head: nn.Module) -> bool:
-    """Whether a head is what it is only while it is called: hooked, sharded, a replica, or with its adapter off."""
+    """Whether a head is what it is only while it is called: hooked, sharded, a replica, random, or its adapter off."""
     sharded = any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in head.parameters())
     off = any(isinstance(module, BaseTunerLayer) and module.disable_adapters for module in head.modules())
-    return sharded or off or getattr(head, "_is_replica", False) or any(map(is_hooked, head.modules()))
+    random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in head.modules())  # a mask for each reading
+    return sharded or off or random or getattr(head, "_is_replica", False) or any(map(is_hooked, head.modules()))
 
 
 def _adapters(head: nn.Module) -> object:

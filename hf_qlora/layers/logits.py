@@ -8,8 +8,8 @@ levels:
 * Whatever else reads them, in Python or below it, gets the real logits, computed once; and as `LazyLogits` come out of
   an autograd Function, whose backward applies the head again, the gradients are those of the real ones.
 
-Once real, they stay so: they may have been changed in place. A view that was taken while they were lazy does not see
-such a change. Reading logits whose head, adapter or hidden states have changed since is an error.
+Once real, they stay so: they may have been changed in place. Reading logits whose head, adapter or hidden states have
+changed since, or whose views have, is an error.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class HeadCall:
     autocast: tuple[str, bool, torch.dtype]
     stamp: object = field(init=False)
     stepped: bool = False
+    loss_taken: bool = False  # a chunked loss, of which these logits get no gradient
 
     def __post_init__(self) -> None:
         self.stamp = self._stamp()
@@ -151,13 +152,27 @@ class LazyLogits(Tensor):
     made: Tensor | None  # the real ones
     fixed: bool  # no longer lazy: something depends on these very logits
     version: int  # of `hidden`
+    real_relatives: list[LazyLogits] | None  # views of the same logits that were made real; shared by all of them
 
     def unchanged_hidden(self) -> Tensor:
         if self.hidden._version != self.version:
             raise RuntimeError("The hidden states that these logits are made of were changed in place.")
+        if any(other is not self and other._version for other in self.real_relatives or ()):
+            raise RuntimeError(
+                "A view of these logits, or what they are a view of, was changed in place before they were computed. "
+                "Change the logits themselves, or a clone() of them, or set chunked_loss=False."
+            )
         return self.hidden
 
+    def viewed(self, hidden: Tensor, shape: Sequence[int]) -> LazyLogits:
+        """A view of these logits, (..., V): that of `hidden`, (..., K)."""
+        if self.real_relatives is None:
+            self.real_relatives = []
+        recipe = Recipe(self.recipe.call, self.recipe.steps)
+        return lazy_logits(recipe, hidden, shape, self.dtype, self.real_relatives)
+
     @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled reader gets them as they are here
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -177,10 +192,16 @@ class LazyLogits(Tensor):
         return func(*args, **kwargs)
 
 
-def lazy_logits(recipe: Recipe, hidden: Tensor, shape: Sequence[int], dtype: torch.dtype) -> LazyLogits:
+def lazy_logits(
+    recipe: Recipe,
+    hidden: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    real_relatives: list[LazyLogits] | None = None,
+) -> LazyLogits:
     """Logits to be made of `hidden`, (..., K), by `recipe`, of that shape and dtype."""
     result: LazyLogits = _Project.apply(recipe, shape, dtype, hidden, *recipe.call.parameters)
-    result.hidden, result.version = hidden, hidden._version
+    result.hidden, result.version, result.real_relatives = hidden, hidden._version, real_relatives
     return result
 
 
@@ -198,7 +219,9 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *parameters = ctx.saved_tensors
-        second_order = torch.is_grad_enabled()
+        second_order, frozen = torch.is_grad_enabled(), ctx.recipe.call.frozen
+        if frozen is not None and not ctx.recipe.steps and not second_order:
+            return None, None, None, (grad.to(frozen.dtype) @ frozen.unpack()).to(hidden.dtype)
         with own_graph(), random_again(ctx.recipe.random, hidden.device):
             start = hidden.view_as(hidden)
             logits = ctx.recipe(start)
@@ -216,10 +239,12 @@ def _made_real(reader: Any, logits: LazyLogits) -> Tensor:
         # autocast would work: begin again at the top.
         included = torch._C._dispatch_tls_local_include_set()
         nothing = torch._C.DispatchKeySet.from_raw_repr(0)
-        with torch._C._ForceDispatchKeyGuard(included, nothing), torch.no_grad():
+        with torch._C._ForceDispatchKeyGuard(included, nothing), torch.inference_mode(False), torch.no_grad():
             recipe.random = random_state(hidden.device)
             logits.made = recipe(hidden.detach())
             logits.fixed = True
+        if logits.real_relatives is not None:
+            logits.real_relatives.append(logits)
     return logits.made
 
 
@@ -231,6 +256,7 @@ def _say_once(in_training: bool, reader: str) -> None:
         _said.add(in_training)
         logger.log(
             logging.WARNING if in_training else logging.INFO,
-            "Full logits were made because %s reads them; only cross entropy over them is computed in chunks.",
+            "Full logits were made because %s reads them; only cross entropy over them is computed in chunks. (Under "
+            "DDP, ddp_find_unused_parameters=True reads all outputs.)",
             reader,
         )

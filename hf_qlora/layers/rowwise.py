@@ -62,12 +62,7 @@ def _reshaped(func: Callable[..., Any], logits: Any, *args: Any, **kwargs: Any) 
     if shape.dtype != logits.dtype or shape.shape[-1:] != logits.shape[-1:] or not logits.numel():
         return NotImplemented
     hidden = logits.unchanged_hidden()
-    return lazy_logits(
-        Recipe(logits.recipe.call, logits.recipe.steps),
-        hidden.reshape(*shape.shape[:-1], hidden.shape[-1]),
-        shape.shape,
-        logits.dtype,
-    )
+    return logits.viewed(hidden.reshape(*shape.shape[:-1], hidden.shape[-1]), shape.shape)
 
 
 @rule(Tensor.contiguous)
@@ -81,8 +76,7 @@ def _indexed(func: Callable[..., Any], logits: Any, index: Any) -> Any:
     if not isinstance(logits, LazyLogits) or not _spares_last(index, logits.ndim):
         return NotImplemented
     hidden = logits.unchanged_hidden()[index]
-    shape = (*hidden.shape[:-1], logits.shape[-1])
-    return lazy_logits(Recipe(logits.recipe.call, logits.recipe.steps), hidden, shape, logits.dtype)
+    return logits.viewed(hidden, (*hidden.shape[:-1], logits.shape[-1]))
 
 
 def _spares_last(index: Any, dimensions: int) -> bool:
@@ -129,6 +123,7 @@ def _cross_entropy(
         "label_smoothing": label_smoothing,
         "chunk_bytes": chunked.CHUNK_BYTES,
     }
+    recipe.call.loss_taken = True
     one = torch.empty(1, 1, dtype=logits.dtype, device=logits.device)
     dtype = func(one, target.new_zeros(1)).dtype  # autocast has a say
     frozen = recipe.call.frozen
@@ -159,7 +154,15 @@ def _is_widening(step: Step) -> bool:
 
 @rule(Tensor.register_hook, Tensor.retain_grad, Tensor.backward)
 def _fixed(func: Callable[..., Any], logits: LazyLogits, *args: Any, **kwargs: Any) -> Any:
-    """Whatever depends on the gradient of these logits sees none of a chunked loss."""
+    """Whatever depends on the gradient of these logits sees none of a chunked loss.
+
+    Raises:
+        RuntimeError: one was taken already.
+    """
+    if logits.recipe.call.loss_taken and func is not Tensor.backward:
+        raise RuntimeError(
+            "The loss was computed in chunks and gives these logits no gradient. Set chunked_loss=False to look at it."
+        )
     logits.fixed = True
     return NotImplemented
 

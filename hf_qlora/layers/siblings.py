@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,11 +23,25 @@ from torch import Tensor
 from hf_qlora.kernels.functional import SharedInput, share
 
 
-class _Last(threading.local):
-    """The last shared input of this thread; nothing here keeps a tensor or a graph alive."""
+@dataclass(eq=False)
+class _Shared:
+    """What was made of x, for as long as x is there.
 
-    key: tuple[weakref.ref[Tensor], int, torch.dtype] | None = None
-    shared: tuple[weakref.ref[Tensor], weakref.ref[SharedInput]] | None = None
+    Attributes:
+        given: x for the layers. It has x's memory, unless it was cast, and x's history: it keeps nothing else alive.
+    """
+
+    x: weakref.ref[Tensor]
+    version: int
+    dtype: torch.dtype
+    given: Tensor
+    sum: SharedInput
+
+
+class _Last(threading.local):
+    """The last shared input of this thread."""
+
+    shared: _Shared | None = None
 
 
 _last = _Last()
@@ -35,12 +51,17 @@ def shared_input(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, SharedInput | N
     """x in `dtype`, and where its gradient is summed: those of the last call, if it was with the same x."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x.to(dtype), None
-    if _last.key is not None and _last.shared is not None:
-        known, version, last_dtype = _last.key
-        given, shared = _last.shared[0](), _last.shared[1]()
-        if known() is x and (version, last_dtype) == (x._version, dtype) and given is not None and shared is not None:
-            return given, shared
-    given, shared = share(x.to(dtype))
-    _last.key = (weakref.ref(x), x._version, dtype)
-    _last.shared = (weakref.ref(given), weakref.ref(shared))
-    return given, shared
+    last = _last.shared
+    if last is not None and last.x() is x and (last.version, last.dtype) == (x._version, dtype):
+        return last.given, last.sum
+    given, total = share(x.to(dtype))
+    forget = partial(_forget, _last.__dict__)
+    _last.shared = _Shared(weakref.ref(x, forget), x._version, dtype, given, total)
+    return given, total
+
+
+def _forget(of_thread: dict[str, _Shared | None], x: weakref.ref[Tensor]) -> None:
+    """Let go of what was made of an x that is gone, in the thread that made it."""
+    last = of_thread.get("shared")
+    if last is not None and last.x is x:
+        of_thread["shared"] = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -302,3 +303,19 @@ def test_dora_of_a_row_of_zeros_stays_finite() -> None:
     y = dora_linear(torch.randn(4, K), lambda: W, None, replace(plain, magnitude=magnitude, row_squares=squares))
     assert torch.isfinite(y).all()
     assert not y[:, 3].any()
+
+
+@pytest.mark.parametrize("make", [lambda: torch.randn(1, K, 6).transpose(1, 2), lambda: torch.randn(K, 6).t()])
+def test_the_mask_is_one_whatever_the_order_in_memory(make: Callable[[], Tensor]) -> None:
+    """Column-major, as after a convolution."""
+    x = make().detach().requires_grad_(True)
+    adapter = make_adapter(torch.float32, dropout=0.5)
+    with torch.no_grad():
+        adapter.A.copy_(torch.eye(4, K))
+        adapter.B.copy_(torch.eye(N, 4))
+    torch.manual_seed(2)
+    y = lora_linear(x, lambda: torch.zeros(N, K), None, [adapter])
+    (dx,) = torch.autograd.grad(y.sum(), [x])
+    # y's first columns are the dropped x, times the scaling; its derivative is the mask, times the same
+    torch.testing.assert_close(y[..., :4], x[..., :4] * dx[..., :4])
+    assert 0 < int((dx[..., :4] == 0).sum()) < dx[..., :4].numel()

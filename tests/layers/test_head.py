@@ -485,3 +485,78 @@ def test_a_fused_head_over_an_adapted_one_is_refused(case: str) -> None:
 def tokenizer() -> Any:
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     return tf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w0")
+
+
+# --- what must not pass in silence -----------------------------------------------------------------------------------
+
+
+def _through_a_view(rows: Tensor) -> Tensor:
+    rows.view(-1, VOCAB)[:, 5] = -50.0
+    return rows.view(-1, VOCAB)
+
+
+def _through_a_slice(rows: Tensor) -> Tensor:
+    rows[:, :-1].div_(0.1)
+    return rows.view(-1, VOCAB)
+
+
+def _after_a_view(rows: Tensor) -> Tensor:
+    view = rows.view(-1, VOCAB)
+    rows[..., 5] = -50.0
+    return view
+
+
+@pytest.mark.parametrize("change", [_through_a_view, _through_a_slice, _after_a_view])
+def test_a_change_through_a_view_is_seen_or_refused(change: Callable[[Tensor], Tensor]) -> None:
+    model, inputs = adapted(), batch()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        F.cross_entropy(change(model(input_ids=inputs["input_ids"]).logits), inputs["labels"].view(-1))
+
+
+def test_reading_views_without_changing_them_is_fine() -> None:
+    model, inputs = adapted(), batch()
+    logits_ = model(input_ids=inputs["input_ids"]).logits
+    read = logits_[:, -1].detach().clone(), logits_.view(-1, VOCAB).argmax(-1)
+    value = F.cross_entropy(logits_.view(-1, VOCAB), inputs["labels"].view(-1))
+    disable_chunked_loss(model)
+    plain = model(input_ids=inputs["input_ids"]).logits
+    torch.testing.assert_close(value, F.cross_entropy(plain.view(-1, VOCAB), inputs["labels"].view(-1)))
+    torch.testing.assert_close(read[0], plain[:, -1])
+    assert torch.equal(read[1], plain.view(-1, VOCAB).argmax(-1))
+
+
+@pytest.mark.parametrize("look", [lambda t: t.retain_grad(), lambda t: t.register_hook(print)])
+def test_gradients_that_a_chunked_loss_does_not_give_are_refused(look: Callable[[Tensor], Any]) -> None:
+    model, inputs = adapted(), batch()
+    outputs = model(**inputs)
+    with pytest.raises(RuntimeError, match="chunked_loss=False"):
+        look(outputs.logits)
+    read = model(input_ids=inputs["input_ids"]).logits  # before a loss they are given
+    look(read)
+    read.sum().backward()
+
+
+def test_reading_in_inference_mode_leaves_training_alone() -> None:
+    model, inputs = adapted(), batch()
+    logits_ = model(input_ids=inputs["input_ids"]).logits
+    with torch.inference_mode():
+        logits_.argmax(-1)
+    F.cross_entropy(logits_.view(-1, VOCAB), inputs["labels"].view(-1)).backward()
+
+
+def test_a_head_with_dropout_is_not_lazy() -> None:
+    model = adapted(target_modules=["lm_head"], lora_dropout=0.5, quantization=None)
+    assert not isinstance(model.train()(input_ids=batch()["input_ids"]).logits, LazyLogits)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_loss_reads_them_too(backend: str) -> None:
+    model, inputs = adapted(), batch()
+
+    def value(rows: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(rows.float().view(-1, VOCAB), labels.view(-1)) + rows.float().sum() * 1e-3
+
+    torch._dynamo.reset()
+    found = torch.compile(value, backend=backend)(model(input_ids=inputs["input_ids"]).logits, inputs["labels"])
+    torch.testing.assert_close(found, value(model(input_ids=inputs["input_ids"]).logits, inputs["labels"]))
+    found.backward()

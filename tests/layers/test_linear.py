@@ -731,3 +731,15 @@ def test_an_adapter_is_added_while_all_layers_are_merged() -> None:
     model.add_adapter("second", QLoRAConfig(r=2, target_modules="all-linear"))
     model.unmerge_adapter()
     assert torch.equal(logits(model, ids), expected)
+
+
+def test_doras_norm_follows_a_dense_weight_that_is_changed_unseen() -> None:
+    """Through `.data`, as PEFT's merge does: DoRA's direction does not depend on the size of the weight."""
+    model = get_peft_model(llama(), QLoRAConfig(r=2, target_modules=["q_proj"], use_dora=True, quantization=None))
+    ids = tokens()
+    expected = model.train()(input_ids=ids).logits
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.get_base_layer().weight.data.mul_(3.0)
+    # lora_B is zero, so that the weight is only scaled, and its norm divides that out
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
