@@ -19,7 +19,7 @@ are wrapped. For a stock `LoraConfig` each of them does what PEFT did.
 | `PeftModel.save_pretrained` | whole or not at all; hash and fold factors are written |
 | `hotswap.check_hotswap_configs_compatible`, `hotswap_adapter_from_state_dict` | both sides in portable form |
 
-Everything private of PEFT, transformers and bitsandbytes that the package leans on is in `PRIVATE`, each with a
+Everything private of PEFT, transformers, bitsandbytes and torch that the package leans on is in `PRIVATE`, each with a
 contract test.
 """
 
@@ -88,6 +88,12 @@ PRIVATE = {
     "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer._dequantize": "quant.base",
     "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer.remove_quantization_config": "quant.base",
     "transformers.integrations.bitsandbytes:Bnb4bitDeserialize": "quant.base",
+    "torch._C:_current_graph_task_id": "kernels.functional",
+    "torch:Tensor._make_wrapper_subclass": "layers.logits",
+    "torch.utils._pytree:tree_map_only": "layers.logits",
+    "torch._C:_dispatch_tls_local_include_set": "layers.logits",
+    "torch._C:DispatchKeySet.from_raw_repr": "layers.logits",
+    "torch._C:_ForceDispatchKeyGuard": "layers.logits",
 }
 
 

@@ -97,6 +97,50 @@ def qlora(**options: Any) -> QLoRAConfig:
     return QLoRAConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **options})
 
 
+# torch
+
+
+@contract("torch._C:_current_graph_task_id")
+def _() -> None:
+    """A number of its own for each backward pass, -1 outside."""
+    seen = []
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(lambda _: seen.append(torch._C._current_graph_task_id()))
+    for _ in range(2):
+        (x * 2).sum().backward()
+    assert torch._C._current_graph_task_id() == -1 not in seen
+    assert len(set(seen)) == 2
+
+
+@contract("torch:Tensor._make_wrapper_subclass")
+def _() -> None:
+    class Empty(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, *_: Any) -> None:
+            pytest.fail("nothing was to be computed")
+
+    made = torch.Tensor._make_wrapper_subclass(Empty, (1000, 2**40), dtype=torch.float16, device=torch.device("cpu"))
+    assert (type(made), made.shape, made.dtype) == (Empty, (1000, 2**40), torch.float16)
+
+
+@contract("torch.utils._pytree:tree_map_only")
+def _() -> None:
+    assert torch.utils._pytree.tree_map_only(int, lambda i: i + 1, ([1, "a"], {"b": (2,)})) == ([2, "a"], {"b": (3,)})
+
+
+@contract("torch._C:_dispatch_tls_local_include_set")
+@contract("torch._C:DispatchKeySet.from_raw_repr")
+@contract("torch._C:_ForceDispatchKeyGuard")
+def _() -> None:
+    """Below autograd, where dispatched readers are, operations are recorded again within the guard."""
+    x = torch.ones(1, requires_grad=True)
+    with torch._C._AutoDispatchBelowAutograd():
+        assert (x * 2).grad_fn is None
+        included = torch._C._dispatch_tls_local_include_set()
+        with torch._C._ForceDispatchKeyGuard(included, torch._C.DispatchKeySet.from_raw_repr(0)):
+            assert (x * 2).grad_fn is not None
+
+
 # PEFT: registries and hooks
 
 
