@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,6 +48,23 @@ def _check_choice(option: str, given: Iterable[str], known: Iterable[str]) -> No
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise _misused(f"{option} {unknown} is not known; choose from {sorted(known)}.")
+
+
+def _read_results(results: Path) -> Any:
+    import json
+
+    if not results.is_file():
+        raise _misused(f"{results} is not there; leave out --report to measure.")
+    return json.loads(results.read_text(encoding="utf-8"))
+
+
+def _measured(found: Any, results: Path, report: Any) -> None:
+    """Keep what was measured, draw it and print it, as the module `report` does."""
+    from hf_qlora.bench.measure import write_whole
+
+    write_whole(results, found)
+    report.plot(found, results.with_suffix(".png"))
+    typer.echo(report.markdown(found))
 
 
 bench = typer.Typer(help="Measurements that can be run again.", no_args_is_help=True)
@@ -103,23 +120,41 @@ def bench_train_step(
     The arms take turns in one process, so that ratios hold on a noisy machine; absolute seconds do not. Memory is
     measured in a process for each arm. Minutes on two cores.
     """
-    import json
-
-    from hf_qlora.bench.measure import write_whole
     from hf_qlora.bench.train_step import arms, report, run
 
     _check_choice("--shape", [shape], arms.SHAPES)
     _check_choice("--arm", arm or [], arms.ARMS)
     if report_only:
-        if not results.is_file():
-            raise _misused(f"{results} is not there; leave out --report to measure.")
-        typer.echo(report.markdown(json.loads(results.read_text(encoding="utf-8"))))
+        typer.echo(report.markdown(_read_results(results)))
         return
     case = arms.Case(shape, batch_size, sequence_length, rank, checkpointing=checkpointing, device=device)
-    found = run.measure(case, rounds, arm or tuple(arms.ARMS))
-    write_whole(results, found)
-    report.plot(found, results.with_suffix(".png"))
-    typer.echo(report.markdown(found))
+    _measured(run.measure(case, rounds, arm or tuple(arms.ARMS)), results, report)
+
+
+@bench.command("growth")
+def bench_growth(
+    shape: Annotated[
+        str, typer.Option(help="The model's: smollm2, llama3-8b or tiny. Weights are random.")
+    ] = "smollm2",
+    batch_size: Annotated[int, typer.Option(min=1)] = 2,
+    sequence_length: Annotated[int, typer.Option(min=2)] = 256,
+    rank: Annotated[int, typer.Option(min=1)] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each arm's turn comes.")] = 5,
+    axis: Annotated[list[str] | None, typer.Option(help="tokens, rank, layers or adapters; all by default.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    results: Annotated[Path, typer.Option(help="JSON; the picture goes beside it.")] = Path("results/growth.json"),
+    report_only: Annotated[bool, typer.Option("--report", help="Do nothing; print the table of --results.")] = False,
+) -> None:
+    """What one more token, rank, layer or adapter costs a training step, beside the frozen base alone."""
+    from hf_qlora.bench.train_step import arms, growth
+
+    _check_choice("--shape", [shape], arms.SHAPES)
+    _check_choice("--axis", axis or [], growth.AXES)
+    if report_only:
+        typer.echo(growth.markdown(_read_results(results)))
+        return
+    case = arms.Case(shape, batch_size, sequence_length, rank, device=device)
+    _measured(growth.measure(case, rounds, axis or tuple(growth.AXES)), results, growth)
 
 
 @bench.command("learning-curve")

@@ -65,6 +65,21 @@ def test_arms_hold_the_dtypes_they_are_called_by() -> None:
     assert embeddings == {DOCUMENTED: torch.float32, TUNED: torch.bfloat16, OURS: torch.bfloat16}
 
 
+def test_under_autocast_the_same_float32_head_multiplies_in_bfloat16() -> None:
+    seen: dict[str, tuple[torch.dtype, torch.dtype]] = {}
+    for name in (DOCUMENTED, "stock, autocast"):
+        step = ARMS[name].start(TINY)
+        head = step.model.get_output_embeddings()
+        head.register_forward_hook(
+            lambda head, _, logits, name=name: seen.update({name: (head.weight.dtype, logits.dtype)})
+        )
+        step(TINY.batch(0))
+    assert seen == {
+        DOCUMENTED: (torch.float32, torch.float32),
+        "stock, autocast": (torch.float32, torch.bfloat16),
+    }
+
+
 def test_the_arithmetic_is_what_torch_counts() -> None:
     """torch's counter sees the products of the frozen base, forward and backward to its input."""
     step = ARMS[FLOOR].start(TINY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,18 +160,20 @@ class Arm:
     Attributes:
         build: makes the model; `settings` are passed to it.
         options: of the model's forward.
+        autocast: whether the forward runs under autocast to bfloat16, as Trainer's does with `bf16=True`.
     """
 
     name: str
     build: Callable[..., Any]
     settings: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    autocast: bool = False
 
     def start(self, case: Case) -> Step:
         model = self.build(case, **self.settings)
         if case.checkpointing:
             model.gradient_checkpointing_enable()
-        return Step(model.train(), case, self.options)
+        return Step(model.train(), case, self.options, self.autocast)
 
 
 class Step:
@@ -183,25 +186,31 @@ class Step:
     loss: float
     gradient_norm: float
 
-    def __init__(self, model: Any, case: Case, options: dict[str, Any]) -> None:
-        self.model, self.case, self.options = model, case, options
+    def __init__(self, model: Any, case: Case, options: dict[str, Any], autocast: bool = False) -> None:
+        self.model, self.case, self.options, self.autocast = model, case, options, autocast
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=case.learning_rate, fused=True) if self.trained else None
 
     def __call__(self, batch: dict[str, Tensor]) -> None:
         if self.optimizer is None:
             inputs = self.model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
-            loss = self.model(inputs_embeds=inputs, labels=batch["labels"]).loss
+            loss = self._loss(inputs_embeds=inputs, labels=batch["labels"])
             loss.backward()
             gradients = [inputs.grad]
         else:
-            loss = self.model(**batch, **self.options).loss
+            loss = self._loss(**batch)
             loss.backward()
             gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.loss = loss.item()
         self.gradient_norm = float(nn.utils.get_total_norm([g for g in gradients if g is not None]))
+
+    def _loss(self, **inputs: Any) -> Tensor:
+        kind = torch.device(self.case.device).type
+        with torch.autocast(kind, torch.bfloat16) if self.autocast else nullcontext():
+            loss: Tensor = self.model(**inputs, **self.options).loss
+        return loss
 
 
 DOCUMENTED, TUNED, FLOOR = "stock, as documented", "stock, all bfloat16", "floor"
@@ -210,9 +219,11 @@ ARMS = {
     arm.name: arm
     for arm in (
         Arm(DOCUMENTED, _documented),
+        Arm("stock, autocast", _documented, autocast=True),
         Arm(TUNED, _tuned),
         Arm(OURS, _ours, {"chunked_loss": False}),
         Arm(CHUNKED, _ours),
+        Arm("ours, autocast", _ours, autocast=True),
         Arm(TRL, _with_trls_head, options={"fused_lm_head": True}),
         Arm("ours, gain", _ours, {"config": AdaptiveDepthLoRAConfig}),
         Arm("ours, gain and concentration", _ours, {"config": AdaptiveDepthLoRAConfig, "attention": "concentration"}),
