@@ -72,8 +72,10 @@ def measure(case: Case, rounds: int, axes: Sequence[str] = tuple(AXES)) -> dict[
 
 def _at(case: Case, name: str, value: int) -> Case:
     """The case with one value of an axis; tokens are those of one step, of one sequence."""
-    changed = {AXES[name].field: value}
-    return replace(case, **changed, **({"batch_size": 1} if name == "tokens" else {}))
+    changed: dict[str, Any] = {AXES[name].field: value}
+    if name == "tokens":
+        changed["batch_size"] = 1
+    return replace(case, **changed)
 
 
 def _point(case: Case, rounds: int, bar: Any) -> dict[str, dict[str, Any]]:
@@ -148,7 +150,7 @@ def _row(name: str, value: int, ours: dict[str, Any], floor: dict[str, Any]) -> 
 
 
 def _seconds(arm: dict[str, Any]) -> float:
-    return statistics.median(arm["step_s"])
+    return float(statistics.median(arm["step_s"]))
 
 
 def _peak_mib(arm: dict[str, Any]) -> float:
