@@ -1,0 +1,1 @@
+"""Sharing: the push, what Trainer pushes, and the model card."""
