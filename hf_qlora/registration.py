@@ -13,6 +13,7 @@ are wrapped. For a stock `LoraConfig` each of them does what PEFT did.
 | `load_peft_weights` in `peft_model`, `hotswap` | the file is checked; a checkpoint has exact tensors beside |
 | `peft_model.set_peft_model_state_dict` | says in which form the tensors are; misfits are errors, not warnings |
 | `PeftModel.__init__`, `from_pretrained` | what PEFT will refuse is refused before the base is quantized |
+| `_BaseAutoPeftModel.from_pretrained` | the base is made with the classes of the adapter |
 | `PeftModel.load_adapter` | an adapter whose file is refused does not stay, without its weights |
 | `PeftAdapterMixin.load_adapter` | transformers sets a file's tensors itself, so the adapter must be in their form |
 | `lora.dora.dequantize_module_weight` | bitsandbytes reads wrong scales on some CPUs (`quant/linear4bit.py`) |
@@ -41,6 +42,7 @@ import peft.tuners.lora.dora
 import peft.utils.hotswap
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, PeftType
+from peft.auto import _BaseAutoPeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from transformers import Trainer
@@ -69,6 +71,7 @@ PRIVATE = {
     "peft.peft_model:PeftModel.from_pretrained": "registration",
     "peft.peft_model:PeftModel.load_adapter": "registration",
     "peft.peft_model:PeftModel.save_pretrained": "registration",
+    "peft.auto:_BaseAutoPeftModel.from_pretrained": "registration",
     "peft.peft_model:PeftModel.push_to_hub": "registration",
     "peft.config:PeftConfigMixin.push_to_hub": "registration",
     "transformers:Trainer._save": "registration",
@@ -137,6 +140,7 @@ def register() -> None:
     _wrap(PeftModel, "from_pretrained", hooks.from_pretrained)
     _wrap(PeftModel, "load_adapter", hooks.load_adapter)
     _wrap(PeftModel, "save_pretrained", hooks.save_pretrained)
+    _wrap(_BaseAutoPeftModel, "from_pretrained", hooks.auto_from_pretrained)
     _wrap(PeftModel, "push_to_hub", push.push_to_hub)
     _wrap(peft.config.PeftConfigMixin, "push_to_hub", push.push_to_hub)
     _wrap(Trainer, "_save", trainer_hooks.save)

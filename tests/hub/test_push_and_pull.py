@@ -13,10 +13,25 @@ from architectures import bert
 from hub.conftest import BASE, Model, adapted, logits, tokenizer
 from hub.server import Hub
 from huggingface_hub.errors import RepositoryNotFoundError
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from hf_qlora import QLoRAConfig
+from hf_qlora.validation import ConfigError
 
 
 REPO = "alice/adapter"
@@ -175,3 +190,50 @@ def test_a_local_base_is_named_with_the_way_out(
     assert "folder" not in caplog.text
     hub.put(BASE, base_files)
     assert torch.equal(logits(pull()), logits(model))
+
+
+CLASSES = {0: "bad", 1: "so-so", 2: "good"}
+
+
+@pytest.fixture
+def classifier(hub: Hub, tmp_path: Path) -> Model:
+    """An adapter with a head of three classes, on a base that has two."""
+    torch.manual_seed(0)
+    bert().bert.save_pretrained(tmp_path / "bert")
+    hub.put("alice/bert", {path.name: path.read_bytes() for path in (tmp_path / "bert").iterdir()})
+    base = AutoModelForSequenceClassification.from_pretrained(
+        "alice/bert", id2label=CLASSES, label2id={name: i for i, name in CLASSES.items()}
+    )
+    config = QLoRAConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
+    model = get_peft_model(base, config).eval()
+    model.push_to_hub(REPO)
+    return model
+
+
+@pytest.mark.parametrize("how", ["AutoPeft", "AutoModel"])
+def test_classes_travel_with_the_adapter(how: str, classifier: Model) -> None:
+    if how == "AutoPeft":
+        pulled = AutoPeftModelForSequenceClassification.from_pretrained(REPO).eval()
+    else:
+        pulled = AutoModelForSequenceClassification.from_pretrained(REPO, num_labels=3).eval()
+    assert pulled.config.id2label == CLASSES
+    assert pulled.config.label2id == {name: i for i, name in CLASSES.items()}
+    assert torch.equal(logits(pulled), logits(classifier))
+
+
+def test_a_caller_may_name_classes_otherwise(classifier: Model) -> None:
+    names = {0: "a", 1: "b", 2: "c"}
+    pulled = AutoPeftModelForSequenceClassification.from_pretrained(REPO, id2label=names)
+    assert pulled.config.id2label == names
+
+
+def test_another_number_of_classes_is_refused_with_the_number(classifier: Model) -> None:
+    with pytest.raises(ConfigError, match="num_labels=3"):
+        AutoModelForSequenceClassification.from_pretrained(REPO)
+
+
+def test_only_classifiers_have_classes(hub: Hub, model: Model, classifier: Model) -> None:
+    model.push_to_hub("alice/generator")
+    records = [json.loads(hub.tree(repo)["adapter_config.json"])["hf_qlora"] for repo in (REPO, "alice/generator")]
+    assert records[0]["labels"] == list(CLASSES.values())
+    assert "labels" not in records[1]
