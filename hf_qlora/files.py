@@ -322,7 +322,7 @@ def _complete(
     """Add to a staged adapter what only the saved file and the model know."""
     values = json.loads((folder / CONFIG_NAME).read_text())
     record = values[RECORD_KEY]
-    record |= {"weights_sha256": sha256(folder / SAFETENSORS_WEIGHTS_NAME), "fold": by, "versions": _versions()}
+    record |= {"weights_sha256": sha256(folder / SAFETENSORS_WEIGHTS_NAME), "fold": by, "versions": versions()}
     if learned:
         record["depth"] = learned
     if classes:
@@ -352,7 +352,7 @@ def _remove_left_overs(target: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {}
     for name in VERSIONED:
         try:

@@ -156,7 +156,7 @@ def from_pretrained(
 
 
 def auto_from_pretrained(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
-    """A classifier's base is made with the adapter's classes: their number is that of the head, which is in the file."""
+    """A classifier's base is made with the adapter's classes: their number is that of the head in the file."""
     given = inspect.signature(original).bind(cls, *args, **kwargs).arguments
     options = {**given.get("kwargs", {}), "revision": given.get("revision")}
     folder = files.adapter_folder(given["pretrained_model_name_or_path"], **options)
@@ -206,7 +206,7 @@ def _check_trained_alike(config: QLoRAConfig, folder: files.AdapterFolder) -> No
 
 def load_into_transformers(
     original: Callable[..., Any],
-    model: nn.Module,
+    model: Any,
     peft_model_id: str | None = None,
     adapter_name: str | None = None,
     *args: Any,
@@ -227,7 +227,7 @@ def load_into_transformers(
     return result
 
 
-def _classes(model: nn.Module, folder: files.AdapterFolder | None) -> list[str]:
+def _classes(model: Any, folder: files.AdapterFolder | None) -> list[str]:
     """The adapter's classes, for a classifier that transformers has made from the base's config alone.
 
     Raises:

@@ -18,6 +18,7 @@ are wrapped. For a stock `LoraConfig` each of them does what PEFT did.
 | `PeftAdapterMixin.load_adapter` | transformers sets a file's tensors itself, so the adapter must be in their form |
 | `lora.dora.dequantize_module_weight` | bitsandbytes reads wrong scales on some CPUs (`quant/linear4bit.py`) |
 | `PeftModel.save_pretrained` | whole or not at all; hash and fold factors are written |
+| `PeftModel.create_or_update_model_card` | a card that says what there is, without a template that says nothing |
 | `PeftModel.push_to_hub`, `PeftConfigMixin.push_to_hub` | one commit, with the adapter's card; errors say what to do |
 | `Trainer._save`, `init_hf_repo`, `push_to_hub`, `_finish_current_push` | the same; and Trainer saves its token |
 | `hotswap.check_hotswap_configs_compatible`, `hotswap_adapter_from_state_dict` | both sides in portable form |
@@ -51,7 +52,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from hf_qlora import hooks
 from hf_qlora.config import QLoRAConfig
 from hf_qlora.config.record import RECORD_KEY
-from hf_qlora.hub import push
+from hf_qlora.hub import facts, push
 from hf_qlora.hub import trainer as trainer_hooks
 from hf_qlora.tuner import QLoRAModel
 
@@ -72,13 +73,14 @@ PRIVATE = {
     "peft.peft_model:PeftModel.load_adapter": "registration",
     "peft.peft_model:PeftModel.save_pretrained": "registration",
     "peft.auto:_BaseAutoPeftModel.from_pretrained": "registration",
+    "peft.peft_model:PeftModel.create_or_update_model_card": "registration",
     "peft.peft_model:PeftModel.push_to_hub": "registration",
     "peft.config:PeftConfigMixin.push_to_hub": "registration",
     "transformers:Trainer._save": "registration",
     "transformers:Trainer.init_hf_repo": "registration",
     "transformers:Trainer.push_to_hub": "registration",
     "transformers:Trainer._finish_current_push": "registration",
-    "huggingface_hub.errors:HTTPError": "hub.push",
+    "huggingface_hub.errors:HTTPError": "hub.errors",
     "peft.tuners.lora.dora:dequantize_module_weight": "registration",
     "peft.utils.hotswap:load_peft_weights": "registration",
     "peft.utils.hotswap:check_hotswap_configs_compatible": "registration",
@@ -141,6 +143,7 @@ def register() -> None:
     _wrap(PeftModel, "load_adapter", hooks.load_adapter)
     _wrap(PeftModel, "save_pretrained", hooks.save_pretrained)
     _wrap(_BaseAutoPeftModel, "from_pretrained", hooks.auto_from_pretrained)
+    _wrap(PeftModel, "create_or_update_model_card", facts.create_or_update_model_card)
     _wrap(PeftModel, "push_to_hub", push.push_to_hub)
     _wrap(peft.config.PeftConfigMixin, "push_to_hub", push.push_to_hub)
     _wrap(Trainer, "_save", trainer_hooks.save)

@@ -1,4 +1,4 @@
-"""What Trainer pushes by itself, where its model has an adapter of ours: the same errors, none silent, and no token."""
+"""What Trainer pushes by itself, where its model has an adapter of ours: errors explained, none silent, no token."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 
 from transformers import Trainer
 
-from hf_qlora.hub.push import explained, explanation, is_ours, warn_of_local_bases
+from hf_qlora.hub.errors import explained, explanation
+from hf_qlora.hub.facts import is_ours
+from hf_qlora.hub.push import warn_of_local_bases
 
 
 logger = logging.getLogger(__name__)
 
 
 class Unsaved(str):
-    """A string that is pickled as None: Trainer pickles its arguments, `hub_token` among them, into a file it pushes."""
+    """A string that is pickled as None: Trainer pickles its arguments with `hub_token` into a file that it pushes."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return type(None), ()

@@ -8,9 +8,9 @@
     POST /api/models/<repo>/commit/<rev>        small files in it, large ones by their hash: all of them or none
     GET  /<repo>/resolve/<rev>/<path>           the file, or a redirect to /_cdn/<sha256>
 
-All of it is in memory, in one event loop, so that each request is handled whole before the next. `Fault`s are what goes
-wrong: an error, a delay, a broken connection, an effect whose answer is lost, or a function of the test's, called before
-or after the effect. Xet is left out: clients must set HF_HUB_DISABLE_XET.
+All of it is in memory, in one event loop, so that each request is handled whole before the next. `Fault`s are what
+goes wrong: an error, a delay, a broken connection, an effect whose answer is lost, or a function of the test's, called
+before or after the effect. Xet is left out: clients must set HF_HUB_DISABLE_XET.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is pushed is what save_pretrained writes, and what is pulled computes the same: over HTTP, by the usual calls."""
+"""What is pushed is what save_pretrained writes, and what is pulled computes the same, by the usual calls."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def test_a_push_is_one_commit_of_what_save_pretrained_writes(hub: Hub, model: Mo
 
 
 def test_several_adapters_are_pushed_in_their_folders(hub: Hub, model: Model) -> None:
-    model.add_adapter("other", QLoRAConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False))
+    model.add_adapter(
+        "other", QLoRAConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    )
     model.push_to_hub(REPO)
     assert set(hub.tree(REPO)) == FILES | {f"other/{name}" for name in FILES - {"README.md"}}
     model.set_adapter("other")
