@@ -33,7 +33,7 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, as it was last measured."""
+    """One metric, as it was measured at a step."""
 
     name: str
     value: float
@@ -90,7 +90,7 @@ class ModelCardCallback(TrainerCallback):
         self.trainer, self.dataset, self.dataset_split = trainer, dataset, dataset_split
         self.dataset_name = dataset_name or dataset
         self.license, self.language = license, language
-        self.metrics: dict[str, Metric] = {}
+        self.metrics: dict[str, dict[int, float]] = {}  # by name and step
         self.costs: dict[str, float] = {}
         self.ended = False
         self.made: ModelCard | None = None  # what create_model_card has made last
@@ -106,7 +106,7 @@ class ModelCardCallback(TrainerCallback):
         for key, value in (metrics or {}).items():
             name = key.removeprefix("eval_")
             if isinstance(value, int | float) and name != "epoch" and not name.endswith(NO_METRICS):
-                self.metrics[name] = Metric(name, float(value), state.global_step)
+                self.metrics.setdefault(name, {})[state.global_step] = float(value)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
         self.costs |= {name: logs[name] for name in COSTS if isinstance(logs.get(name), int | float)}
@@ -168,7 +168,7 @@ class ModelCardCallback(TrainerCallback):
 
     def _results(self) -> list[EvalResult]:
         """For the metadata: those of the adapter that is saved, on data that the Hub knows."""
-        task, step = facts.task_of(self.trainer.model), self._best() or self.trainer.state.global_step
+        task, step = facts.task_of(self.trainer.model), self._step()
         if self.dataset is None or task is None:
             return []
         return [
@@ -181,7 +181,7 @@ class ModelCardCallback(TrainerCallback):
                 metric_name=card.one_line(metric.name),
                 metric_value=metric.value,
             )
-            for metric in self.metrics.values()
+            for metric in self._measured()
             if metric.step == step and math.isfinite(metric.value)
             if (metric_type := _metric_type(metric.name)) is not None
         ]
@@ -192,6 +192,19 @@ class ModelCardCallback(TrainerCallback):
         best: int | None = state.best_global_step
         return best if self.ended and args.load_best_model_at_end and best != state.global_step else None
 
+    def _step(self) -> int:
+        """The step of the adapter that is saved."""
+        step: int = self._best() or self.trainer.state.global_step
+        return step
+
+    def _measured(self) -> list[Metric]:
+        """Each metric of the adapter that is saved, or else the last one."""
+        found = []
+        for name, by_step in self.metrics.items():
+            step = self._step() if self._step() in by_step else max(by_step)
+            found.append(Metric(name, by_step[step], step))
+        return found
+
     def _facts(self) -> dict[str, Any]:
         trainer, state = self.trainer, self.trainer.state
         evaluated = trainer.eval_dataset
@@ -200,7 +213,7 @@ class ModelCardCallback(TrainerCallback):
             "training": {name: card.code(value) for name, value in self._hyperparameters().items()},
             "metrics": [
                 {"name": card.code(metric.name), "shown": metric.shown, "step": metric.step}
-                for metric in self.metrics.values()
+                for metric in self._measured()
             ],
             "evaluated": len(evaluated) if isinstance(evaluated, Sized) and not isinstance(evaluated, dict) else None,
             "step": state.global_step,

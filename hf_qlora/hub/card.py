@@ -33,11 +33,12 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 logger = logging.getLogger(__name__)
 
-_HEADING = re.compile(r"^#{1,6} .*$", re.MULTILINE)
+_HEADING = re.compile(r"^(#{1,6} |<!-- /?hf_qlora ).*$", re.MULTILINE)  # our marks part sections, too
 _FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 # What generators write: transformers.modelcard.TrainingSummary, transformers.utils.hub.create_and_tag_model_card.
 _GENERATED = "<!-- This model card has been generated automatically"
 _FROM_SCRATCH = "This model was trained from scratch on an unknown dataset."
+_RESULTS = re.compile(r"^It achieves the following results on the evaluation set:\s*?\n(- .*\n)*", re.MULTILINE)
 _OF_A_RUN = ("## Training procedure", "### Training hyperparameters", "### Training results")
 _UNFILLED = "More information needed"
 _TRANSFORMERS_DESCRIPTION = (
@@ -131,11 +132,12 @@ def extend(card: ModelCard, block: str, facts: Mapping[str, Any], data: Mapping[
             now += _merge(card.data, key, value, before)
     body = render(block, {**facts, "license": _license(card.data)})
     text = f"<!-- hf_qlora {' '.join([block, *now])} -->\n\n{body.strip()}\n\n<!-- /hf_qlora {block} -->\n"
+    gap = "\n\n"
     if "\r\n" in card.text:
-        text = text.replace("\n", "\r\n")
+        text, gap = text.replace("\n", "\r\n"), "\r\n\r\n"
     start, end = found.span() if found else (len(card.text), len(card.text))
     head = card.text[:start].rstrip()
-    card.text = f"{head}\n\n{text}{card.text[end:]}" if head else text + card.text[end:]
+    card.text = f"{head}{gap}{text}{card.text[end:]}" if head else text + card.text[end:]
 
 
 def add_citations(card: ModelCard, made: ModelCard | None) -> None:
@@ -202,7 +204,7 @@ def without_boilerplate(text: str, trained: bool = False) -> str:
     generated = trained and _GENERATED in text
     if generated:
         start = text.index(_GENERATED)
-        text = text[:start] + text[text.index("-->", start) + 3 :]
+        text = _RESULTS.sub("", text[:start] + text[text.index("-->", start) + 3 :])
     sections, kept = _sections(text), list[str]()
     within = 0  # the level of the section kept last; those that it belongs to are kept, too
     for heading, body in reversed(sections):
@@ -215,8 +217,8 @@ def without_boilerplate(text: str, trained: bool = False) -> str:
 
 def _is_boilerplate(heading: str, body: str, generated: bool) -> bool:
     text = " ".join(body.split())
-    if generated and (heading in _OF_A_RUN or text.startswith("It achieves the following results")):
-        return "<!-- hf_qlora" not in text
+    if generated and heading in _OF_A_RUN:
+        return True
     if heading.endswith(" Framework versions"):
         return bool(_VERSIONS.fullmatch(text + " "))
     return heading != "" and (text == _UNFILLED or text in _unfilled_template().get(heading, ()))
