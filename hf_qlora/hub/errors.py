@@ -24,10 +24,16 @@ def explained(repo_id: str) -> Iterator[None]:
         raise
     except (TransportError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ConnectionError(explanation(error, repo_id)) from error
+    except RuntimeError as error:  # which huggingface_hub wraps what happens to a large file in
+        if not isinstance(error.__cause__, TransportError):
+            raise
+        raise ConnectionError(explanation(error, repo_id)) from error
 
 
 def explanation(error: BaseException, repo_id: str) -> str:
     """What a failed push means, and what to do."""
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
     if isinstance(error, OfflineModeIsEnabled):
         cause = "HF_HUB_OFFLINE is set. Unset it"
     elif isinstance(error, HfHubHTTPError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,7 +55,8 @@ def hub(_server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hf_api.api, "endpoint", _server.url)
     monkeypatch.setattr(transformers_hub, "_hf_api", None)
-    monkeypatch.setattr(utils._http.time, "sleep", lambda _: None)  # between retries
+    no_waiting = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    monkeypatch.setattr(utils._http, "time", no_waiting)  # between retries
     monkeypatch.setenv("HF_TOKEN", "hf_alice_write")
     yield _server
     transformers_hub._hf_api = None
