@@ -207,6 +207,14 @@ def test_a_trainer_without_a_token_says_so_before_training(
         trainer(model, tmp_path / "run")
 
 
+def test_an_error_is_explained_once(hub: Hub, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    watched = trainer(model, tmp_path / "run", push_to_hub=False)
+    with pytest.raises(HfHubHTTPError) as raised:  # from the repository's creation, within the push
+        watched.push_to_hub()
+    assert str(raised.value).count("Pushing to") == 1
+
+
 # ── Pulling ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -124,9 +124,16 @@ def test_a_stock_adapter_is_pushed_by_transformers(hub: Hub, base: Model) -> Non
 def trainer(model: Model, folder: Path, **settings: Any) -> Trainer:
     ids = torch.randint(2, 64, (8, 8), generator=torch.Generator().manual_seed(0))
     rows = [{"input_ids": row, "labels": row} for row in ids]
-    given = {"max_steps": 4, "logging_steps": 2, "save_steps": 2, "per_device_train_batch_size": 2, **settings}
+    given = {
+        "push_to_hub": True,
+        "max_steps": 4,
+        "logging_steps": 2,
+        "save_steps": 2,
+        "per_device_train_batch_size": 2,
+        **settings,
+    }
     arguments = TrainingArguments(
-        str(folder), push_to_hub=True, hub_model_id=REPO, use_cpu=True, report_to="none", disable_tqdm=True, **given
+        str(folder), hub_model_id=REPO, use_cpu=True, report_to="none", disable_tqdm=True, **given
     )
     return Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer())
 
