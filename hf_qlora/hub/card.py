@@ -124,7 +124,9 @@ def extend(card: ModelCard, block: str, facts: Mapping[str, Any], data: Mapping[
         data: fields of `ModelCardData`; lists are added to, None is left out.
     """
     card.text = without_boilerplate(card.text, trained=block == "training")
-    marked = re.compile(rf"<!-- hf_qlora {block}([0-9a-f ]*)-->.*?<!-- /hf_qlora {block} -->\n?", re.DOTALL)
+    # Not past another beginning: a user may have removed an end, and what follows is theirs.
+    inside = "(?:(?!<!-- hf_qlora ).)*?"
+    marked = re.compile(rf"<!-- hf_qlora {block}([0-9a-f ]*)-->{inside}<!-- /hf_qlora {block} -->\n?", re.DOTALL)
     found = marked.search(card.text)
     before, now = set(found[1].split() if found else []), []
     for key, value in data.items():

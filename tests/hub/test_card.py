@@ -199,6 +199,16 @@ def test_a_users_edit_of_what_we_wrote_stays(tmp_path: Path) -> None:
     assert text_of(tmp_path).rstrip().endswith("An afterthought.")
 
 
+def test_text_after_a_block_without_an_end_stays(tmp_path: Path) -> None:
+    model = offline_model()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text(text_of(tmp_path).replace("<!-- /hf_qlora adapter -->", "All mine.\n"))
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        assert "All mine." in text_of(tmp_path)
+    assert text_of(tmp_path).count("<!-- /hf_qlora adapter -->") == 1
+
+
 def test_what_an_earlier_run_wrote_is_replaced(tmp_path: Path) -> None:
     trainer, callback = trained(offline_model(), tmp_path, {"dataset": "alice/numbers"})
     for loss in (2.0, 1.0):
