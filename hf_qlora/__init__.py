@@ -9,6 +9,7 @@ configs behave as before.
 """
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
+from hf_qlora.hub.callback import ModelCardCallback
 from hf_qlora.layers.head import disable_chunked_loss, enable_chunked_loss
 from hf_qlora.quant.base import quantize_model
 from hf_qlora.registration import register
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveDepthLoRAConfig",
     "DepthScaleCallback",
+    "ModelCardCallback",
     "NF4Config",
     "QLoRAConfig",
     "QLoRAModel",

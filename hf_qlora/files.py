@@ -242,7 +242,8 @@ def save(
         write(stage, *args, **kwargs)
         for name in ours:
             learned = depth.learned(model, name)
-            _complete(stage / name if name != "default" else stage, by[name], native.get(name, {}), learned)
+            place = stage / name if name != "default" else stage
+            _complete(place, by[name], native.get(name, {}), learned, labels(model))
         moves = _moves(stage, target)
         moving = True
         for path, final in moves:
@@ -255,6 +256,15 @@ def save(
         for name, mode in inference_mode.items():  # PEFT sets it while it writes
             model.peft_config[name].inference_mode = mode
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def labels(model: PeftModel) -> list[str]:
+    """The names of a classifier's classes, in the order of its outputs; none of any other model."""
+    base = model.get_base_model()
+    names = getattr(getattr(base, "config", None), "id2label", None) or {}
+    if not type(base).__name__.endswith("Classification") or set(names) != set(range(len(names))):
+        return []
+    return [str(names[i]) for i in range(len(names))]
 
 
 def check_beside(config_file: Path, record: dict[str, Any]) -> None:
@@ -303,14 +313,20 @@ def _native_tensors(model: PeftModel, name: str, options: Mapping[str, Any]) -> 
 
 
 def _complete(
-    folder: Path, by: dict[str, float], native: dict[str, Tensor], learned: dict[str, dict[str, Any]]
+    folder: Path,
+    by: dict[str, float],
+    native: dict[str, Tensor],
+    learned: dict[str, dict[str, Any]],
+    classes: list[str],
 ) -> None:
     """Add to a staged adapter what only the saved file and the model know."""
     values = json.loads((folder / CONFIG_NAME).read_text())
     record = values[RECORD_KEY]
-    record |= {"weights_sha256": sha256(folder / SAFETENSORS_WEIGHTS_NAME), "fold": by, "versions": _versions()}
+    record |= {"weights_sha256": sha256(folder / SAFETENSORS_WEIGHTS_NAME), "fold": by, "versions": versions()}
     if learned:
         record["depth"] = learned
+    if classes:
+        record["labels"] = classes
     if native:
         save_file(native, folder / STATE_NAME, metadata={"format": "pt"})
         record["state_sha256"] = sha256(folder / STATE_NAME)
@@ -336,7 +352,7 @@ def _remove_left_overs(target: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {}
     for name in VERSIONED:
         try:

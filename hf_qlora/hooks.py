@@ -155,6 +155,17 @@ def from_pretrained(
         return original(cls, model, *args, **kwargs)
 
 
+def auto_from_pretrained(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
+    """A classifier's base is made with the adapter's classes: their number is that of the head in the file."""
+    given = inspect.signature(original).bind(cls, *args, **kwargs).arguments
+    options = {**given.get("kwargs", {}), "revision": given.get("revision")}
+    folder = files.adapter_folder(given["pretrained_model_name_or_path"], **options)
+    if folder is not None and folder.record.get("labels") and not {"id2label", "num_labels"} & kwargs.keys():
+        names = dict(enumerate(folder.record["labels"]))
+        kwargs |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    return original(cls, *args, **kwargs)
+
+
 def load_adapter(
     original: Callable[..., Any], model: PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
@@ -195,7 +206,7 @@ def _check_trained_alike(config: QLoRAConfig, folder: files.AdapterFolder) -> No
 
 def load_into_transformers(
     original: Callable[..., Any],
-    model: nn.Module,
+    model: Any,
     peft_model_id: str | None = None,
     adapter_name: str | None = None,
     *args: Any,
@@ -203,12 +214,34 @@ def load_into_transformers(
 ) -> Any:
     options = kwargs.get("adapter_kwargs") or {}
     folder = None if peft_model_id is None else files.adapter_folder(peft_model_id, **options)
+    labels = _classes(model, folder)
     if folder is not None and kwargs.get("hotswap") is not True:
         folder.check()
         place, name = str(folder.weights.parent), adapter_name or "default"
         rehearse(model, name, lambda copied: PeftModel.from_pretrained(copied, place, name, torch_device="cpu"))
     with fold.exchange("portable", past_peft=True):
-        return original(model, peft_model_id, adapter_name, *args, **kwargs)
+        result = original(model, peft_model_id, adapter_name, *args, **kwargs)
+    if labels:
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {name: i for i, name in enumerate(labels)}
+    return result
+
+
+def _classes(model: Any, folder: files.AdapterFolder | None) -> list[str]:
+    """The adapter's classes, for a classifier that transformers has made from the base's config alone.
+
+    Raises:
+        ConfigError: the adapter's head has another number of classes.
+    """
+    labels: list[str] = folder.record.get("labels", []) if folder is not None else []
+    if folder is None or not labels or not type(model).__name__.endswith("Classification"):
+        return []
+    if len(labels) != model.config.num_labels:
+        raise ConfigError(
+            f"{folder.source} has {len(labels)} classes and the base {model.config.num_labels}. Load it with "
+            f"num_labels={len(labels)}, or by PEFT's AutoPeftModelForSequenceClassification or the like."
+        )
+    return labels
 
 
 def dequantize_module_weight(original: Callable[[nn.Module], Tensor], module: nn.Module) -> Tensor:

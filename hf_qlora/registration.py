@@ -13,10 +13,14 @@ are wrapped. For a stock `LoraConfig` each of them does what PEFT did.
 | `load_peft_weights` in `peft_model`, `hotswap` | the file is checked; a checkpoint has exact tensors beside |
 | `peft_model.set_peft_model_state_dict` | says in which form the tensors are; misfits are errors, not warnings |
 | `PeftModel.__init__`, `from_pretrained` | what PEFT will refuse is refused before the base is quantized |
+| `_BaseAutoPeftModel.from_pretrained` | the base is made with the classes of the adapter |
 | `PeftModel.load_adapter` | an adapter whose file is refused does not stay, without its weights |
 | `PeftAdapterMixin.load_adapter` | transformers sets a file's tensors itself, so the adapter must be in their form |
 | `lora.dora.dequantize_module_weight` | bitsandbytes reads wrong scales on some CPUs (`quant/linear4bit.py`) |
 | `PeftModel.save_pretrained` | whole or not at all; hash and fold factors are written |
+| `PeftModel.create_or_update_model_card` | a card that says what there is, without a template that says nothing |
+| `PeftModel.push_to_hub`, `PeftConfigMixin.push_to_hub` | one commit, with the adapter's card; errors say what to do |
+| `Trainer._save`, `init_hf_repo`, `push_to_hub`, `_finish_current_push` | the same; and Trainer saves its token |
 | `hotswap.check_hotswap_configs_compatible`, `hotswap_adapter_from_state_dict` | both sides in portable form |
 
 Everything private of PEFT, transformers, bitsandbytes and torch that the package leans on is in `PRIVATE`, each with a
@@ -27,6 +31,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -38,13 +43,17 @@ import peft.tuners.lora.dora
 import peft.utils.hotswap
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, PeftType
+from peft.auto import _BaseAutoPeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
+from transformers import Trainer
 from transformers.integrations.peft import PeftAdapterMixin
 
 from hf_qlora import hooks
 from hf_qlora.config import QLoRAConfig
 from hf_qlora.config.record import RECORD_KEY
+from hf_qlora.hub import facts, push
+from hf_qlora.hub import trainer as trainer_hooks
 from hf_qlora.tuner import QLoRAModel
 
 
@@ -63,6 +72,15 @@ PRIVATE = {
     "peft.peft_model:PeftModel.from_pretrained": "registration",
     "peft.peft_model:PeftModel.load_adapter": "registration",
     "peft.peft_model:PeftModel.save_pretrained": "registration",
+    "peft.auto:_BaseAutoPeftModel.from_pretrained": "registration",
+    "peft.peft_model:PeftModel.create_or_update_model_card": "registration",
+    "peft.peft_model:PeftModel.push_to_hub": "registration",
+    "peft.config:PeftConfigMixin.push_to_hub": "registration",
+    "transformers:Trainer._save": "registration",
+    "transformers:Trainer.init_hf_repo": "registration",
+    "transformers:Trainer.push_to_hub": "registration",
+    "transformers:Trainer._finish_current_push": "registration",
+    "huggingface_hub.errors:HTTPError": "hub.errors",
     "peft.tuners.lora.dora:dequantize_module_weight": "registration",
     "peft.utils.hotswap:load_peft_weights": "registration",
     "peft.utils.hotswap:check_hotswap_configs_compatible": "registration",
@@ -124,6 +142,14 @@ def register() -> None:
     _wrap(PeftModel, "from_pretrained", hooks.from_pretrained)
     _wrap(PeftModel, "load_adapter", hooks.load_adapter)
     _wrap(PeftModel, "save_pretrained", hooks.save_pretrained)
+    _wrap(_BaseAutoPeftModel, "from_pretrained", hooks.auto_from_pretrained)
+    _wrap(PeftModel, "create_or_update_model_card", facts.create_or_update_model_card)
+    _wrap(PeftModel, "push_to_hub", push.push_to_hub)
+    _wrap(peft.config.PeftConfigMixin, "push_to_hub", push.push_to_hub)
+    _wrap(Trainer, "_save", trainer_hooks.save)
+    _wrap(Trainer, "init_hf_repo", trainer_hooks.init_hf_repo)
+    _wrap(Trainer, "push_to_hub", trainer_hooks.push_to_hub)
+    _wrap(Trainer, "_finish_current_push", trainer_hooks.finish_current_push)
     _wrap(PeftAdapterMixin, "load_adapter", hooks.load_into_transformers)
     _wrap(peft.tuners.lora.dora, "dequantize_module_weight", hooks.dequantize_module_weight)
     _wrap(peft.utils.hotswap, "load_peft_weights", hooks.load_peft_weights)
@@ -173,7 +199,7 @@ _LoraConfig.__annotations__ = LoraConfig.__annotations__ | {"quantization": Any,
 
 
 def _wrap(owner: Any, name: str, hook: Callable[..., Any]) -> None:
-    original = owner.__dict__[name]
+    original = inspect.getattr_static(owner, name)
     function = original.__func__ if isinstance(original, classmethod) else original
 
     @functools.wraps(function)

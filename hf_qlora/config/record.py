@@ -41,6 +41,9 @@ def checked_record(record: Any) -> dict[str, Any]:
     lacking = sorted(kinds.keys() - record.keys() - {"weights_sha256"})
     if lacking:
         raise ConfigError(f"adapter_config.json: {RECORD_KEY} lacks {lacking}.")
+    labels = record.get("labels", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ConfigError(f"adapter_config.json: {RECORD_KEY}.labels={labels!r:.200} must be a list of names.")
     depth = record.get("depth", {})
     if not isinstance(depth, dict):
         raise ConfigError(f"adapter_config.json: {RECORD_KEY}.depth={depth!r:.200} must hold numbers by layer.")

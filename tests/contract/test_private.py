@@ -11,6 +11,7 @@ import contextlib
 import dis
 import importlib
 import inspect
+import pickle
 import pkgutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from typing import Any
 
 import accelerate.hooks
 import bitsandbytes as bnb
+import huggingface_hub.errors
+import peft.auto
 import peft.config
 import peft.mapping
 import peft.mapping_func
@@ -41,6 +44,7 @@ from peft import LoraConfig, LoraModel, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers import Trainer
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -49,6 +53,8 @@ from transformers.utils.quantization_config import BitsAndBytesConfig
 
 import hf_qlora
 from hf_qlora import QLoRAConfig, files, registration
+from hf_qlora.hub import push
+from hf_qlora.hub import trainer as trainer_hooks
 from hf_qlora.layers.depth import SUPPORTED
 from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.registration import PRIVATE, resolve
@@ -314,6 +320,81 @@ def _() -> None:
     assert "save_pretrained" in names  # of the config
     assert "create_or_update_model_card" in names
     assert not issubclass(PeftModel, transformers.PreTrainedModel)
+
+
+@contract("peft.auto:_BaseAutoPeftModel.from_pretrained")
+def _() -> None:
+    """The classes for users inherit it, and it passes on what it does not know to the base's config."""
+    base = peft.auto._BaseAutoPeftModel
+    assert parameters(base.from_pretrained)[:2] == ["cls", "pretrained_model_name_or_path"]
+    assert {"revision", "kwargs"} <= set(parameters(base.from_pretrained))
+    assert "from_pretrained" not in vars(peft.AutoPeftModelForSequenceClassification)
+    assert issubclass(peft.AutoPeftModelForSequenceClassification, base)
+
+
+@contract("peft.peft_model:PeftModel.create_or_update_model_card")
+def _() -> None:
+    """Every save calls it, with the folder to write README.md in."""
+    assert parameters(PeftModel.create_or_update_model_card) == ["self", "output_dir"]
+    assert calls_method(PeftModel.save_pretrained, "create_or_update_model_card")
+
+
+@contract("peft.peft_model:PeftModel.push_to_hub")
+def _() -> None:
+    """The one that models of transformers have; ours takes the same, so that it can stand in for it."""
+    assert stock(PeftModel.push_to_hub) is transformers.utils.PushToHubMixin.push_to_hub
+    asked = set(parameters(PeftModel.push_to_hub)) - {"self", "max_shard_size"}
+    assert asked == set(parameters(push.push_to_hub)) - {"original", "pushed", "kwargs"}
+
+
+@contract("peft.config:PeftConfigMixin.push_to_hub")
+def _() -> None:
+    assert stock(peft.config.PeftConfigMixin.push_to_hub) is transformers.utils.PushToHubMixin.push_to_hub
+
+
+@contract("transformers:Trainer._save")
+def _() -> None:
+    """It pickles the arguments, `hub_token` among them; the pushes pickle them after it has been called."""
+    assert {"args", "save"} <= set(stock(Trainer._save).__code__.co_names)
+    assert "hub_token" not in stock(Trainer._save).__code__.co_names
+    arguments = transformers.TrainingArguments("unused", hub_token="hf_secret", use_cpu=True, report_to="none")
+    assert b"hf_secret" in pickle.dumps(arguments)  # else `Unsaved` has nothing left to do
+    arguments.hub_token = trainer_hooks.Unsaved("hf_secret")
+    assert b"hf_secret" not in pickle.dumps(arguments)
+
+
+@contract("transformers:Trainer.init_hf_repo")
+def _() -> None:
+    assert parameters(Trainer.init_hf_repo)[0] == "self"
+    assert calls_method(Trainer.__init__, "init_hf_repo")
+
+
+@contract("transformers:Trainer.push_to_hub")
+def _() -> None:
+    """It writes a card over the one that is there, by a method that an instance can replace, after the callbacks."""
+    names = stock(Trainer.push_to_hub).__code__.co_names
+    assert {"on_push_begin", "save_model", "create_model_card", "upload_folder"} <= set(names)
+    assert names.index("on_push_begin") < names.index("create_model_card") < names.index("upload_folder")
+    assert "on_push_begin" in stock(Trainer._push_from_checkpoint).__code__.co_names
+
+
+@contract("transformers:Trainer._finish_current_push")
+def _() -> None:
+    """Jobs that it waits for, and whose errors nobody asks for."""
+    assert parameters(Trainer._finish_current_push) == ["self"]
+    assert "push_in_progress" in stock(Trainer._finish_current_push).__code__.co_names
+    assert "exception" not in stock(Trainer._finish_current_push).__code__.co_names
+    assert hasattr(transformers.utils.PushInProgress([]), "jobs")
+
+
+@contract("huggingface_hub.errors:HTTPError")
+def _() -> None:
+    """The base of all errors of the HTTP client that huggingface_hub has: httpx, or another one later."""
+    found = huggingface_hub.errors.HTTPError
+    assert issubclass(huggingface_hub.errors.HfHubHTTPError, found)
+    client = importlib.import_module(found.__module__.partition(".")[0])
+    for name in ("ConnectError", "RemoteProtocolError", "ReadTimeout"):
+        assert issubclass(getattr(client, name), found)
 
 
 @contract("peft.utils.hotswap:load_peft_weights")

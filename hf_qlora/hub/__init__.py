@@ -1,0 +1,9 @@
+"""Sharing: the push, what Trainer pushes, and the model card.
+
+errors      what the Hub's client raises, with the repository and the way out
+card        the two blocks of a README.md, and what stays of the rest
+facts       what a model says about itself
+callback    what a Trainer has measured
+push        `push_to_hub` of models and configs
+trainer     what Trainer pushes by itself
+"""
