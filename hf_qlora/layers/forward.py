@@ -4,8 +4,8 @@ The node (`kernels/functional.py`) serves plain LoRA and depth scales, with any 
 adapters, and DoRA alone and without dropout, over a frozen base. In eval mode without gradients plain LoRA and depth
 scales are added to the base's result: when a model generates token by token, the products are so small that what
 counts is how many operations there are. All else (other variants, `lora_bias`, mixed batches, hooks on the parts, a
-base that is trained, inference under autocast, torch.compile) goes the way PEFT has it; which layers do so is logged at
-debug level, once each.
+base that is trained, inference under autocast, torch.compile) goes the way PEFT has it; which layers do so in training
+is logged at debug level, once each.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 bitsandbytes repacks the weight in place at the first eval forward on AVX512-BF16 processors. From then on training
 gets no gradient through the layer, merging reads the packed bytes as if they were not, and the scales have been
 rounded to bfloat16. So on the CPU this class never calls bitsandbytes' forward: it dequantizes, multiplies, and
-forgets the dense weight; within `fast_generation` it has a repacked copy beside (`quant/repacked.py`). On other devices
-bitsandbytes' forward is right, and fast for generation, and is used as it is.
+forgets the dense weight; within `fast_generation` it has a repacked copy beside it (`quant/repacked.py`). On other
+devices bitsandbytes' forward is right, and fast for generation, and is used as it is.
 
 Dense layers and stock 4-bit layers are converted by changing their class in place: the module object stays, and with
 it every reference, hook and shared use of it.

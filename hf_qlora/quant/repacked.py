@@ -25,7 +25,7 @@ from torch import Tensor
 
 
 TILE = 32  # rows
-# Up to here the kernel is the faster way for every shape of weight that was measured; from 64 rows on it loses on some.
+# Up to here the kernel is the faster way for every shape of weight that was measured; with more it loses on some.
 MAX_ROWS = 32
 # The kernel's error is 0.003 in the norm, more on a tiny weight; of a wrong layout or a wrong scale it is near 1.
 _TOLERANCE = 0.02
