@@ -146,8 +146,9 @@ def bench_generation(
 
     from hf_qlora.bench.generation import arms, report, run
     from hf_qlora.bench.measure import write_whole
+    from hf_qlora.bench.train_step.arms import SHAPES
 
-    _check_choice("--shape", [shape], arms.SHAPES)
+    _check_choice("--shape", [shape], SHAPES)
     _check_choice("--arm", arm or [], arms.ARMS)
     if report_only:
         if not results.is_file():

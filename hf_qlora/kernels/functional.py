@@ -173,17 +173,17 @@ def add_adapters(y: Tensor, x: Tensor, adapters: Sequence[tuple[Tensor, Tensor, 
         adapters: of each A (r, in_features), B (out_features, r), and what to multiply their product by.
     """
     y = y.contiguous()
-    K = x.shape[-1]
+    K, N = x.shape[-1], y.shape[-1]
     rows = x.numel() // K
     for A, B, c in adapters:
         if rows == 1:
             _add_row(y.view(-1), x.reshape(-1), A, B, c)
         elif rows <= A.shape[0]:
             s = x.reshape(-1, K).to(A.dtype) @ A.t()
-            y.view(rows, -1).add_(_times(s, c) @ B.t())
+            y.view(rows, N).add_(_times(s, c) @ B.t())
         else:
             s = x.reshape(-1, K) @ A.to(x.dtype).t()
-            y.view(rows, -1).addmm_(_times(s, c), B.to(x.dtype).t())
+            y.view(rows, N).addmm_(_times(s, c), B.to(x.dtype).t())
     return y
 
 

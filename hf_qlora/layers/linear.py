@@ -41,9 +41,9 @@ class Linear4bit(PeftLinear4bit):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         base = self.base_layer
-        adapters = inference_adapters(self, x)
-        if adapters is not None:
-            return add_adapters(base(x), x, adapters)
+        plain = inference_adapters(self, x)
+        if plain is not None:
+            return add_adapters(base(x), x, plain)
         adapters = step_adapters(self)
         if adapters is None:
             result = super().forward(x)
@@ -140,9 +140,9 @@ class Linear(PeftLinear):
         weight = self.base_layer.weight
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind := x.device.type) else weight.dtype
         serves = not (args or kwargs) and not weight.requires_grad and (dtype != weight.dtype or dtype == x.dtype)
-        adapters = inference_adapters(self, x) if serves else None
-        if adapters is not None:
-            return add_adapters(self.base_layer(x), x, adapters)
+        plain = inference_adapters(self, x) if serves else None
+        if plain is not None:
+            return add_adapters(self.base_layer(x), x, plain)
         adapters = step_adapters(self) if serves else None
         if adapters is None:
             result: Tensor = super().forward(x, *args, **kwargs)

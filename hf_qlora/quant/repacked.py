@@ -87,7 +87,8 @@ def flat_scales(state: QuantState) -> Tensor:
     absmax = state.absmax
     if state.nested:
         absmax = dequantize_blockwise(absmax, state.state2) + state.offset
-    return absmax.reshape(N, K // state.blocksize).t().to(torch.bfloat16).contiguous()
+    scales: Tensor = absmax.reshape(N, K // state.blocksize).t().to(torch.bfloat16).contiguous()
+    return scales
 
 
 def obstacle_to_shape(state: QuantState) -> str:
