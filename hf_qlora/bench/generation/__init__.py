@@ -3,7 +3,7 @@
     time        all arms in one process, in turn, round after round: what disturbs one disturbs all. Ratios of medians,
                 to the base of the same kind: dense, NF4, NF4 within `fast_generation`, or stock bitsandbytes'
     agreement   how many tokens are those of the exact arm before the first that differs; weights are random, so that
-                the best two of 49,152 tokens are often a rounding apart
+                this tells broken arms from whole ones, and nothing of what a trained model would say
 
 Arms start from the same weights, adapters among them, and continue the same prompt greedily.
 """
