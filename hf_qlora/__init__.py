@@ -12,6 +12,7 @@ from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
 from hf_qlora.hub.callback import ModelCardCallback
 from hf_qlora.layers.head import disable_chunked_loss, enable_chunked_loss
 from hf_qlora.quant.base import quantize_model
+from hf_qlora.quant.generation import fast_generation
 from hf_qlora.registration import register
 from hf_qlora.train.callbacks import DepthScaleCallback
 from hf_qlora.train.optimizer import create_optimizer
@@ -29,6 +30,7 @@ __all__ = [
     "create_optimizer",
     "disable_chunked_loss",
     "enable_chunked_loss",
+    "fast_generation",
     "quantize_model",
 ]
 

@@ -157,6 +157,49 @@ def bench_growth(
     _measured(growth.measure(case, rounds, axis or tuple(growth.AXES)), results, growth)
 
 
+@bench.command("generation")
+def bench_generation(
+    shape: Annotated[
+        str, typer.Option(help="The model's: smollm2, llama3-8b or tiny. Weights are random.")
+    ] = "smollm2",
+    batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    prompt_length: Annotated[int, typer.Option(min=1)] = 16,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    rank: Annotated[int, typer.Option(min=1)] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each arm's turn comes.")] = 15,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="By default all that this processor has the kernel for.")
+    ] = None,
+    results: Annotated[Path, typer.Option(help="JSON; the picture goes beside it.")] = Path("results/generation.json"),
+    report_only: Annotated[bool, typer.Option("--report", help="Do nothing; print the table of --results.")] = False,
+) -> None:
+    """What LoRA costs while generating on the CPU: unmerged and merged, with and without fast_generation, and stock.
+
+    The arms take turns in one process, so that ratios hold on a noisy machine. Minutes on two cores.
+    """
+    import json
+
+    from hf_qlora.bench.generation import arms, report, run
+    from hf_qlora.bench.measure import write_whole
+    from hf_qlora.bench.train_step.arms import SHAPES
+
+    _check_choice("--shape", [shape], SHAPES)
+    _check_choice("--arm", arm or [], arms.ARMS)
+    if report_only:
+        if not results.is_file():
+            raise _misused(f"{results} is not there; leave out --report to measure.")
+        typer.echo(report.markdown(json.loads(results.read_text(encoding="utf-8"))))
+        return
+    case = arms.Generation(shape, batch_size, prompt_length, rank, new_tokens=new_tokens)
+    try:
+        found = run.measure(case, rounds, arm or arms.possible())
+    except RuntimeError as error:
+        raise _misused(str(error)) from None
+    write_whole(results, found)
+    report.plot(found, results.with_suffix(".png"))
+    typer.echo(report.markdown(found))
+
+
 @bench.command("learning-curve")
 def bench_learning_curve(
     results: Annotated[

@@ -97,6 +97,8 @@ PRIVATE = {
     "peft.utils.other:get_pattern_key": "layers.fold",
     "peft.utils.hotswap:_update_scaling": "layers.fold",
     "bitsandbytes.functional:_convert_weight_packed_for_cpu_inverse": "quant.linear4bit",
+    "bitsandbytes.functional:has_avx512bf16": "quant.repacked",
+    "torch:ops.bitsandbytes.gemv_4bit.default": "quant.repacked",
     "transformers.quantizers.base:get_keys_to_not_convert": "quant.selection",
     "transformers.modeling_utils:AttentionInterface.get_interface": "layers.attention",
     "transformers.modeling_utils:PreTrainedModel._keep_in_fp32_modules": "quant.selection",

@@ -1,9 +1,11 @@
-"""The training forward of an adapted linear layer as one autograd node (`kernels/functional.py`).
+"""The forward of an adapted linear layer: for training one autograd node, for inference a few operations in place.
 
-It serves plain LoRA and depth scales, with any dropout and any number of active adapters, and DoRA alone and without
-dropout, over a frozen base. All else (other variants, `lora_bias`, mixed batches, hooks on the parts, a base that is
-trained, no gradients wanted, torch.compile) goes the way PEFT has it; which layers do so is logged at debug level,
-once each.
+The node (`kernels/functional.py`) serves plain LoRA and depth scales, with any dropout and any number of active
+adapters, and DoRA alone and without dropout, over a frozen base. In eval mode without gradients plain LoRA and depth
+scales are added to the base's result: when a model generates token by token, the products are so small that what
+counts is how many operations there are. All else (other variants, `lora_bias`, mixed batches, hooks on the parts, a
+base that is trained, inference under autocast, torch.compile) goes the way PEFT has it; which layers do so in training
+is logged at debug level, once each.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from torch import Tensor, nn
 from hf_qlora.kernels.dora import dora_linear
 from hf_qlora.kernels.functional import Adapter, Unpack, lora_linear
 from hf_qlora.layers import siblings
-from hf_qlora.layers.depth import DepthVariant, scale_of
+from hf_qlora.layers.depth import SLOT, DepthVariant, scale_of
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
 
 
 logger = logging.getLogger(__name__)
 
 _SQUARES = "_hf_qlora_row_squares"  # on a layer with DoRA: its base's, with what they were computed of
+_PLAIN = (type(None), DepthVariant)
 _SAID = "_hf_qlora_said_slow"  # on a layer whose way has been logged
 
 
@@ -47,6 +50,38 @@ def step_adapters(layer: Any) -> list[Adapter] | None:
             return None
         found.append(_adapter(layer, name))
     return found or None
+
+
+def inference_adapters(layer: Any, x: Tensor) -> list[tuple[Tensor, Tensor, float | Tensor]] | None:
+    """The active adapters as `add_adapters` takes them; None where they are not for it.
+
+    It is called for every layer and token, so it reads `_modules`: attributes of modules take ten times as long.
+    """
+    if layer.training or torch.is_grad_enabled() or layer.disable_adapters or layer.merged:
+        return None
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) or torch.compiler.is_compiling():
+        return None
+    modules, found = layer._modules, []
+    if is_hooked(modules["base_layer"]):
+        return None
+    As, Bs, dropouts = (modules[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
+    for name in layer.active_adapters:
+        if name in As:
+            A, B, variant = As[name], Bs[name], layer.lora_variant.get(name)
+            if type(variant) not in _PLAIN or not (_is_plain(A) and _is_plain(B)) or is_hooked(dropouts[name]):
+                return None
+            c = layer.scaling[name]
+            if variant is not None:
+                scale = modules[SLOT]._modules[name]
+                # elsewhere than on the CPU its value would wait for the device
+                c = c * scale.value if kind == "cpu" else c * scale()
+            found.append((A._parameters["weight"], B._parameters["weight"], c))
+    return found or None
+
+
+def _is_plain(part: Any) -> bool:
+    return type(part) is nn.Linear and part._parameters["bias"] is None and not is_hooked(part)
 
 
 def _adapter(layer: Any, name: str) -> Adapter:
@@ -113,8 +148,13 @@ def _obstacle(layer: LoraLayer, name: str, alone: bool) -> str:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(kinds) or hasattr(module, "_hf_hook")
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "_hf_hook" in module.__dict__
+    )
 
 
 def _say_once(layer: Any, why: str) -> None:

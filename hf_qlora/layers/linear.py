@@ -21,8 +21,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_qlora.kernels.functional import add_adapters
 from hf_qlora.layers.errors import MergeError
-from hf_qlora.layers.forward import step_adapters, step_forward
+from hf_qlora.layers.forward import inference_adapters, step_adapters, step_forward
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
 
 
@@ -36,11 +37,17 @@ class Linear4bit(PeftLinear4bit):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to x, (..., in_features); the result has x's dtype."""
-        adapters = None if args or kwargs else step_adapters(self)
-        if adapters is None:
+        if args or kwargs:
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         base = self.base_layer
+        plain = inference_adapters(self, x)
+        if plain is not None:
+            return add_adapters(base(x), x, plain)
+        adapters = step_adapters(self)
+        if adapters is None:
+            result = super().forward(x)
+            return result
         dtype = base.product_dtype(x)
         return step_forward(x, dtype, lambda: base.dequantize(dtype), base.bias, adapters).to(x.dtype)
 
@@ -133,6 +140,9 @@ class Linear(PeftLinear):
         weight = self.base_layer.weight
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind := x.device.type) else weight.dtype
         serves = not (args or kwargs) and not weight.requires_grad and (dtype != weight.dtype or dtype == x.dtype)
+        plain = inference_adapters(self, x) if serves else None
+        if plain is not None:
+            return add_adapters(self.base_layer(x), x, plain)
         adapters = step_adapters(self) if serves else None
         if adapters is None:
             result: Tensor = super().forward(x, *args, **kwargs)

@@ -3,8 +3,8 @@
 bitsandbytes repacks the weight in place at the first eval forward on AVX512-BF16 processors. From then on training
 gets no gradient through the layer, merging reads the packed bytes as if they were not, and the scales have been
 rounded to bfloat16. So on the CPU this class never calls bitsandbytes' forward: it dequantizes, multiplies, and
-forgets the dense weight. On other devices bitsandbytes' forward is right, and fast for generation, and is used as it
-is.
+forgets the dense weight; within `fast_generation` it has a repacked copy beside it (`quant/repacked.py`). On other
+devices bitsandbytes' forward is right, and fast for generation, and is used as it is.
 
 Dense layers and stock 4-bit layers are converted by changing their class in place: the module object stays, and with
 it every reference, hook and shared use of it.
@@ -34,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_qlora.config import NF4Config
 from hf_qlora.kernels.functional import frozen_linear
 from hf_qlora.quant.dequantize import dequantize_weight
+from hf_qlora.quant.repacked import MAX_ROWS, Repacked
 
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ _OWN_ATTRIBUTES = (
     "quant_state",
     "quant_storage",
     "support_avx512bf16_for_cpu",
+    "repacked",
     "in_features",
     "out_features",
 )
@@ -64,6 +66,7 @@ class Linear4bit(bnb.nn.Linear4bit):
     source_cls: type[nn.Module]
     compute_dtype: Any
     base_dtype: torch.dtype  # that `compute_dtype` was derived from, where the config chose none
+    repacked: Repacked | None = None  # within `fast_generation`; no part of the state, and of no copy
 
     @property
     def state(self) -> QuantState:
@@ -78,6 +81,9 @@ class Linear4bit(bnb.nn.Linear4bit):
             return result
         dtype = self.product_dtype(x)
         bias = None if self.bias is None else self.bias.to(dtype)
+        if self.repacked is not None and self._is_generating(x, dtype):
+            y = self.repacked.multiply(x.to(dtype), self.weight, self.state)
+            return (y if bias is None else y.add_(bias)).to(x.dtype)
         with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
             return frozen_linear(x.to(dtype), lambda: self.dequantize(dtype), bias).to(x.dtype)
 
@@ -86,6 +92,20 @@ class Linear4bit(bnb.nn.Linear4bit):
         kind = x.device.type
         dtype: torch.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.compute_dtype
         return dtype or x.dtype
+
+    def _is_generating(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether the repacked form may be used: for a few rows, and nothing that could be training."""
+        return (
+            dtype == torch.bfloat16
+            and not self.training
+            and not torch.is_grad_enabled()
+            and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
+            and not torch.compiler.is_compiling()
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `copy` and `pickle` take: all but the repacked form."""
+        return {name: value for name, value in self.__dict__.items() if name != "repacked"}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

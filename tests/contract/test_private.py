@@ -599,6 +599,24 @@ def _() -> None:
     torch.testing.assert_close(dequantize_4bit(codes, found), expected, rtol=2**-7, atol=0.02)
 
 
+@contract("bitsandbytes.functional:has_avx512bf16")
+@contract("torch:ops.bitsandbytes.gemv_4bit.default")
+def _() -> None:
+    """Where it says yes, the operation reads the repacked form, whose rows of scales are the blocks, in bfloat16."""
+    torch.manual_seed(0)
+    packed, state = quantize_4bit(torch.randn(64, 128), quant_type="nf4", compress_statistics=True)
+    x = torch.randn(2, 128).to(torch.bfloat16)
+    expected = x.double() @ dequantize_4bit(packed, state).double().t()
+    if not bnb.functional.has_avx512bf16():
+        return
+    codes, repacked = _convert_weight_packed_for_cpu(packed.clone(), state)
+    found = torch.ops.bitsandbytes.gemv_4bit.default(
+        x, codes, repacked.shape, repacked.absmax, repacked.code, repacked.blocksize
+    )
+    # bfloat16 scales, levels and result: 2^-9 each
+    assert float((found.double() - expected).norm() / expected.norm()) < 0.005
+
+
 # transformers
 
 

@@ -101,7 +101,10 @@ class Case:
 
 def stock_base(case: Case) -> Any:
     """The base as `from_pretrained` with a `BitsAndBytesConfig` gives it: bitsandbytes' own layers."""
-    model = quantize_model(case.dense(), NF4Config())
+    return with_stock_layers(quantize_model(case.dense(), NF4Config()))
+
+
+def with_stock_layers(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.__class__ = bnb.nn.Linear4bit
