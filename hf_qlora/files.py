@@ -37,6 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_qlora import identity
 from hf_qlora.config import QLoRAConfig
 from hf_qlora.config.record import RECORD_KEY, checked_record, write_json
 from hf_qlora.layers import depth, fold
@@ -63,6 +64,7 @@ class AdapterTensors(dict[str, Tensor]):
     Attributes:
         source: the file, for messages.
         form: the form they are in.
+        record: what the config beside it has under `hf_qlora`; {} for an adapter that is not ours.
         depth: what the scales of depth had learned, by layer.
         native: lora_B as it was before folding, from a Trainer checkpoint.
         folded_by: the factors that `native` was folded by.
@@ -71,6 +73,7 @@ class AdapterTensors(dict[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor], source: str, form: fold.Form) -> None:
         super().__init__(tensors)
         self.source, self.form = source, form
+        self.record: dict[str, Any] = {}
         self.depth: dict[str, dict[str, Any]] = {}
         self.native: dict[str, Tensor] = {}
         self.folded_by: dict[str, float] = {}
@@ -114,7 +117,7 @@ class AdapterFolder:
                 f"{self.weights} cannot be read as safetensors ({error}); it is truncated or of another kind. "
                 "Save or download the adapter again."
             ) from error
-        result.depth = self.record.get("depth", {})
+        result.record, result.depth = self.record, self.record.get("depth", {})
         expected = self.record.get("state_sha256")
         if expected is not None and self.state is not None and self.state.is_file():
             if sha256(self.state) == expected:
@@ -234,6 +237,7 @@ def save(
         raise OSError(
             error.errno, f"Cannot save the adapter in {target}: {error.strerror}. Nothing was changed."
         ) from error
+    bases = {name: identity.describe(model, model.peft_config[name], name) for name in ours}
     inference_mode = {name: config.inference_mode for name, config in model.peft_config.items()}
     moving = False
     try:
@@ -242,7 +246,8 @@ def save(
         write(stage, *args, **kwargs)
         for name in ours:
             learned = depth.learned(model, name)
-            _complete(stage / name if name != "default" else stage, by[name], native.get(name, {}), learned)
+            known = bases[name] | ({"depth": learned} if learned else {})
+            _complete(stage / name if name != "default" else stage, by[name], native.get(name, {}), known)
         moves = _moves(stage, target)
         moving = True
         for path, final in moves:
@@ -302,15 +307,12 @@ def _native_tensors(model: PeftModel, name: str, options: Mapping[str, Any]) -> 
     }
 
 
-def _complete(
-    folder: Path, by: dict[str, float], native: dict[str, Tensor], learned: dict[str, dict[str, Any]]
-) -> None:
+def _complete(folder: Path, by: dict[str, float], native: dict[str, Tensor], known: dict[str, Any]) -> None:
     """Add to a staged adapter what only the saved file and the model know."""
     values = json.loads((folder / CONFIG_NAME).read_text())
     record = values[RECORD_KEY]
     record |= {"weights_sha256": sha256(folder / SAFETENSORS_WEIGHTS_NAME), "fold": by, "versions": _versions()}
-    if learned:
-        record["depth"] = learned
+    record |= known
     if native:
         save_file(native, folder / STATE_NAME, metadata={"format": "pt"})
         record["state_sha256"] = sha256(folder / STATE_NAME)

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from hf_qlora import files
+from hf_qlora import files, identity
 from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.config.record import RECORD_KEY
 from hf_qlora.layers import attention, depth, fold
@@ -95,6 +95,7 @@ def set_peft_model_state_dict(
     config, tensors = model.peft_config[adapter_name], peft_model_state_dict
     if not isinstance(tensors, files.AdapterTensors) or not isinstance(config, QLoRAConfig):
         return original(model, tensors, adapter_name, ignore_mismatched_sizes, **kwargs)
+    identity.check(model, config, adapter_name, tensors.record, tensors.source)
     before = depth.learned(model, adapter_name)
     depth.restore(model, adapter_name, tensors.depth)
     attention.forget_step(model, adapter_name)
@@ -171,7 +172,7 @@ def load_adapter(
         raise
 
 
-_OF_NO_FILE = ("quantization", "portable", "chunked_loss")  # checked above, or without effect on what is learned
+_OF_NO_FILE = ("quantization", "portable", "chunked_loss", "on_base_mismatch")  # checked above, or without effect on what is learned
 
 
 def _check_trained_alike(config: QLoRAConfig, folder: files.AdapterFolder) -> None:
@@ -245,6 +246,8 @@ def hotswap_adapter_from_state_dict(
     portable = _portable(config)
     if isinstance(config, QLoRAConfig) and isinstance(config.quantization, NF4Config):
         check_settings(model, config.quantization)
+    if isinstance(config, QLoRAConfig):
+        identity.check(model, config, adapter_name, config.record, "The adapter to swap in")
     original(model, state_dict, adapter_name, portable, *args, **kwargs)
     ours = model.peft_config.get(adapter_name)
     if isinstance(ours, QLoRAConfig):

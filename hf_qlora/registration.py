@@ -169,7 +169,7 @@ class _LoraConfig(LoraConfig, metaclass=_Dispatch):
 
 _LoraConfig.__name__ = _LoraConfig.__qualname__ = "LoraConfig"  # PEFT's warnings name the class
 # PEFT looks keyword arguments up there.
-_LoraConfig.__annotations__ = LoraConfig.__annotations__ | {"quantization": Any, "portable": Any}
+_LoraConfig.__annotations__ = LoraConfig.__annotations__ | {"quantization": Any, "portable": Any, "on_base_mismatch": Any}
 
 
 def _wrap(owner: Any, name: str, hook: Callable[..., Any]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_qlora.config.fingerprint import Fingerprint, check_base
 from hf_qlora.validation import ConfigError
 
 
@@ -50,6 +51,10 @@ def checked_record(record: Any) -> dict[str, Any]:
                 f"adapter_config.json: {RECORD_KEY}.depth[{layer!r}]={value!r:.200} must hold theta, attention "
                 "(within 0.5 and 2), concentration (or null) and observations, as numbers."
             )
+    if "base" in record:
+        check_base(record["base"])
+    if "fingerprint" in record:
+        Fingerprint.from_dict(record["fingerprint"])
     return record
 
 
