@@ -172,7 +172,8 @@ def load_adapter(
         raise
 
 
-_OF_NO_FILE = ("quantization", "portable", "chunked_loss", "on_base_mismatch")  # checked above, or without effect on what is learned
+# Checked above, or without effect on what is learned.
+_OF_NO_FILE = ("quantization", "portable", "chunked_loss", "on_base_mismatch")
 
 
 def _check_trained_alike(config: QLoRAConfig, folder: files.AdapterFolder) -> None:

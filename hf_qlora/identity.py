@@ -1,11 +1,11 @@
 """The base that an adapter belongs to: noted where the adapter is put on, written into its JSON, compared on loading.
 
 * `note` samples the base just before the adapter changes anything. That costs milliseconds.
-* `describe`, on saving, adds the hashes. They are kept on the model for as long as its bytes lie where they lay and its
-  samples are those of before, so that only the first of Trainer's checkpoints pays for them. A base whose samples are no
-  longer those that were noted has been changed while the adapter trained; that is a warning.
-* `check`, on loading, compares what the file says with the base at hand, as `on_base_mismatch` asks: before the adapter
-  is on the model, or before its tensors are set.
+* `describe`, on saving, adds the hashes. They are kept on the model for as long as its bytes lie where they lay and
+  its samples are those of before, so that only the first of Trainer's checkpoints pays for them. A base whose samples
+  are no longer those that were noted has been changed while the adapter trained; that is a warning.
+* `check`, on loading, compares what the file says with the base at hand, as `on_base_mismatch` asks: before the
+  adapter is on the model, or before its tensors are set.
 
 Where weights cannot be read (on the meta device, offloaded, sharded over processes), nothing is noted, written or
 compared; a debug line says so.
@@ -22,7 +22,8 @@ from torch import nn
 from hf_qlora.config import QLoRAConfig
 from hf_qlora.config.fingerprint import Fingerprint
 from hf_qlora.quant.base import BaseModelError
-from hf_qlora.quant.fingerprint import Comparison, compare, identity_of, take_fingerprint
+from hf_qlora.quant.comparison import Comparison, compare
+from hf_qlora.quant.fingerprint import identity_of, take_fingerprint
 from hf_qlora.rehearsal import is_rehearsal
 from hf_qlora.validation import CHANGES_BASE
 
@@ -44,7 +45,7 @@ def note(base: nn.Module, adapter: str) -> None:
 
 
 def describe(model: nn.Module, config: QLoRAConfig, adapter: str) -> dict[str, Any]:
-    """What the JSON of an adapter is to say of its base: the keys `base` and `fingerprint`, or what of them is known."""
+    """What an adapter's JSON is to say of its base: the keys `base` and `fingerprint`, the latter where known."""
     record = config.record or {}
     if config.inference_mode and record.get("quantization") == config.to_dict()["quantization"]:
         return {key: record[key] for key in ("base", "fingerprint") if key in record}  # it was trained there
@@ -166,6 +167,7 @@ def _message(source: str, result: Comparison, trained: dict[str, Any], now: dict
     ]
     trained_on = f" Trained on {'; '.join(differences)}." if differences else ""
     return (
-        f"{source} was trained on another base than this one: {result.found}. The likely cause is {cause}.{trained_on} "
-        "Load the base that it was trained on, or pass on_base_mismatch='ignore' if it is meant for this one."
+        f"{source} was trained on another base than this one: {result.found}. The likely cause is {cause}."
+        f"{trained_on} Load the base that it was trained on, or pass on_base_mismatch='ignore' if it is meant for "
+        "this one."
     )

@@ -1147,6 +1147,8 @@ def test_a_full_disk_leaves_the_old_adapter_and_nothing_else(largest: str, tmp_p
     """A real one, as the kernel reports it: no file may grow beyond a limit, and the largest file hits it."""
     resource = pytest.importorskip("resource")
     options: dict[str, Any] = {README: {"r": 1}, WEIGHTS: {"r": 16}, CONFIG: {}}[largest]
+    if largest == README:  # which PEFT extends
+        (tmp_path / README).write_text("Long.\n" * 5000)
     if largest == CONFIG:
         options = {"rank_pattern": {f"a_module_that_is_not_there_{i}": 4 for i in range(400)}}
     model = adapted(config(**options))

@@ -136,8 +136,8 @@ def _parsed(given: Any, part: str, pattern: re.Pattern[str]) -> dict[str, re.Mat
 
 def _malformed(where: str, expected: str, found: Any, key: str = "fingerprint") -> ConfigError:
     return ConfigError(
-        f"adapter_config.json: hf_qlora.{key}{where}={found!r:.100} must be {expected}. Download the adapter again, or "
-        f"remove the key {key!r} to load it without comparing bases."
+        f"adapter_config.json: hf_qlora.{key}{where}={found!r:.100} must be {expected}. Download the adapter again, "
+        f"or remove the key {key!r} to load it without comparing bases."
     )
 
 
