@@ -205,9 +205,14 @@ def load_into_transformers(
 ) -> Any:
     options = kwargs.get("adapter_kwargs") or {}
     folder = None if peft_model_id is None else files.adapter_folder(peft_model_id, **options)
-    if folder is not None and kwargs.get("hotswap") is not True:
+    name = adapter_name or "default"
+    there = getattr(model, "peft_config", {}).get(name)  # to swap for; one that is added compares in the tuner
+    if folder is not None and isinstance(there, QLoRAConfig):
         folder.check()
-        place, name = str(folder.weights.parent), adapter_name or "default"
+        identity.check(model, there, name, folder.record, folder.source)
+    elif folder is not None and kwargs.get("hotswap") is not True:
+        folder.check()
+        place = str(folder.weights.parent)
         rehearse(model, name, lambda copied: PeftModel.from_pretrained(copied, place, name, torch_device="cpu"))
     with fold.exchange("portable", past_peft=True):
         return original(model, peft_model_id, adapter_name, *args, **kwargs)
