@@ -14,6 +14,7 @@ compared; a debug line says so.
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from hf_qlora.validation import CHANGES_BASE
 
 logger = logging.getLogger(__name__)
 
+# Where the Hub's client keeps what it has downloaded: models--org--name/snapshots/commit.
+_IN_CACHE = re.compile(r"models--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?$")
 _NOTED = "_hf_qlora_noted"  # on a base: samples by the adapter's name
 _HASHED = "_hf_qlora_hashed"  # on a base: where its bytes lay, and their fingerprint
 
@@ -131,10 +134,14 @@ def _changes_base(config: QLoRAConfig) -> bool:
 def _description(base: Any) -> dict[str, str | None]:
     """What can be said of a base without reading its weights; a path on this machine is nobody's business."""
     config = getattr(base, "config", None)
-    name = getattr(base, "name_or_path", None) or None
+    name = str(getattr(base, "name_or_path", None) or "")
+    commit = getattr(config, "_commit_hash", None)  # of some versions of transformers; others do not tell
+    cached = _IN_CACHE.search(name)
+    if cached:
+        name, commit = cached[1].replace("--", "/"), cached[2]
     return {
-        "id": None if name is None or is_local(name) else str(name),
-        "commit": getattr(config, "_commit_hash", None),
+        "id": None if not name or is_local(name) else name,
+        "commit": commit,
         "class": type(base).__name__,
         "dtype": str(getattr(base, "dtype", None)).removeprefix("torch."),
     }

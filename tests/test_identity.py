@@ -456,6 +456,14 @@ def test_a_path_on_this_machine_is_not_written_into_the_record(tmp_path: Path) -
     assert record["base"]["id"] is None
 
 
+def test_a_folder_of_the_hubs_cache_says_which_model_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "models--org--my-model" / "snapshots" / ("c" * 40)
+    base().save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    described = record_of(saved(tmp_path / "adapter", model=model))["base"]
+    assert (described["id"], described["commit"]) == ("org/my-model", "c" * 40)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

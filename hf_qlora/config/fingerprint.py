@@ -83,12 +83,12 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, given: Any) -> Fingerprint:
-        """Read what `to_dict` has written.
+        """Read what `to_dict` has written, in this version or one that says more.
 
         Raises:
             ConfigError: anything else.
         """
-        if not isinstance(given, dict) or given.keys() != {"root", "format", "repacked", "layers", "dense"}:
+        if not isinstance(given, dict) or not given.keys() >= {"root", "format", "repacked", "layers", "dense"}:
             raise _malformed("", "an object with root, format, repacked, layers and dense", given)
         if not isinstance(given["root"], str) or not (given["root"] == "" or _ROOT.fullmatch(given["root"])):
             raise _malformed(".root", "a sha256", given["root"])
