@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -93,33 +92,27 @@ def _sequence(pattern: str, start: int) -> tuple[_Node, int]:
         if found and repeated:
             position = found.end()
         parts.append((node, repeated or (1, 1)))
-    ways, least, text = 1.0, 0, ""
-    for i, (node, (fewest, most)) in enumerate(parts):
-        ways *= _ways(node, fewest, most, list(_following(parts[i + 1 :])))
+    ways, least, next_letter, next_least = 1.0, 0, "", 0
+    for node, (fewest, most) in reversed(parts):
+        ways *= _ways(node, fewest, most, next_letter, next_least)
         least += node.least * fewest
-        text += node.text or ""
-    is_text = all(node.text is not None and (fewest, most) == (1, 1) for node, (fewest, most) in parts)
-    return _Node(ways, least, text if is_text else None), position
+        must_come = fewest == most > 0
+        next_letter = (node.text or "")[:1] if must_come else ""
+        next_least = node.least + next_least if must_come and node.least else 0
+    is_text = all(node.text is not None and repeated == (1, 1) for node, repeated in parts)
+    return _Node(ways, least, "".join(node.text or "" for node, _ in parts) if is_text else None), position
 
 
-def _following(parts: list[tuple[_Node, tuple[int, float]]]) -> Iterator[_Node]:
-    """What must come next, up to the first part that may be something else."""
-    for node, (fewest, most) in parts:
-        if fewest != most or (node.least == 0 and node.text is None):
-            return
-        yield node
-
-
-def _ways(node: _Node, fewest: int, most: float, following: list[_Node]) -> float:
+def _ways(node: _Node, fewest: int, most: float, next_letter: str, next_least: int) -> float:
+    """How many ways a repeated part has, before a letter ("": any) and so many letters that must come."""
     if most == fewest:
         return _power(node.ways, fewest)
     if node.ways > 1:
         return node.ways + 1 if most == 1 else _power(node.ways, most)
-    text = "".join(part.text or "" for part in following[:1])
-    if text and node.one and not re.fullmatch(node.one, text[0], re.IGNORECASE):
+    if next_letter and node.one and not re.fullmatch(node.one, next_letter, re.IGNORECASE):
         return 1
     repetitions = min(most, NAME_LENGTH) - min(fewest, NAME_LENGTH) + 1
-    return min(FEW, repetitions) if sum(part.least for part in following) > 1 else repetitions
+    return min(FEW, repetitions) if next_least > 1 else repetitions
 
 
 def _power(ways: float, count: float) -> float:
