@@ -30,6 +30,7 @@ PASSING_COUNT = 2  # of a layer's, and of a small model's
 SCALE_TOLERANCE, REPACKED_TOLERANCE = 1e-4, 1e-2
 DENSE_TOLERANCE = 2**-8  # the same value read in bfloat16, 8 bits of precision
 UNRELATED = 0.3  # share of equal codes below which weights have nothing to do with each other; chance is 0.07
+MOST = 0.9  # of the layers
 CAST = 0.99  # share of equal codes above which a cast is the likely cause
 
 
@@ -123,7 +124,7 @@ def _differing(layers: dict[str, _LayerDifference]) -> list[str]:
     for differ, of in (("codes", "of_codes"), ("scales", "of_scales")):
         count = sum(getattr(layer, differ) for layer in layers.values())
         if count > max(PASSING_COUNT, PASSING_SHARE * sum(getattr(layer, of) for layer in layers.values())):
-            return [name for name, layer in layers.items() if layer.codes or layer.scales]
+            return [name for name, layer in layers.items() if layer.changed]
     return [name for name, layer in layers.items() if layer.is_another]
 
 
@@ -191,7 +192,7 @@ def _cause(
             return "another vocabulary (were tokens added?), or another model"
         return "a trained or replaced head or embedding" if layers else "another model, or one trained further"
     equal = 1 - sum(layer.codes for layer in differing) / sum(layer.of_codes for layer in differing)
-    others_equal = len(differing) < len(layers)
+    others_equal = len(differing) < MOST * len(layers)
     if equal < UNRELATED:
         return "layers that were replaced" if others_equal else "another model of the same architecture"
     if len(differing) < len(names):
