@@ -349,9 +349,9 @@ def test_other_scales_alone_are_another_base() -> None:
     assert (result.verdict, result.names) == ("differs", (name,))
 
 
-@pytest.mark.parametrize("share", [1e-4, 0.01])
+@pytest.mark.parametrize("share", [1e-4, 3e-3])
 def test_a_share_of_changed_codes_is_told_by_all_layers_together(share: float) -> None:
-    """210 layers of 64 samples. 0.1 % are 13: Poisson with mean 1.3 never reaches them, with mean 134 always does."""
+    """210 layers of 64 samples. 0.1 % are 13: Poisson with mean 1.3 never reaches them, with mean 40 always does."""
     rng = random.Random(0)
     for _ in range(50):
         layers = [
