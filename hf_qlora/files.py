@@ -37,9 +37,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_qlora import identity
 from hf_qlora.config import QLoRAConfig
 from hf_qlora.config.record import RECORD_KEY, checked_record, write_json
 from hf_qlora.layers import depth, fold
+from hf_qlora.validation import ConfigError
 
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ logger = logging.getLogger(__name__)
 HUB_OPTIONS = frozenset(inspect.signature(hf_hub_download).parameters)
 STATE_NAME = "hf_qlora_state.safetensors"
 VERSIONED = ("hf-qlora", "peft", "transformers", "torch", "bitsandbytes")
+LARGEST_CONFIG_BYTES = 2**26  # of a model of 100,000 adapted layers
 LEFT_OVER_AFTER_S = 3600.0  # a staging folder that old belongs to a process that was killed
 _STAGING = ".saving-"
 _TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")  # transformers.trainer_utils.PREFIX_CHECKPOINT_DIR
@@ -63,6 +66,7 @@ class AdapterTensors(dict[str, Tensor]):
     Attributes:
         source: the file, for messages.
         form: the form they are in.
+        record: what the config beside it has under `hf_qlora`; {} for an adapter that is not ours.
         depth: what the scales of depth had learned, by layer.
         native: lora_B as it was before folding, from a Trainer checkpoint.
         folded_by: the factors that `native` was folded by.
@@ -71,6 +75,7 @@ class AdapterTensors(dict[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor], source: str, form: fold.Form) -> None:
         super().__init__(tensors)
         self.source, self.form = source, form
+        self.record: dict[str, Any] = {}
         self.depth: dict[str, dict[str, Any]] = {}
         self.native: dict[str, Tensor] = {}
         self.folded_by: dict[str, float] = {}
@@ -114,7 +119,8 @@ class AdapterFolder:
                 f"{self.weights} cannot be read as safetensors ({error}); it is truncated or of another kind. "
                 "Save or download the adapter again."
             ) from error
-        result.depth = self.record.get("depth", {})
+        check_tensors(result, result.source)
+        result.record, result.depth = self.record, self.record.get("depth", {})
         expected = self.record.get("state_sha256")
         if expected is not None and self.state is not None and self.state.is_file():
             if sha256(self.state) == expected:
@@ -179,6 +185,30 @@ def read_tensors(weights: Path) -> dict[str, Tensor]:
         raise AdapterFileError(f"{weights} cannot be read as safetensors ({error}).") from error
 
 
+def check_tensors(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse what no adapter holds and what would make every output NaN.
+
+    Raises:
+        AdapterFileError: a LoRA tensor that is not of floating point or not finite, or any tensor with NaN.
+    """
+    for name, tensor in tensors.items():
+        is_lora = ".lora_" in name
+        if not tensor.is_floating_point():
+            if is_lora:
+                raise AdapterFileError(
+                    f"{source}: {name} has dtype {tensor.dtype}; an adapter's tensors are of floating point. "
+                    "The file was written by something else, or changed."
+                )
+            continue
+        values = tensor if tensor.element_size() > 1 else tensor.float()  # torch cannot ask float8
+        bad = ~values.isfinite() if is_lora else values.isnan()
+        if bad.any():
+            raise AdapterFileError(
+                f"{source}: {name} has {int(bad.sum())} values of {tensor.numel()} that are NaN or infinite. Training "
+                "diverged before it was saved: load an earlier checkpoint."
+            )
+
+
 def has_config(model_id: str | os.PathLike[str], **kwargs: Any) -> bool:
     """Whether the adapter has an adapter_config.json; weights alone are taken to be as the config given with them."""
     local = Path(model_id, kwargs.get("subfolder") or "")
@@ -214,6 +244,9 @@ def save(
         )
     chosen = options["selected_adapters"]
     names = list(model.peft_config) if chosen is None else chosen
+    outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise ValueError(f"Adapters are saved in folders of their names, and {outside} lead out of {target}.")
     ours = [name for name in names if isinstance(model.peft_config.get(name), QLoRAConfig)]
     _check_scales(model, ours, options["kwargs"].get("state_dict"))
     by = {name: fold.factors(model, model.peft_config[name], name) for name in ours}
@@ -226,6 +259,8 @@ def save(
     if not options["is_main_process"]:
         write(save_directory, *args, **kwargs)
         return
+    classes = labels(model)
+    bases = {name: identity.describe(model, model.peft_config[name], name) for name in ours}
     try:
         target.mkdir(parents=True, exist_ok=True)
         _remove_left_overs(target)
@@ -242,8 +277,9 @@ def save(
         write(stage, *args, **kwargs)
         for name in ours:
             learned = depth.learned(model, name)
+            known = {**bases[name], "depth": learned, "labels": classes}
             place = stage / name if name != "default" else stage
-            _complete(place, by[name], native.get(name, {}), learned, labels(model))
+            _complete(place, by[name], native.get(name, {}), {key: value for key, value in known.items() if value})
         moves = _moves(stage, target)
         moving = True
         for path, final in moves:
@@ -274,6 +310,16 @@ def check_beside(config_file: Path, record: dict[str, Any]) -> None:
         AdapterFolder(str(config_file.parent), weights, record).check()
 
 
+def check_size(config_file: Path) -> None:
+    """Refuse a config so large that reading it as JSON would take all memory."""
+    size = config_file.stat().st_size
+    if size > LARGEST_CONFIG_BYTES:
+        raise AdapterFileError(
+            f"{config_file} has {size:,} bytes, an adapter's config at most {LARGEST_CONFIG_BYTES:,}: it is something "
+            "else. Download the adapter again."
+        )
+
+
 @functools.lru_cache(maxsize=64)
 def _sha256_of(path: Path, size_bytes: int, changed_ns: int) -> str:
     """The hash of a file, which loading asks for several times; the other arguments tell its versions apart."""
@@ -291,6 +337,7 @@ def sha256(path: Path) -> str:
 def _record(config_file: Path) -> dict[str, Any] | None:
     if not config_file.is_file():
         return None
+    check_size(config_file)
     try:
         values = json.loads(config_file.read_text())
     except (ValueError, RecursionError) as error:
@@ -299,7 +346,12 @@ def _record(config_file: Path) -> dict[str, Any] | None:
         raise AdapterFileError(
             f"{config_file} is not an adapter config: it holds {type(values).__name__}, not an object."
         )
-    return checked_record(values[RECORD_KEY]) if RECORD_KEY in values else None
+    if RECORD_KEY not in values:
+        return None
+    try:
+        return checked_record(values[RECORD_KEY])
+    except ConfigError as error:
+        raise ConfigError(f"{config_file}: {error}") from error
 
 
 def _native_tensors(model: PeftModel, name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -312,21 +364,12 @@ def _native_tensors(model: PeftModel, name: str, options: Mapping[str, Any]) -> 
     }
 
 
-def _complete(
-    folder: Path,
-    by: dict[str, float],
-    native: dict[str, Tensor],
-    learned: dict[str, dict[str, Any]],
-    classes: list[str],
-) -> None:
+def _complete(folder: Path, by: dict[str, float], native: dict[str, Tensor], known: dict[str, Any]) -> None:
     """Add to a staged adapter what only the saved file and the model know."""
     values = json.loads((folder / CONFIG_NAME).read_text())
     record = values[RECORD_KEY]
     record |= {"weights_sha256": sha256(folder / SAFETENSORS_WEIGHTS_NAME), "fold": by, "versions": versions()}
-    if learned:
-        record["depth"] = learned
-    if classes:
-        record["labels"] = classes
+    record |= known
     if native:
         save_file(native, folder / STATE_NAME, metadata={"format": "pt"})
         record["state_sha256"] = sha256(folder / STATE_NAME)

@@ -18,8 +18,8 @@ from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from hf_qlora import files
-from hf_qlora.config import NF4Config, QLoRAConfig
+from hf_qlora import files, identity
+from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
 from hf_qlora.config.record import RECORD_KEY
 from hf_qlora.layers import attention, depth, fold
 from hf_qlora.quant.base import check_settings
@@ -48,6 +48,8 @@ def inject_adapter(
 
 
 def from_json_file(original: Callable[..., Any], cls: type, path_json_file: str, **kwargs: Any) -> Any:
+    if Path(path_json_file).is_file():
+        files.check_size(Path(path_json_file))
     try:
         values = original(cls, path_json_file, **kwargs)
     except json.JSONDecodeError as error:
@@ -95,6 +97,8 @@ def set_peft_model_state_dict(
     config, tensors = model.peft_config[adapter_name], peft_model_state_dict
     if not isinstance(tensors, files.AdapterTensors) or not isinstance(config, QLoRAConfig):
         return original(model, tensors, adapter_name, ignore_mismatched_sizes, **kwargs)
+    identity.check(model, config, adapter_name, tensors.record, tensors.source)
+    _warn_of_other_scales(model, config, adapter_name, tensors)
     before = depth.learned(model, adapter_name)
     depth.restore(model, adapter_name, tensors.depth)
     attention.forget_step(model, adapter_name)
@@ -106,6 +110,21 @@ def set_peft_model_state_dict(
             depth.restore(model, adapter_name, before)
             _explain(error, tensors.source)
             raise
+
+
+def _warn_of_other_scales(
+    model: nn.Module, config: QLoRAConfig, adapter_name: str, tensors: files.AdapterTensors
+) -> None:
+    """The function is the file's all the same: what a gain is not, `lora_B` is."""
+    if not tensors.depth or not isinstance(config, AdaptiveDepthLoRAConfig):
+        return
+    here = dict(depth.scales(model, adapter_name)).keys()
+    for names, what in (
+        (tensors.depth.keys() - here, "for modules that are not adapted; they are ignored"),
+        (here - tensors.depth.keys(), "for all but some adapted modules, which start from 1"),
+    ):
+        if names:
+            logger.warning("%s has depth scales %s: %r.", tensors.source, what, sorted(names)[:3])
 
 
 def _explain(error: Exception, source: str) -> None:
@@ -182,7 +201,8 @@ def load_adapter(
         raise
 
 
-_OF_NO_FILE = ("quantization", "portable", "chunked_loss")  # checked above, or without effect on what is learned
+# Checked above, or without effect on what is learned.
+_OF_NO_FILE = ("quantization", "portable", "chunked_loss", "on_base_mismatch")
 
 
 def _check_trained_alike(config: QLoRAConfig, folder: files.AdapterFolder) -> None:
@@ -215,9 +235,16 @@ def load_into_transformers(
     options = kwargs.get("adapter_kwargs") or {}
     folder = None if peft_model_id is None else files.adapter_folder(peft_model_id, **options)
     labels = _classes(model, folder)
-    if folder is not None and kwargs.get("hotswap") is not True:
+    name = adapter_name or "default"
+    there = getattr(model, "peft_config", {}).get(name)  # to swap for; one that is added compares in the tuner
+    if folder is not None and isinstance(there, QLoRAConfig):
         folder.check()
-        place, name = str(folder.weights.parent), adapter_name or "default"
+        files.check_tensors(files.read_tensors(folder.weights), str(folder.weights))
+        identity.check(model, there, name, folder.record, folder.source)
+    elif folder is not None and kwargs.get("hotswap") is not True:
+        folder.check()
+        files.check_tensors(files.read_tensors(folder.weights), str(folder.weights))
+        place = str(folder.weights.parent)
         rehearse(model, name, lambda copied: PeftModel.from_pretrained(copied, place, name, torch_device="cpu"))
     with fold.exchange("portable", past_peft=True):
         result = original(model, peft_model_id, adapter_name, *args, **kwargs)
@@ -278,6 +305,8 @@ def hotswap_adapter_from_state_dict(
     portable = _portable(config)
     if isinstance(config, QLoRAConfig) and isinstance(config.quantization, NF4Config):
         check_settings(model, config.quantization)
+    if isinstance(config, QLoRAConfig):
+        identity.check(model, config, adapter_name, config.record, "The adapter to swap in")
     original(model, state_dict, adapter_name, portable, *args, **kwargs)
     ours = model.peft_config.get(adapter_name)
     if isinstance(ours, QLoRAConfig):

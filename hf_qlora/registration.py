@@ -196,8 +196,9 @@ class _LoraConfig(LoraConfig, metaclass=_Dispatch):
 
 
 _LoraConfig.__name__ = _LoraConfig.__qualname__ = "LoraConfig"  # PEFT's warnings name the class
+_OWN = ("quantization", "portable", "on_base_mismatch")
 # PEFT looks keyword arguments up there.
-_LoraConfig.__annotations__ = LoraConfig.__annotations__ | {"quantization": Any, "portable": Any}
+_LoraConfig.__annotations__ = LoraConfig.__annotations__ | dict.fromkeys(_OWN, Any)
 
 
 def _wrap(owner: Any, name: str, hook: Callable[..., Any]) -> None:

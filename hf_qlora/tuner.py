@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_qlora import identity
 from hf_qlora.config import AdaptiveDepthLoRAConfig, QLoRAConfig
 from hf_qlora.layers import attention, depth, fold, head
 from hf_qlora.layers.linear import Linear4bit, adopt
@@ -69,6 +70,9 @@ class QLoRAModel(LoraModel):
             factors: Factors = {}
             if not is_rehearsal(model):
                 factors = prepare_base(config, model, self._try(config, model, adapter_name))
+                identity.note(model, adapter_name)
+                if fold.current_exchange().past_peft:  # else when the file's tensors are set
+                    identity.check(model, config, adapter_name, config.record, f"Adapter {adapter_name!r}")
             with undone_on_error(model, adapter_name), _linear_layers_named(model), _initialised_here(config):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 if isinstance(config, AdaptiveDepthLoRAConfig):

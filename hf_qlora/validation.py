@@ -10,6 +10,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from hf_qlora.patterns import SlowPatternError, check_quick
+
 
 # Initialisations that overwrite the base weight (PiSSA 2404.02948, OLoRA 2406.01775, CorDA 2406.05223, LoRA-GA
 # 2407.05000) or need to read it dense (MiCA 2604.01694).
@@ -55,6 +57,11 @@ def check_values(config: Any) -> None:
     for name in ("target_modules", "exclude_modules"):
         if isinstance(getattr(config, name), str):
             _check_pattern(name, getattr(config, name))
+    for name in ("modules_to_save", "layers_pattern"):  # PEFT puts each of them into an expression of its own
+        given = getattr(config, name)
+        for part in given if isinstance(given, list | tuple | set) else [given]:
+            if isinstance(part, str):
+                _check_pattern(name, part)
 
 
 def check_honoured_on_nf4(config: Any) -> None:
@@ -115,6 +122,13 @@ def _check_pattern(name: str, pattern: Any) -> None:
         re.compile(pattern)
     except (re.error, TypeError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{name}: {pattern!r:.200} is not a regular expression: {error}.") from error
+    try:
+        check_quick(pattern)
+    except SlowPatternError as error:
+        raise ConfigError(
+            f"{name}: the regular expression {pattern!r:.200} is refused: {error}. Write it without, or as a list of "
+            "names."
+        ) from error
 
 
 def _shown(hint: Any) -> str:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from hf_qlora import NF4Config, QLoRAConfig, files, quantize_model
 from hf_qlora.files import STATE_NAME, AdapterFileError
 from hf_qlora.layers import fold
+from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.tuner import AdapterError
 from hf_qlora.validation import ConfigError
 
@@ -974,6 +975,114 @@ def test_a_class_named_in_the_record_is_not_imported(trap: str, attribute: str, 
         load(adapter)
 
 
+# ── Files that would do harm ─────────────────────────────────────────────────────────────────────────────────────────
+
+LOADERS: dict[str, Callable[[Path], Any]] = {
+    "from_pretrained": lambda folder: load(folder),
+    "load_adapter": lambda folder: adapted().load_adapter(folder, "second"),
+    "hotswap": lambda folder: hotswap_adapter(adapted(), str(folder), "default"),
+    "transformers": lambda folder: base().load_adapter(str(folder)),
+    "hotswap in transformers": lambda folder: in_transformers().load_adapter(
+        str(folder), adapter_name="default", hotswap=True
+    ),
+}
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+def in_transformers() -> Any:
+    model: Any = base()
+    model.add_adapter(config())
+    return model
+
+
+@pytest.mark.parametrize("how", LOADERS)
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(number: float, how: str, adapter: Path) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors[A][1, 2] = number
+        return tensors
+
+    rewrite(adapter, spoil)
+    with pytest.raises(AdapterFileError, match=r"q_proj\.lora_A\.weight has 1 values of 256 that are NaN or infinite"):
+        LOADERS[how](adapter)
+
+
+@pytest.mark.parametrize("how", LOADERS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.complex64], ids=str)
+def test_weights_of_no_floating_point_are_refused(dtype: torch.dtype, how: str, adapter: Path) -> None:
+    rewrite(adapter, lambda tensors: {**tensors, A: tensors[A].to(dtype)})
+    with pytest.raises(AdapterFileError, match=rf"q_proj\.lora_A\.weight has dtype {dtype}") as error:
+        LOADERS[how](adapter)
+    assert str(adapter / WEIGHTS) in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_weights_of_any_floating_point_are_read(dtype: torch.dtype, adapter: Path) -> None:
+    rewrite(adapter, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    loaded = adapter_tensors(load(adapter))[A.replace(".weight", ".default.weight")]
+    assert torch.equal(loaded, load_file(adapter / WEIGHTS)[A].float())
+
+
+def test_a_refusal_comes_before_the_base_is_quantized(adapter: Path) -> None:
+    rewrite(adapter, lambda tensors: {**tensors, A: tensors[A] * math.nan})
+    model = base()
+    with pytest.raises(AdapterFileError):
+        load(adapter, model)
+    assert not any(isinstance(module, Linear4bit) for module in model.modules())
+
+
+PATTERNS: dict[str, Callable[[dict[str, Any], str], Any]] = {
+    "target_modules": lambda values, pattern: values.update(target_modules=pattern),
+    "exclude_modules": lambda values, pattern: values.update(exclude_modules=pattern),
+    "rank_pattern": lambda values, pattern: values.update(rank_pattern={pattern: 4}),
+    "alpha_pattern": lambda values, pattern: values["hf_qlora"]["originals"].update(alpha_pattern={pattern: 4}),
+    "modules_to_save": lambda values, pattern: values.update(modules_to_save=[pattern]),
+    "layers_pattern": lambda values, pattern: values.update(layers_pattern=[pattern], layers_to_transform=[0]),
+}
+
+
+@pytest.mark.parametrize("how", LOADERS)
+@pytest.mark.parametrize("place", PATTERNS)
+def test_a_pattern_that_explodes_is_refused(place: str, how: str, adapter: Path) -> None:
+    values = read_config(adapter)
+    PATTERNS[place](values, r"(\w+|\.)*(\w+|\.)*!")
+    write_config(adapter, values)
+    with pytest.raises(ConfigError, match=rf"{CONFIG}: {place}: the regular expression .* is refused: .*very long"):
+        LOADERS[how](adapter)
+
+
+def test_a_pattern_that_is_none_is_refused_wherever_it_stands(adapter: Path) -> None:
+    for change in PATTERNS.values():
+        values = read_config(adapter)
+        change(values, "q_proj(")
+        write_config(adapter, values)
+        with pytest.raises(ConfigError, match=rf"{CONFIG}: .*'q_proj\(' is not a regular expression"):
+            load(adapter)
+
+
+@pytest.mark.parametrize("how", LOADERS)
+def test_a_config_of_all_memory_is_not_read(how: str, adapter: Path) -> None:
+    with (adapter / CONFIG).open("r+b") as file:
+        file.truncate(2**40)  # on the disk it takes nothing
+    with pytest.raises(AdapterFileError, match=rf"{CONFIG} has 1,099,511,627,776 bytes"):
+        LOADERS[how](adapter)
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/tmp/hf_qlora_outside"])
+def test_an_adapter_is_not_saved_outside_of_its_folder(name: str, tmp_path: Path) -> None:
+    model = get_peft_model(base(), config(), adapter_name=name)
+    with pytest.raises(ValueError, match="lead out of"):
+        model.save_pretrained(tmp_path / "target")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["me/../../secret", "..", "../secret", "me/a/b", "me/..%2f"])
+def test_an_id_that_leads_out_of_the_cache_is_refused(name: str, cached: Path) -> None:
+    """By the Hub's client."""
+    with pytest.raises((ValueError, OSError)):
+        load(name, cache_dir=str(cached.parents[2]))  # type: ignore[arg-type]
+
+
 # ── Saves that fail ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1147,6 +1256,8 @@ def test_a_full_disk_leaves_the_old_adapter_and_nothing_else(largest: str, tmp_p
     """A real one, as the kernel reports it: no file may grow beyond a limit, and the largest file hits it."""
     resource = pytest.importorskip("resource")
     options: dict[str, Any] = {README: {"r": 1}, WEIGHTS: {"r": 16}, CONFIG: {}}[largest]
+    if largest == README:  # which PEFT extends
+        (tmp_path / README).write_text("Long.\n" * 5000)
     if largest == CONFIG:
         options = {"rank_pattern": {f"a_module_that_is_not_there_{i}": 4 for i in range(400)}}
     model = adapted(config(**options))

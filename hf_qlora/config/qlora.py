@@ -22,6 +22,8 @@ from hf_qlora.validation import CHANGES_BASE, ConfigError, check_honoured_on_nf4
 
 logger = logging.getLogger(__name__)
 
+ON_BASE_MISMATCH = ("warn", "error", "ignore")
+
 
 @dataclass
 class QLoRAConfig(LoraConfig):
@@ -54,6 +56,12 @@ class QLoRAConfig(LoraConfig):
             "help": "Compute the cross entropy over a vocabulary in chunks while training; logits are made when read."
         },
     )
+    on_base_mismatch: str = field(
+        default="warn",
+        metadata={
+            "help": "Where the adapter is loaded on another base than it was trained on: 'warn', 'error' or 'ignore'."
+        },
+    )
 
     record: dict[str, Any] | None = field(
         default=None,
@@ -70,6 +78,10 @@ class QLoRAConfig(LoraConfig):
             raise ConfigError(f"quantization={self.quantization!r} must be an NF4Config, its dict, or None.")
         check_values(self)
         check_types(self)
+        if self.on_base_mismatch not in ON_BASE_MISMATCH:
+            raise ConfigError(
+                f"on_base_mismatch={self.on_base_mismatch!r} is not known; choose one of {ON_BASE_MISMATCH}."
+            )
         if isinstance(self.quantization, Mapping):
             self.quantization = NF4Config.from_dict(self.quantization)
         if self.quantization is None:

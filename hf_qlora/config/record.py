@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_qlora.config.fingerprint import Fingerprint, check_base
 from hf_qlora.validation import ConfigError
 
 
 FORMAT_VERSION = 1
 RECORD_KEY = "hf_qlora"
+LARGEST_THETA = 1e6  # a gain is bounded by tanh(θ/κ), κ at most 10: far below this it has stopped to move
+LARGEST_COUNT = 2**53
 
 
 def checked_record(record: Any) -> dict[str, Any]:
@@ -50,22 +52,30 @@ def checked_record(record: Any) -> dict[str, Any]:
     for layer, value in depth.items():
         if not _is_depth(value):
             raise ConfigError(
-                f"adapter_config.json: {RECORD_KEY}.depth[{layer!r}]={value!r:.200} must hold theta, attention "
-                "(within 0.5 and 2), concentration (or null) and observations, as numbers."
+                f"adapter_config.json: {RECORD_KEY}.depth[{layer!r:.200}]={value!r:.200} must hold theta (within ±"
+                f"{LARGEST_THETA:g}), attention (within 0.5 and 2), concentration (within ±2, or null) and "
+                "observations (a count), as numbers."
             )
+    if "base" in record:
+        check_base(record["base"])
+    if "fingerprint" in record:
+        Fingerprint.from_dict(record["fingerprint"])
     return record
 
 
 def _is_depth(value: Any) -> bool:
     if not isinstance(value, dict) or type(value.get("observations")) is not int:
         return False
+    if not 0 <= value["observations"] <= LARGEST_COUNT:
+        return False
     if value.keys() != {"theta", "attention", "concentration", "observations"}:
         return False
     theta, attention, average = value["theta"], value["attention"], value["concentration"]
     numbers = [theta, attention, 0.0 if average is None else average]
     # Integers too: other writers of JSON make 1 of 1.0.
-    are_numbers = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
-    return are_numbers and 0.5 <= attention <= 2
+    if not all(type(n) in (int, float) for n in numbers):
+        return False
+    return bool(abs(numbers[0]) <= LARGEST_THETA and 0.5 <= attention <= 2 and abs(numbers[2]) <= 2)  # NaN is neither
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

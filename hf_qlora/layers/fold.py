@@ -30,7 +30,8 @@ from hf_qlora.config import AdaptiveDepthLoRAConfig, QLoRAConfig
 from hf_qlora.layers import attention
 from hf_qlora.layers.depth import SLOT, THETA, scale_of
 from hf_qlora.layers.errors import FoldError
-from hf_qlora.layers.names import adapted_layers, plain_name
+from hf_qlora.layers.names import adapted_layers
+from hf_qlora.quant.names import plain_name
 
 
 Form = Literal["portable", "native", "stock"]  # stock: of an adapter that is not ours

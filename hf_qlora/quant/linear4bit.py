@@ -198,15 +198,23 @@ def adopt_linear(layer: bnb.nn.Linear4bit, name: str, compute_dtype: torch.dtype
             "this.",
             name,
         )
-        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
-        if not weight.quant_state.nested:  # bitsandbytes leaves these scales as repacked: bfloat16, transposed
-            weight.quant_state.absmax = weight.quant_state.absmax.t().reshape(-1).float()
+        weight.data, weight.quant_state = unpacked(weight.data, state)
     source_cls = getattr(layer, "source_cls", nn.Linear)
     dtype = compute_dtype or layer.compute_dtype or weight.quant_state.dtype
     shape = torch.Size([layer.out_features, layer.in_features])
     layer.quant_state = weight.quant_state
     _become(layer, source_cls, shape, dtype, weight.quant_state.dtype)
     share_tables(weight.quant_state)
+
+
+def unpacked(packed: Tensor, state: QuantState) -> tuple[Tensor, QuantState]:
+    """A weight and its state without bitsandbytes' CPU repacking; as they are where there is none. `state` is kept."""
+    if not getattr(state, "packing_format_for_cpu", False):
+        return packed, state
+    codes, result = _convert_weight_packed_for_cpu_inverse(packed, copy.copy(state))
+    if not result.nested:  # bitsandbytes leaves these scales as repacked: bfloat16, transposed
+        result.absmax = result.absmax.t().reshape(-1).float()
+    return codes, result
 
 
 def quantize_weight(weight: Tensor, config: NF4Config) -> tuple[Tensor, QuantState]:

@@ -750,7 +750,7 @@ def test_a_loaded_model_remembers_its_conversions_under_this_name(tmp_path: Path
     assert "_weight_conversions" in saving.__code__.co_consts
 
 
-AT_RUN_TIME = {"_hf_hook", "_is_quantized", "_require_grads_hooks", "_weight_conversions"}
+AT_RUN_TIME = {"_commit_hash", "_hf_hook", "_is_quantized", "_require_grads_hooks", "_weight_conversions"}
 
 
 # What no entry says: how the libraries' public functions reach us.
