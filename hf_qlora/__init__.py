@@ -10,6 +10,7 @@ configs behave as before.
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
 from hf_qlora.layers.head import disable_chunked_loss, enable_chunked_loss
+from hf_qlora.merge import MergeReport, merge
 from hf_qlora.quant.base import quantize_model
 from hf_qlora.registration import register
 from hf_qlora.train.callbacks import DepthScaleCallback
@@ -21,12 +22,14 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveDepthLoRAConfig",
     "DepthScaleCallback",
+    "MergeReport",
     "NF4Config",
     "QLoRAConfig",
     "QLoRAModel",
     "create_optimizer",
     "disable_chunked_loss",
     "enable_chunked_loss",
+    "merge",
     "quantize_model",
 ]
 
