@@ -82,7 +82,8 @@ def trained_weights(layer: Any, names: list[str]) -> tuple[Tensor, Tensor]:
 def plain_weight(layer: Any) -> Tensor:
     """A layer's weight in float32, (out_features, in_features) where it is linear."""
     if isinstance(layer, BaseLinear4bit):
-        return layer.dequantize(torch.float32)
+        unpacked: Tensor = layer.dequantize(torch.float32)
+        return unpacked
     weight: Tensor = layer.weight.detach().float()
     return weight.t() if isinstance(layer, Conv1D) else weight
 

@@ -20,6 +20,7 @@ from hf_qlora.layers.errors import MergeError
 
 RANDOM_ROWS, RANDOM_LENGTH = 4, 64
 LONGEST_ROW = 512
+LEAST_TOKENS = 16  # distinct ones, in each paragraph: transformers makes an empty tokenizer where there is none
 # Lewis Carroll, Alice's Adventures in Wonderland (1865), and Charles Darwin, On the Origin of Species (1859).
 DEFAULT_TEXTS = (
     "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or "
@@ -58,20 +59,20 @@ def rows(model: nn.Module, texts: Texts | None, tokenizer: Any) -> tuple[list[Te
         if texts is not None:
             raise MergeError(f"texts were given, but {type(model).__name__} reads no token ids; leave them out.")
         return [], "not measured: the model reads no text"
-    vocabulary = _vocabulary(model)
-    if texts is None:
-        tokenizer = tokenizer or _tokenizer_of(model)
-        if tokenizer is None:
-            generator = torch.Generator().manual_seed(0)
-            ids = torch.randint(vocabulary, (RANDOM_ROWS, RANDOM_LENGTH), generator=generator)
-            return list(ids.split(1)), f"{RANDOM_ROWS} rows of random tokens, because no tokenizer was found"
-        texts, what = DEFAULT_TEXTS, "two paragraphs of English prose"
-    else:
-        what = f"{len(texts)} given texts"
-    if not len(texts):
-        raise MergeError("texts is empty; give strings or lists of token ids, or None for a built-in text.")
-    found = [_ids(text, tokenizer or _tokenizer_of(model), vocabulary) for text in texts]
-    return found, what
+    vocabulary, reader = _vocabulary(model), tokenizer or _tokenizer_of(model)
+    if texts is not None:
+        if not len(texts):
+            raise MergeError("texts is empty; give strings or lists of token ids, or None for a built-in text.")
+        return [_ids(text, reader, vocabulary) for text in texts], f"{len(texts)} given texts"
+    if reader is not None:
+        try:
+            found = [_ids(text, reader, vocabulary) for text in DEFAULT_TEXTS]
+        except MergeError:
+            found = []
+        if found and all(len(row.unique()) >= LEAST_TOKENS for row in found):
+            return found, "two paragraphs of English prose"
+    ids = torch.randint(vocabulary, (RANDOM_ROWS, RANDOM_LENGTH), generator=torch.Generator().manual_seed(0))
+    return list(ids.split(1)), f"{RANDOM_ROWS} rows of random tokens, because the base has no tokenizer"
 
 
 def divergence(trained: Any, merged: nn.Module, ids: list[Tensor]) -> Divergence:
@@ -89,7 +90,8 @@ def divergence(trained: Any, merged: nn.Module, ids: list[Tensor]) -> Divergence
                 sums[i] += (expected.exp() * (expected - found)).sum(dtype=torch.float64).cpu()
             positions += len(expected)
     merged.train(training)
-    return Divergence(*(max(float(total) / positions, 0.0) for total in sums), positions)
+    kl_merged, kl_without = (max(float(total) / positions, 0.0) for total in sums)
+    return Divergence(kl_merged, kl_without, positions)
 
 
 def _log_probabilities(model: Any, ids: Tensor) -> Tensor:

@@ -24,16 +24,21 @@ def twin(model: PeftModel, share: bool = False) -> PeftModel:
     Args:
         share: share all tensors; for reading only.
     """
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        state = getattr(tensor, "quant_state", None)
-        if _is_intact(state) and (share or state is not None):
-            memo |= {id(tensor): tensor, id(state): state}
-    copied: PeftModel = copy.deepcopy(model, memo)
+    copied: PeftModel = copied_sharing(model, dense=share)
     if is_quantized(copied):
         take_over(copied.get_base_model(), None)
     adopt(copied)
     return copied
+
+
+def copied_sharing(module: Any, dense: bool = True) -> Any:
+    """A copy that holds the very tensors of a module; only the packed ones unless `dense`."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        state = getattr(tensor, "quant_state", None)
+        if _is_intact(state) and (dense or state is not None):
+            memo |= {id(tensor): tensor, id(state): state}
+    return copy.deepcopy(module, memo)
 
 
 def tied_groups(base: nn.Module) -> list[list[str]]:
