@@ -35,6 +35,7 @@ from hf_qlora.quant.linear4bit import dense_weight
 
 
 Onto = Literal["dequantized", "original", "nf4"]
+ONTO: tuple[Onto, ...] = get_args(Onto)
 
 LEAST_KEPT = 0.5  # of the adapter; below, a merge into NF4 is refused
 
@@ -99,14 +100,15 @@ def merge(
     return report
 
 
-def check_onto(onto: str, original: object) -> None:
+def check_onto(onto: str, original: object) -> Onto:
     """Refuse an unknown `onto`, and an original that is missing or of no use."""
-    if onto not in get_args(Onto):
-        raise MergeError(f"onto={onto!r} is not known; choose one of {get_args(Onto)}.")
+    if onto not in ONTO:
+        raise MergeError(f"onto={onto!r} is not known; choose one of {ONTO}.")
     if onto == "original" and original is None:
         raise MergeError("onto='original' needs original=: the folder, the Hub id or the model of the dense base.")
     if onto != "original" and original is not None:
         raise MergeError(f"original= is used with onto='original' alone; onto is {onto!r}.")
+    return onto
 
 
 def refuse_lost(report: MergeReport, force: bool) -> None:
@@ -242,7 +244,7 @@ def _load_original(original: str | os.PathLike[str] | nn.Module, base: nn.Module
         if not isinstance(base, PreTrainedModel):
             raise MergeError(f"original={original!r}: the base is no model of transformers; pass the model itself.")
         try:
-            dense = type(base).from_pretrained(os.fspath(original), dtype=base.dtype)
+            dense = type(base).from_pretrained(str(original), dtype=base.dtype)
         except (OSError, ValueError, RuntimeError) as error:
             raise MergeError(f"The original {original!r} cannot be loaded: {first_sentence(error)}") from error
     if is_quantized(dense):
@@ -277,7 +279,7 @@ def _misfit(dense: nn.Module, base: nn.Module) -> str:
 def _name_of(original: str | os.PathLike[str] | nn.Module) -> str:
     if isinstance(original, nn.Module):
         return str(getattr(original, "name_or_path", "") or type(original).__name__)
-    return os.fspath(original)
+    return str(original)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -85,7 +85,8 @@ def plain_weight(layer: Any) -> Tensor:
         unpacked: Tensor = layer.dequantize(torch.float32)
         return unpacked
     weight: Tensor = layer.weight.detach().float()
-    return weight.t() if isinstance(layer, Conv1D) else weight
+    result: Tensor = weight.t() if isinstance(layer, Conv1D) else weight
+    return result
 
 
 def compare(

@@ -222,7 +222,10 @@ def _stored_settings(
         raise MergeError(f"The base is stored in {state.quant_type}; only nf4 and dense bases are merged.")
     stored = NF4Config(double_quant=state.nested, block_size=state.blocksize)
     asked = config.quantization if isinstance(config, QLoRAConfig) else None
-    if asked is not None and (asked.double_quant, asked.block_size) != (stored.double_quant, stored.block_size):
+    if isinstance(asked, NF4Config) and (asked.double_quant, asked.block_size) != (
+        stored.double_quant,
+        stored.block_size,
+    ):
         raise MergeError(f"The base is stored as {stored}, but the adapter was trained on {asked}.")
     return stored
 
@@ -242,20 +245,19 @@ def _pack_without_bytes(layer: Any, nf4: NF4Config) -> None:
     weight = layer.weight
     shape = torch.Size(weight.shape if isinstance(layer, nn.Linear) else weight.shape[::-1])
     blocks = -(-weight.numel() // nf4.block_size)
-    kinds = {"device": "meta", "dtype": torch.float32}
     state = QuantState(
         absmax=torch.empty(blocks, device="meta", dtype=torch.uint8 if nf4.double_quant else torch.float32),
         shape=shape,
         dtype=weight.dtype,
         blocksize=nf4.block_size,
-        code=torch.empty(16, **kinds),
+        code=torch.empty(16, device="meta"),
         quant_type=nf4.quant_type,
     )
     if nf4.double_quant:
         state.offset, state.nested = torch.zeros(()), True  # real, because naming a layer's tensors reads it
-        groups = torch.empty(-(-blocks // NESTED_BLOCK_SIZE), **kinds)
+        groups = torch.empty(-(-blocks // NESTED_BLOCK_SIZE), device="meta")
         state.state2 = QuantState(
-            absmax=groups, blocksize=NESTED_BLOCK_SIZE, code=torch.empty(256, **kinds), dtype=torch.float32
+            absmax=groups, blocksize=NESTED_BLOCK_SIZE, code=torch.empty(256, device="meta"), dtype=torch.float32
         )
     packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
     become_linear4bit(layer, packed, state, nf4.compute_dtype)

@@ -59,11 +59,11 @@ NOT_RUN = "not compared: the model was merged layer by layer and never run"
 def merge_files(
     adapter: str,
     output: str | os.PathLike[str],
-    onto: Onto = "dequantized",
+    onto: str = "dequantized",
     base: str | None = None,
     *,
     dtype: str | None = None,
-    trained_on: TrainedOn = "auto",
+    trained_on: str = "auto",
     force: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -86,7 +86,7 @@ def merge_files(
         MergeError: sources or an output that cannot be used, named; a merge that loses the adapter.
         OSError: the disk is full or read-only; what was in `output` is unchanged.
     """
-    check_onto(onto, "the base" if onto == "original" else None)
+    onto = check_onto(onto, "the base" if onto == "original" else None)
     _check_choices(dtype, trained_on)
     target = Path(output)
     check_folder(target, overwrite)
@@ -326,7 +326,7 @@ def _find(model: nn.Module, name: str) -> Tensor:
     return found
 
 
-def _quantization(config: LoraConfig, trained_on: TrainedOn) -> NF4Config | None:
+def _quantization(config: LoraConfig, trained_on: str) -> NF4Config | None:
     """What the base was quantized to, if it was."""
     if not isinstance(config, QLoRAConfig):
         return NF4Config() if trained_on == "nf4" else None

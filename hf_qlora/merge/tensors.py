@@ -123,7 +123,7 @@ class ShardWriter:
         """End the last file, give all their names, and write the index if there are several."""
         self._end()
         count = len(self.shards)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, header in enumerate(self.shards, start=1):
             name = SAFE_WEIGHTS_NAME if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
             self._path(number).rename(self.folder / name)
@@ -149,7 +149,7 @@ class ShardWriter:
 
     def _write(self, name: str, tensor: Tensor) -> None:
         plain = tensor.detach().cpu().contiguous()
-        self._file.write(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(plain.reshape(-1).view(torch.uint8).numpy().data)
         offsets = [self._end_of_data, self._end_of_data + plain.nbytes]
         self.shards[-1][name] = {"dtype": _DTYPES[plain.dtype], "shape": list(plain.shape), "data_offsets": offsets}
         self._end_of_data = offsets[1]
