@@ -130,7 +130,7 @@ def _check_model(model: Any) -> list[str]:
     if kinds != {PeftType.LORA}:
         raise MergeError(f"The model has adapters of {sorted(kind.value for kind in kinds)}; merge takes LORA alone.")
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    merged = [name for name, layer in layers if layer.merged]
+    merged = [wrapped_name(name).removeprefix("base_model.model.") for name, layer in layers if layer.merged]
     if merged:
         raise MergeError(f"Adapters are merged into {merged[0]} already; call unmerge_adapter() first.")
     names = [name for name in model.active_adapters if any(name in layer.r for _, layer in layers)]

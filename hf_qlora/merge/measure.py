@@ -140,9 +140,7 @@ def step_rms(packed: Tensor, state: QuantState) -> float:
 
 def absmax(state: QuantState) -> Tensor:
     """The scale of each block, (blocks,), float32."""
-    if not state.nested:
-        return state.absmax.float()
-    scales: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    scales: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     return scales.float()
 
 

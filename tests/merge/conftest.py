@@ -9,26 +9,14 @@ from typing import Any
 import pytest
 import torch
 from architectures import llama
-from peft import PeftModel, get_peft_model
+from merging import adapted
 from torch import nn
-
-from hf_qlora import QLoRAConfig
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Tiny models are slower on two threads."""
     torch.set_num_threads(1)
-
-
-def adapted(model: nn.Module, **settings: Any) -> PeftModel:
-    """The model with an adapter that is not zero, and small against the weights, as trained ones are."""
-    values = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False, **settings}
-    peft_model = get_peft_model(model, QLoRAConfig(**values)).eval()
-    for name, parameter in peft_model.named_parameters():
-        if ".lora_B." in name or ".lora_embedding_B" in name:
-            parameter.data *= 0.1
-    return peft_model
 
 
 @pytest.fixture
