@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 import transformers
 from bitsandbytes.functional import QuantState
@@ -241,6 +242,13 @@ def read_state(files: TensorFiles, keys: list[str]) -> QuantState:
         raise MergeError(f"{prefix[1]} has no whole NF4 weight in the base's files ({error}).") from error
 
 
+class _WithoutBytes(bnb.nn.Params4bit):  # type: ignore[misc]
+    """A packed weight on the meta device, which bitsandbytes' copying cannot make; PEFT copies it for DoRA."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _WithoutBytes:
+        return self
+
+
 def _pack_without_bytes(layer: Any, nf4: NF4Config) -> None:
     weight = layer.weight
     shape = torch.Size(weight.shape if isinstance(layer, nn.Linear) else weight.shape[::-1])
@@ -261,6 +269,7 @@ def _pack_without_bytes(layer: Any, nf4: NF4Config) -> None:
         )
     packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
     become_linear4bit(layer, packed, state, nf4.compute_dtype)
+    layer.weight.__class__ = _WithoutBytes
 
 
 def _attach(model: PreTrainedModel, adapter: Path, config: LoraConfig) -> PeftModel:
