@@ -242,7 +242,7 @@ def read_state(files: TensorFiles, keys: list[str]) -> QuantState:
         raise MergeError(f"{prefix[1]} has no whole NF4 weight in the base's files ({error}).") from error
 
 
-class _WithoutBytes(bnb.nn.Params4bit):  # type: ignore[misc]
+class _WithoutBytes(bnb.nn.Params4bit):
     """A packed weight on the meta device, which bitsandbytes' copying cannot make; PEFT copies it for DoRA."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _WithoutBytes:

@@ -381,15 +381,15 @@ def test_lora_bias_is_refused_on_nf4_and_merged_on_a_dense_base(saved: Saved, tm
 
 MEASURE = """
 import resource, sys
-import hf_qlora.merge.stream as stream
+from hf_qlora.merge.stream import merge_files
 from transformers import AutoModelForCausalLM
 import transformers.models.llama.modeling_llama
 import torch
 torch.set_num_threads(1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-stream.merge_files(sys.argv[1], sys.argv[4], base=sys.argv[2])  # a tiny one: what the code itself takes
+merge_files(sys.argv[1], sys.argv[3], base=sys.argv[2])  # a tiny one: what the code itself takes
 before = peak()
-stream.merge_files(sys.argv[1 + 4], sys.argv[4 + 4], base=sys.argv[2 + 4])
+merge_files(sys.argv[4], sys.argv[6], base=sys.argv[5])
 print(peak() - before)
 """
 
