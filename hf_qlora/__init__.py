@@ -11,6 +11,7 @@ configs behave as before.
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
 from hf_qlora.hub.callback import ModelCardCallback
 from hf_qlora.layers.head import disable_chunked_loss, enable_chunked_loss
+from hf_qlora.merge import MergeReport, merge
 from hf_qlora.quant.base import quantize_model
 from hf_qlora.quant.generation import fast_generation
 from hf_qlora.registration import register
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveDepthLoRAConfig",
     "DepthScaleCallback",
+    "MergeReport",
     "ModelCardCallback",
     "NF4Config",
     "QLoRAConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "disable_chunked_loss",
     "enable_chunked_loss",
     "fast_generation",
+    "merge",
     "quantize_model",
 ]
 

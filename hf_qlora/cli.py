@@ -233,6 +233,59 @@ def inspect_adapter(
         raise _misused(str(error)) from None
 
 
+@app.command("merge")
+def merge_adapter(
+    adapter: Annotated[str, typer.Argument(help="A folder, or a Hub id; of this package or of stock PEFT.")],
+    output: Annotated[Path, typer.Option(help="Folder for the merged model: new or empty.")],
+    onto: Annotated[
+        str,
+        typer.Option(
+            help="dequantized: the base as the adapter was trained on it, made dense. original: the dense base that "
+            "was quantized. nf4: rounded to NF4 again."
+        ),
+    ] = "dequantized",
+    base: Annotated[
+        str | None, typer.Option(help="The base: a folder, or a Hub id. By default what the adapter names.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default what the base's config says.")
+    ] = None,
+    trained_on: Annotated[
+        str, typer.Option(help="nf4 or dense, for adapters of stock PEFT, which do not say; auto: the base as stored.")
+    ] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Merge into NF4 although the adapter is lost.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a saved model in OUTPUT.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write the whole report into this .json file.")] = None,
+) -> None:
+    """Merge a saved adapter into its base, one layer at a time, and measure what each layer loses."""
+    from hf_qlora.config.record import write_json
+    from hf_qlora.merge.report import MergeRefused
+    from hf_qlora.merge.stream import merge_files
+
+    try:
+        found = merge_files(
+            adapter,
+            output,
+            onto,
+            base,
+            dtype=dtype,
+            trained_on=trained_on,
+            force=force,
+            overwrite=overwrite,
+        )
+        if report is not None:
+            write_json(report, found.to_dict())
+    except MergeRefused as error:
+        typer.echo(str(error.report))
+        raise _misused(str(error)) from None
+    except (ImportError, OSError, ValueError) as error:
+        raise _misused(str(error)) from None
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped; {output} is as it was.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    typer.echo(str(found))
+
+
 @app.command()
 def demo(
     model: Annotated[

@@ -101,7 +101,7 @@ class QLoRAModel(LoraModel):
             self.peft_config[adapters[0]] = first
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._check_mergeable(adapter_names, safe_merge)
+        self.check_mergeable(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         dense = [module.dense_bytes for module in self.model.modules() if isinstance(module, Linear4bit)]
         if sum(dense):
@@ -116,7 +116,7 @@ class QLoRAModel(LoraModel):
         head.disable_chunked_loss(self.model)
         if ours and merge:
             names = kwargs.get("adapter_names")
-            self._check_mergeable(names, kwargs.get("safe_merge", False))
+            self.check_mergeable(names, kwargs.get("safe_merge", False))
         elif ours:
             for module in self.model.modules():  # the packed base is what unloading returns
                 if isinstance(module, Linear4bit):
@@ -134,7 +134,7 @@ class QLoRAModel(LoraModel):
         super().delete_adapter(adapter_name)
         attention.unwatch(self.model, adapter_name)
 
-    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+    def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Find out what cannot be merged before the first layer is."""
         for name, module in self.model.named_modules():
             if isinstance(module, Linear4bit):

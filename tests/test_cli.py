@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from architectures import llama
+from merging import adapted
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 import hf_qlora
@@ -98,3 +103,32 @@ def test_an_interruption_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     result = invoke("demo", "--output", "there")
     assert result.exit_code == cli.INTERRUPTED
     assert result.output == "Stopped. If an adapter had been saved already, it is in there.\n"
+
+
+def test_merge_writes_a_model_and_prints_what_it_lost(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "base")
+    adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    merged, file = tmp_path / "merged", tmp_path / "report.json"
+    result = invoke("merge", str(tmp_path / "adapter"), "--output", str(merged), "--report", str(file))
+    assert result.exit_code == 0
+    assert f"saved      in {merged}" in result.output
+    assert len(json.loads(file.read_text())["layers"]) == 14
+    assert AutoModelForCausalLM.from_pretrained(merged).config.model_type == "llama"
+    again = invoke("merge", str(tmp_path / "adapter"), "--output", str(merged))
+    assert again.exit_code == 2
+    assert again.output == (f"Error: {merged} is not empty; name a new folder, or ask to overwrite the model in it.\n")
+    assert invoke("merge", str(tmp_path / "adapter"), "--output", str(merged), "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--onto", "int8"), "onto='int8' is not known; choose one of ('dequantized', 'original', 'nf4')."),
+        (("--dtype", "int8"), "dtype='int8' is not known; choose one of ('float32', 'bfloat16', 'float16')."),
+        ((), "The adapter ./nowhere is not there."),
+    ],
+)
+def test_a_merge_that_cannot_be_is_one_sentence(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = invoke("merge", "./nowhere", "--output", str(tmp_path / "merged"), *arguments)
+    assert (result.exit_code, result.output) == (2, f"Error: {message}\n")

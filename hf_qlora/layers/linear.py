@@ -51,12 +51,16 @@ class Linear4bit(PeftLinear4bit):
         dtype = base.product_dtype(x)
         return step_forward(x, dtype, lambda: base.dequantize(dtype), base.bias, adapters).to(x.dtype)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, onto: Tensor | None = None
+    ) -> None:
         """Put a dense layer with the adapters' ΔW added in the base layer's place.
 
         Args:
             safe_merge: check that the result is finite before using it.
             adapter_names: the adapters to merge; the active ones by default.
+            onto (`torch.Tensor`, (out_features, in_features)): add ΔW to this weight and in its dtype, instead of the
+                dequantized one.
 
         Raises:
             MergeError: an adapter with `lora_bias`, or (with `safe_merge`) a result that is not finite.
@@ -66,7 +70,9 @@ class Linear4bit(PeftLinear4bit):
             return
         self.check_mergeable("This layer", names, safe_merge=False)
         packed = self._packed[0] if self.merged else self.base_layer
-        weight = self._merged_weight(packed, self.merged_adapters + names)
+        base = packed.dequantize(torch.float32) if onto is None else onto.float()
+        dtype = packed.state.dtype if onto is None else onto.dtype
+        weight = self.add_to(base, self.merged_adapters + names).to(dtype)
         if safe_merge:
             _check_finite("This layer", names, weight)
         self.base_layer, self._packed = packed.to_dense(weight), (packed,)
@@ -84,7 +90,8 @@ class Linear4bit(PeftLinear4bit):
             )
         if safe_merge:
             packed = self._packed[0] if self.merged else self.base_layer
-            _check_finite(layer_name, names, self._merged_weight(packed, self.merged_adapters + names))
+            weight = self.add_to(packed.dequantize(torch.float32), self.merged_adapters + names)
+            _check_finite(layer_name, names, weight.to(packed.state.dtype))
 
     def unmerge(self) -> None:
         """Put the packed base layer back; nothing is computed."""
@@ -105,9 +112,12 @@ class Linear4bit(PeftLinear4bit):
         """Bytes of the dense weight held while merged, else 0."""
         return int(self.base_layer.weight.nbytes) if self._packed else 0
 
-    def _merged_weight(self, packed: BaseLinear4bit, names: list[str]) -> Tensor:
-        """The dequantized weight with the adapters of `names` added in float32, in the base's dtype."""
-        base = packed.dequantize(torch.float32)
+    def add_to(self, base: Tensor, names: list[str]) -> Tensor:
+        """A weight with the adapters of `names` added.
+
+        Args:
+            base (`torch.Tensor`, (out_features, in_features), float32).
+        """
         weight = base
         for name in names:
             variant, delta = self.lora_variant.get(name), self.get_delta_weight(name)
@@ -120,7 +130,7 @@ class Linear4bit(PeftLinear4bit):
                 weight = (magnitude.weight / norm)[:, None] * (weight + delta)
             else:
                 weight = variant.merge_safe(self, name, weight)
-        return weight.detach().to(packed.state.dtype)
+        return weight.detach()
 
     def _restore(self, packed: BaseLinear4bit) -> None:
         self.base_layer = packed

@@ -171,8 +171,14 @@ def become_linear4bit(
 ) -> Linear4bit:
     """Turn a dense layer into a `Linear4bit` with the given packed weight, in place; the dense weight is let go."""
     converted = _become(layer, type(layer), state.shape, compute_dtype or state.dtype, state.dtype)
+    set_packed(converted, packed, state)
+    return converted
+
+
+def set_packed(layer: Linear4bit, packed: Tensor, state: QuantState) -> None:
+    """Give a layer its packed weight."""
     # Not through `__setattr__`: PEFT's low_cpu_mem_usage patches parameter registration to move everything to meta.
-    converted._parameters["weight"] = bnb.nn.Params4bit(
+    layer._parameters["weight"] = bnb.nn.Params4bit(
         packed,
         requires_grad=False,
         quant_state=state,
@@ -181,10 +187,9 @@ def become_linear4bit(
         quant_type=state.quant_type,
         quant_storage=packed.dtype,
         bnb_quantized=True,
-        module=converted,
+        module=layer,
     )
-    converted.quant_state = state
-    return converted
+    layer.quant_state = state
 
 
 def adopt_linear(layer: bnb.nn.Linear4bit, name: str, compute_dtype: torch.dtype | str | None) -> None:

@@ -37,6 +37,7 @@ import peft.utils.save_and_load
 import pytest
 import torch
 import transformers
+import transformers.conversion_mapping
 import transformers.core_model_loading
 from architectures import llama
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit, quantize_4bit
@@ -101,6 +102,56 @@ def lora(**options: Any) -> LoraConfig:
 
 def qlora(**options: Any) -> QLoRAConfig:
     return QLoRAConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **options})
+
+
+# merging from files
+
+
+@contract("peft.tuners.tuners_utils:BaseTunerLayer._move_adapter_to_device_of_base_layer")
+def _() -> None:
+    """What moves loaded adapters to the meta device, and is looked up on the layer."""
+    source = inspect.getsource(peft.utils.save_and_load)
+    assert "module._move_adapter_to_device_of_base_layer(adapter_name)" in source
+
+
+@contract("transformers.modeling_utils:PreTrainedModel._from_config")
+def _() -> None:
+    """A concrete class makes a model in a dtype, without weights, as the Auto classes' public from_config."""
+    with torch.device("meta"):
+        model = type(llama())._from_config(llama().config, dtype=torch.bfloat16)
+    assert {(p.dtype, p.is_meta) for p in model.parameters()} == {(torch.bfloat16, True)}
+
+
+@contract("transformers.modeling_utils:PreTrainedModel._get_dtype_plan")
+def _() -> None:
+    """Names, as patterns, of what stays in float32."""
+    config = transformers.T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8, vocab_size=8)
+    assert transformers.T5ForConditionalGeneration(config)._get_dtype_plan(torch.float16) == {"wo": torch.float32}
+    assert llama()._get_dtype_plan(torch.float16) == {}
+
+
+@contract("transformers.conversion_mapping:get_model_conversion_mapping")
+def _() -> None:
+    """The renamings and conversions of a model's checkpoint; those of old names apart."""
+    config = transformers.MixtralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_local_experts=2)
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(config)
+    mapping = transformers.conversion_mapping.get_model_conversion_mapping
+    kinds = {type(item).__name__ for item in mapping(model)}
+    assert {"WeightRenaming", "WeightConverter"} <= kinds
+    assert len(mapping(llama(), add_legacy=False)) < len(mapping(llama()))
+
+
+@contract("transformers.core_model_loading:rename_source_key")
+def _() -> None:
+    """A file's name to a parameter's, with the base model's prefix where that makes it one; and what converts it."""
+    rename = transformers.core_model_loading.rename_source_key
+    mapping = transformers.conversion_mapping.get_model_conversion_mapping(llama())
+    renamings = [item for item in mapping if isinstance(item, transformers.core_model_loading.WeightRenaming)]
+    names = llama().state_dict()
+    assert rename("norm.weight", renamings, [], "model", names) == ("model.norm.weight", None)
+    assert rename("model.norm.weight", renamings, [], "model", names) == ("model.norm.weight", None)
+    assert rename("layers.0.LayerNorm.gamma", renamings, [])[0] == "layers.0.LayerNorm.weight"
 
 
 # torch

@@ -1,0 +1,31 @@
+"""Merging with a choice, and with its error measured.
+
+An adapter was trained on a base, most often NF4: the function that was trained is Q(W) + ΔW. There are three weights
+to write it into:
+
+| onto | weight M | what is lost |
+| --- | --- | --- |
+| "dequantized" | Q(W) + ΔW | one rounding to the base's dtype |
+| "original" | W + ΔW | the quantization error comes back, and the adapter has learned with the other base |
+| "nf4" | Q(Q(W) + ΔW) | ΔW where it is below a step of NF4, which is nearly everywhere |
+
+so that each merge is compared with the model as it was trained: layer by layer as weights, and on text as logits. The
+layers' own merge (`layers/linear.py`) does the arithmetic. `merge` works on a model in memory and leaves it as it is;
+`stream.merge_files` works from files to files, one layer at a time.
+
+    measure.py   one layer: ‖M − (Q(W) + ΔW)‖, and ΔW in steps of NF4
+    probe.py     the whole model: KL between logits, with and without the adapter
+    report.py    what `merge` returns
+    twin.py      a model's second self, which may share its weights
+    in_memory.py merge
+    folder.py    an output folder that is there whole or not at all
+    tensors.py   safetensors files, one tensor at a time
+    skeleton.py  base and adapter without the base's weights
+    stream.py    merge_files
+"""
+
+from hf_qlora.merge.in_memory import merge
+from hf_qlora.merge.report import MergeReport
+
+
+__all__ = ["MergeReport", "merge"]

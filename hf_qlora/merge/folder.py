@@ -1,0 +1,112 @@
+"""A folder that is there whole or not at all: it is filled aside and renamed.
+
+Aside is beside it, on the same disk, as `.NAME.merging-…`. A folder that is to be replaced is renamed to
+`.NAME.replaced-…` first; where a process is killed between the two renames, the next one puts it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.utils import CONFIG_NAME
+
+from hf_qlora.files import LEFT_OVER_AFTER_S
+from hf_qlora.layers.errors import MergeError
+
+
+def check_folder(target: Path, overwrite: bool) -> None:
+    """Refuse an output folder that cannot be taken.
+
+    Raises:
+        MergeError: a file; a folder with things in it, which are no model or not to be overwritten.
+    """
+    if target.is_file():
+        raise MergeError(f"{target} is a file; name a folder that is new or empty.")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise MergeError(f"{target} is not empty; name a new folder, or ask to overwrite the model in it.")
+    if not (target / CONFIG_NAME).is_file() or any(path.is_dir() for path in target.iterdir()):
+        raise MergeError(
+            f"{target} is not overwritten: it holds other things than one saved model. Name a new folder, or empty "
+            "this one."
+        )
+
+
+@contextmanager
+def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """Give an empty folder to fill, and put it in the target's place if nothing was raised.
+
+    Raises:
+        MergeError: see `check_folder`.
+        OSError: the disk is full or read-only; what was there is unchanged.
+    """
+    target = Path(os.path.abspath(target))
+    with _told(target):
+        _repair(target)
+        check_folder(target, overwrite)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.merging-"))
+    try:
+        with _told(target):
+            yield stage
+            check_folder(target, overwrite)  # it took a while
+            _give_default_permissions(stage)
+            _put(stage, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def _told(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        raise OSError(
+            number, f"Saving the merged model in {target} failed: {error}. What was there is unchanged."
+        ) from error
+
+
+def _put(stage: Path, target: Path) -> None:
+    if target.is_dir() and any(target.iterdir()):
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.replaced-"))
+        os.rename(target, old)  # onto an empty folder
+        try:
+            os.rename(stage, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            target.rmdir()  # which may be empty
+        os.rename(stage, target)
+
+
+def _repair(target: Path) -> None:
+    """Put back what a killed process had moved away, and remove what others left behind."""
+    for old in target.parent.glob(f".{target.name}.replaced-*"):
+        if not target.exists() and any(old.iterdir()):
+            os.rename(old, target)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+    for stage in target.parent.glob(f".{target.name}.merging-*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - stage.stat().st_mtime > LEFT_OVER_AFTER_S:
+                shutil.rmtree(stage, ignore_errors=True)
+
+
+def _give_default_permissions(stage: Path) -> None:
+    """mkdtemp keeps others out; a model is as readable as any new folder."""
+    mask = os.umask(0)
+    os.umask(mask)
+    stage.chmod(0o777 & ~mask)

@@ -1,0 +1,286 @@
+"""`merge`: a model in memory, merged into a new one."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any, Literal, get_args
+
+import torch
+from peft import PeftModel, PeftType
+from peft.tuners.lora import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_qlora.config import NF4Config
+from hf_qlora.layers.errors import MergeError
+from hf_qlora.layers.linear import Linear4bit
+from hf_qlora.merge import measure, probe
+from hf_qlora.merge.measure import LayerMerge
+from hf_qlora.merge.names import first_sentence, is_of_adapter, wrapped_name
+from hf_qlora.merge.report import MergeRefused, MergeReport
+from hf_qlora.merge.twin import give_own_weights, tied_groups, twin, untie_split
+from hf_qlora.quant.base import (
+    PROGRESS_DELAY_S,
+    dequantize_layers,
+    forget_quantization,
+    is_quantized,
+    quantize_model,
+)
+from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
+from hf_qlora.quant.linear4bit import dense_weight
+
+
+Onto = Literal["dequantized", "original", "nf4"]
+ONTO: tuple[Onto, ...] = get_args(Onto)
+
+LEAST_KEPT = 0.5  # of the adapter; below, a merge into NF4 is refused
+
+
+def merge(
+    model: PeftModel,
+    onto: Onto = "dequantized",
+    original: str | os.PathLike[str] | nn.Module | None = None,
+    *,
+    texts: probe.Texts | None = None,
+    tokenizer: Any = None,
+    force: bool = False,
+) -> MergeReport:
+    """Merge a model's active LoRA adapters into a new model, and measure what that does to it.
+
+    The given model stays as it is. The new one takes the memory of the dense base.
+
+    Args:
+        model: a PEFT model with LoRA adapters, on a dense or an NF4 base.
+        onto: "dequantized" adds ΔW to the base as it was trained on, made dense: the function that was trained.
+            "original" adds it to the dense base that was quantized. "nf4" rounds the sum to NF4 again.
+        original: for `onto="original"`: a folder, a Hub id, or a model of the base's class, which stays as it is.
+        texts: what to compare the logits on: strings, or lists of token ids. By default two paragraphs of prose, or
+            random tokens where the base has no tokenizer.
+        tokenizer: for strings; by default the one that lies with the base.
+        force: merge into NF4 although less than half of the adapter is left.
+
+    Returns:
+        the report; `report.model` is the merged model.
+
+    Raises:
+        MergeRefused: less than half of the adapter would be left in NF4.
+        MergeError: a model without LoRA adapters, with none active, merged already, or broken; an unknown `onto`; an
+            original that is missing, quantized or of another architecture.
+    """
+    check_onto(onto, original)
+    names = _check_model(model)
+    reference = twin(model, share=True)
+    reference.base_model.check_mergeable(names, safe_merge=False)
+    base = reference.get_base_model()
+    ids, text = probe.rows(base, texts, tokenizer)
+    dense = None if original is None else _load_original(original, base)
+    merged, notes = _merged(model, names, dense)
+    if onto == "nf4":
+        config, stay_dense = _packing(base)
+        quantize_model(merged, config, skip=stay_dense)
+    layers = _measured(reference, merged, names, dense, notes)
+    logits = probe.divergence(reference, merged, ids) if ids else None
+    report = MergeReport(
+        onto=onto,
+        base=str(getattr(base, "name_or_path", "") or type(base).__name__),
+        original=None if original is None else _name_of(original),
+        adapters=names,
+        dtype=str(_dtype(merged)).removeprefix("torch."),
+        layers=layers,
+        text=text,
+        logits=logits,
+        notes=notes,
+        model=merged,
+    )
+    refuse_lost(report, force)
+    return report
+
+
+def check_onto(onto: str, original: object) -> Onto:
+    """Refuse an unknown `onto`, and an original that is missing or of no use."""
+    if onto not in ONTO:
+        raise MergeError(f"onto={onto!r} is not known; choose one of {ONTO}.")
+    if onto == "original" and original is None:
+        raise MergeError("onto='original' needs original=: the folder, the Hub id or the model of the dense base.")
+    if onto != "original" and original is not None:
+        raise MergeError(f"original= is used with onto='original' alone; onto is {onto!r}.")
+    return onto
+
+
+def refuse_lost(report: MergeReport, force: bool) -> None:
+    """Raise MergeRefused for a merge into NF4 that leaves little of the adapter."""
+    if report.onto == "nf4" and report.kept < LEAST_KEPT and not force:
+        raise MergeRefused(
+            f"Rounded to NF4 again, {max(report.kept, 0):.1%} of the adapter is left, because ΔW is smaller than the "
+            "steps between NF4's levels. Merge with onto='dequantized', which keeps it, or serve the adapter unmerged "
+            "on the NF4 base; force merges all the same.",
+            report,
+        )
+
+
+def _check_model(model: Any) -> list[str]:
+    """The names of the adapters to merge."""
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, nn.Module):
+        raise MergeError(f"{type(model).__name__} is not a PEFT model; merge takes what get_peft_model returns.")
+    kinds = {config.peft_type for config in model.peft_config.values()}
+    if kinds != {PeftType.LORA}:
+        raise MergeError(f"The model has adapters of {sorted(kind.value for kind in kinds)}; merge takes LORA alone.")
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    merged = [wrapped_name(name).removeprefix("base_model.model.") for name, layer in layers if layer.merged]
+    if merged:
+        raise MergeError(f"Adapters are merged into {merged[0]} already; call unmerge_adapter() first.")
+    names = [name for name in model.active_adapters if any(name in layer.r for _, layer in layers)]
+    if not names:
+        raise MergeError(f"No adapter is active; choose some of {sorted(model.peft_config)} with set_adapter().")
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name and not parameter.isfinite().all():
+            raise MergeError(f"{name} has NaN or infinite values: its training diverged. Go back to a checkpoint.")
+    return names
+
+
+def _merged(model: PeftModel, names: list[str], dense: nn.Module | None) -> tuple[nn.Module, list[str]]:
+    """A new model with the adapters merged, onto the weights of `dense` where it is given; and notes."""
+    copied = twin(model)
+    base = copied.get_base_model()
+    if dense is not None:
+        _take_weights(base, dense, {model.peft_config[name].bias for name in names})
+    groups = tied_groups(base)
+    give_own_weights(base, [layer.get_base_layer() for _, layer in _lora_layers(base)])
+    for name, layer in tqdm(_lora_layers(base), desc="Merging", unit="layer", delay=PROGRESS_DELAY_S, leave=False):
+        if isinstance(layer, Linear4bit) and dense is not None:
+            layer.merge(adapter_names=names, onto=dense_weight(dense.get_submodule(name)))
+        else:
+            layer.merge(adapter_names=names)
+    with (
+        warnings.catch_warnings()
+    ):  # PEFT's, of merging what is merged, and of untied embeddings, which is a note here
+        warnings.simplefilter("ignore")
+        result: nn.Module = copied.merge_and_unload(adapter_names=names)
+    dequantize_layers(result)
+    forget_quantization(result)
+    return result, untie_split(result, groups)
+
+
+def _lora_layers(base: nn.Module) -> list[tuple[str, Any]]:
+    """The adapted layers by the names that they have in the base."""
+    return [(wrapped_name(name), module) for name, module in base.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _take_weights(base: nn.Module, dense: nn.Module, biases: set[str]) -> None:
+    """Give a wrapped base the weights of another model, but for biases that were trained.
+
+    What is packed and adapted keeps its packed weight: merging takes the other one.
+    """
+    for name, module in list(base.named_modules()):
+        adapted = name.endswith(".base_layer")
+        trained = "all" in biases or ("lora_only" in biases and adapted)
+        source = _source(dense, name)
+        if source is None:
+            continue
+        if isinstance(module, BaseLinear4bit) and not adapted:
+            module.become_dense(dense_weight(source).clone())
+        for key, parameter in module.named_parameters(recurse=False):
+            kept = trained if key == "bias" else isinstance(module, BaseLinear4bit)
+            if not kept:
+                parameter.data = getattr(source, key).detach().to(parameter.device, copy=True)
+
+
+def _source(dense: nn.Module, name: str) -> nn.Module | None:
+    """The module that a module of a wrapped base stands for."""
+    try:
+        return dense.get_submodule(wrapped_name(name))
+    except AttributeError:  # an adapter's own
+        return None
+
+
+def _packing(base: nn.Module) -> tuple[NF4Config, list[str]]:
+    """How the base is quantized, and the names of what is dense in it."""
+    linear = {
+        wrapped_name(name): module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not is_of_adapter(name)
+    }
+    packed = {name: module for name, module in linear.items() if isinstance(module, BaseLinear4bit)}
+    if not packed:
+        saved = (name for name, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+        return NF4Config(), sorted(saved)
+    layer = next(iter(packed.values()))
+    config = NF4Config(
+        double_quant=layer.state.nested,
+        block_size=layer.state.blocksize,
+        compute_dtype=None if layer.compute_dtype == layer.base_dtype else layer.compute_dtype,
+        skip_modules=(),
+    )
+    return config, sorted(linear.keys() - packed.keys())
+
+
+def _measured(
+    reference: PeftModel, merged: nn.Module, names: list[str], dense: nn.Module | None, notes: list[str]
+) -> list[LayerMerge]:
+    found, unmeasured = [], []
+    for name, layer in _lora_layers(reference.get_base_model()):
+        if not any(adapter in layer.r for adapter in names):
+            continue
+        if not measure.has_weight(layer):
+            unmeasured.append(name)
+            continue
+        result = merged.get_submodule(name)
+        trained = measure.trained_weights(layer, names)
+        without = None if dense is None else measure.plain_weight(dense.get_submodule(name))
+        found.append(measure.compare(name, layer.get_base_layer(), trained, result, without))
+    if unmeasured:
+        notes.append(f"{len(unmeasured)} merged layers were not measured as weights ({unmeasured[0]}, …).")
+    return found
+
+
+def _load_original(original: str | os.PathLike[str] | nn.Module, base: nn.Module) -> nn.Module:
+    """The dense model to merge onto, checked against the base."""
+    dense = original
+    if not isinstance(dense, nn.Module):
+        if not isinstance(base, PreTrainedModel):
+            raise MergeError(f"original={original!r}: the base is no model of transformers; pass the model itself.")
+        try:
+            dense = type(base).from_pretrained(str(original), dtype=base.dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise MergeError(f"The original {original!r} cannot be loaded: {first_sentence(error)}") from error
+    if is_quantized(dense):
+        raise MergeError(
+            f"original {_name_of(original)} is quantized; name the dense model that the base was made of."
+        )
+    misfit = _misfit(dense, base)
+    if misfit:
+        raise MergeError(f"original {_name_of(original)} is not what the base was made of: {misfit}.")
+    return dense
+
+
+def _misfit(dense: nn.Module, base: nn.Module) -> str:
+    """The first difference between a dense model and a wrapped base, or ""."""
+    own = {name: tuple(parameter.shape) for name, parameter in dense.named_parameters(remove_duplicate=False)}
+    for name, module in base.named_modules(remove_duplicate=False):
+        for key, parameter in module.named_parameters(recurse=False):
+            plain = wrapped_name(f"{name}.{key}")
+            if is_of_adapter(f"{name}.{key}"):
+                continue
+            shape = tuple(parameter.shape)
+            if isinstance(module, BaseLinear4bit) and key == "weight":
+                shape = tuple(module.state.shape)
+                shape = shape[::-1] if issubclass(module.source_cls, Conv1D) else shape
+            if plain not in own:
+                return f"it has no {plain}"
+            if own[plain] != shape:
+                return f"{plain} is {own[plain]}, not {shape}"
+    return ""
+
+
+def _name_of(original: str | os.PathLike[str] | nn.Module) -> str:
+    if isinstance(original, nn.Module):
+        return str(getattr(original, "name_or_path", "") or type(original).__name__)
+    return str(original)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())

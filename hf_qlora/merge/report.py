@@ -1,0 +1,175 @@
+"""What a merge did: the report that `merge` returns, as a table, a dict, and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hf_qlora.layers.errors import MergeError
+from hf_qlora.merge.folder import whole_folder
+from hf_qlora.merge.measure import LayerMerge
+from hf_qlora.merge.probe import Divergence
+
+
+WORST = 5
+UNCUT = 200  # columns where no terminal says how many
+
+MEANING = {
+    "dequantized": "the base that the adapter was trained on, dense, plus ΔW",
+    "original": "the original dense base plus ΔW: the quantization error comes back",
+    "nf4": "rounded to NF4 again, each weight to its nearest level",
+}
+
+
+class MergeRefused(MergeError):
+    """A merge that loses the adapter; `report` has what was measured."""
+
+    def __init__(self, message: str, report: MergeReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass
+class MergeReport:
+    """A merge, and how far it is from the model that was trained.
+
+    Attributes:
+        onto: "dequantized", "original" or "nf4".
+        base, original: names of the base and, for `onto="original"`, of what ΔW was added to.
+        adapters: what was merged.
+        dtype: of the merged weights.
+        layers: one entry for each adapted layer, measured against the base as trained plus ΔW.
+        text: what the logits were compared on, or why they were not.
+        logits: KL to the unmerged model; None where it was not measured.
+        notes: what else a reader must know.
+        model: the merged model; None if it was written to files alone.
+        output: the folder it was written to.
+    """
+
+    onto: str
+    base: str
+    adapters: list[str]
+    dtype: str
+    layers: list[LayerMerge]
+    text: str
+    logits: Divergence | None = None
+    original: str | None = None
+    notes: list[str] = field(default_factory=list)
+    model: Any = field(default=None, repr=False, compare=False)
+    output: str | None = None
+
+    @property
+    def error(self) -> float:
+        """‖M − T‖ / ‖ΔW‖ over all layers: 1 is as far from the trained weights as the base without the adapter."""
+        delta = sum(layer.delta_norm**2 for layer in self.layers)
+        return math.sqrt(self._squared_error / delta) if delta else 0.0
+
+    @property
+    def kept(self) -> float:
+        """The share of the adapter that is kept: of logits 1 − KL / KL without it, or else of weights.
+
+        The share of weights is 1 − Σ‖M − T‖² / Σ‖M₀ − T‖², M₀ being what merging no adapter would give. An adapter
+        that changes nothing is kept.
+        """
+        if self.logits is not None:
+            return 1 - self.logits.merged / self.logits.without if self.logits.without else 1.0
+        without = sum(layer.squared_error_without for layer in self.layers)
+        return 1 - self._squared_error / without if without else 1.0
+
+    @property
+    def _squared_error(self) -> float:
+        return sum(layer.squared_error for layer in self.layers)
+
+    def worst(self, count: int = WORST) -> list[LayerMerge]:
+        """The layers with the largest relative error."""
+        return sorted(self.layers, key=lambda layer: layer.error, reverse=True)[:count]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the model, as JSON types."""
+        values: dict[str, Any] = {
+            item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "model"
+        }
+        values["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
+        values["logits"] = None if self.logits is None else dataclasses.asdict(self.logits)
+        return {**values, "error": self.error, "kept": self.kept}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, tokenizer: Any = None, overwrite: bool = False, **kwargs: Any
+    ) -> None:
+        """Save the merged model in a folder that is there whole or not at all.
+
+        Args:
+            tokenizer: saved beside the model.
+            overwrite: replace a model that is there.
+            kwargs: for the model's own `save_pretrained`, as `max_shard_size`.
+
+        Raises:
+            MergeError: nothing to save, or a folder with other things in it.
+            OSError: the disk is full or read-only; what was there is unchanged.
+        """
+        if self.model is None:
+            raise MergeError(f"The merged model is in {self.output} already, and not in memory.")
+        with whole_folder(Path(save_directory), overwrite) as stage:
+            self.model.save_pretrained(stage, **kwargs)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(stage)
+        self.output = os.fspath(save_directory)
+
+    def show(self, console: Console | None = None) -> None:
+        """Print the lines and the table of the worst layers."""
+        to = console or Console(width=UNCUT)
+        for name, line in self._lines():
+            to.print(f"{name:<10} {line}", highlight=False, markup=False, soft_wrap=True)
+        if self.layers:
+            to.print(_table(self.worst()))
+            rest = len(self.layers) - WORST
+            if rest > 0:
+                to.print(f"… and {rest} layers whose error is no larger.", highlight=False, markup=False)
+
+    def __str__(self) -> str:
+        console = Console(width=UNCUT, no_color=True)
+        with console.capture() as captured:
+            self.show(console)
+        return captured.get().rstrip("\n")
+
+    def _lines(self) -> Sequence[tuple[str, str]]:
+        where = self.original or self.base
+        lines = [
+            ("merged", f"{', '.join(self.adapters)} onto {where}, in {self.dtype}: {MEANING[self.onto]}"),
+            ("compared", f"with the unmerged model, {self.base} with the adapter as it was trained"),
+        ]
+        if self.logits is not None:
+            found = f"KL {self.logits.merged:.2g} nats; without the adapter {self.logits.without:.2g}"
+            lines.append(("logits", f"{found} ({self.text}, {self.logits.positions} positions)"))
+        else:
+            lines.append(("logits", self.text))
+        if self.layers:
+            lines.append(("weights", f"error {self.error:.3g} of ‖ΔW‖ over {len(self.layers)} layers"))
+        lines.append(("kept", f"{self.kept:.1%} of the adapter, by {'logits' if self.logits else 'weights'}"))
+        lines += [("note", note) for note in self.notes]
+        if self.output:
+            lines.append(("saved", f"in {self.output}"))
+        return lines
+
+
+def _table(layers: Sequence[LayerMerge]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("worst layers", no_wrap=True)
+    for column in ("‖ΔW‖/‖W‖", "ΔW/step", "error/‖W‖", "error/‖ΔW‖", "signal"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for layer in layers:
+        numbers = (layer.relative_delta, layer.steps, layer.error, layer.noise, layer.signal)
+        table.add_row(layer.name, *("" if number is None else f"{number:.3g}" for number in numbers))
+    return table

@@ -1,0 +1,102 @@
+"""Where an adapter and its base are: a folder, or a Hub id whose files are fetched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+
+from hf_qlora import files
+from hf_qlora.layers.errors import MergeError
+from hf_qlora.merge.names import first_sentence
+
+
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")  # tokenizers, generation settings
+TOKENIZER = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "spiece*",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+
+
+def adapter_source(adapter: str) -> tuple[Path, LoraConfig]:
+    """The folder and the config of a LoRA adapter.
+
+    Raises:
+        MergeError: not there, no LoRA adapter, or without weights.
+        AdapterFileError: an adapter of ours that is not whole.
+    """
+    folder = _folder(adapter, None, (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *TOKENIZER_FILES), "The adapter")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise MergeError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}.")
+    ours = files.adapter_folder(folder)
+    if ours is not None:
+        ours.check()
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise MergeError(f"{adapter} has no {ADAPTER_WEIGHTS}; other files of weights are not read.")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise MergeError(f"{folder / ADAPTER_CONFIG} cannot be read: {first_sentence(error)}") from error
+    if not isinstance(config, LoraConfig):
+        raise MergeError(f"{adapter} is an adapter of kind {config.peft_type}; LORA alone is merged.")
+    return folder, config
+
+
+def base_source(base: str, revision: str | None) -> Path:
+    """The folder of a base.
+
+    Raises:
+        MergeError: not there, or no model.
+    """
+    folder = _folder(base, revision, ("*.safetensors", *BESIDE), "The base")
+    if not (folder / CONFIG_NAME).is_file():
+        raise MergeError(f"{base} is no model: it has no {CONFIG_NAME}.")
+    return folder
+
+
+def copy_beside(base: Path, adapter: Path, output: Path) -> bool:
+    """Copy what a model's folder has beside config and weights; whether the tokenizer is the adapter's."""
+    left_out = {CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_CONFIG}
+    for pattern in BESIDE:
+        for path in base.glob(pattern):
+            if path.is_file() and path.name not in left_out and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, output / path.name)
+    own = (adapter / TOKENIZER).is_file()
+    if own:
+        for pattern in TOKENIZER_FILES:
+            for path in adapter.glob(pattern):
+                (output / path.relative_to(adapter)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, output / path.relative_to(adapter))
+    return own
+
+
+def _folder(name: str, revision: str | None, patterns: tuple[str, ...], what: str) -> Path:
+    if os.path.isdir(name):
+        return Path(name)
+    if os.path.isabs(name) or name.startswith("."):
+        raise MergeError(f"{what} {name} is not there.")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except LocalEntryNotFoundError as error:
+        raise MergeError(
+            f"{what} {name!r} is no folder and not in the Hub's cache, and the Hub cannot be asked."
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise MergeError(
+            f"{what} {name!r} is no folder, and not to be had from the Hub: {first_sentence(error)}"
+        ) from error

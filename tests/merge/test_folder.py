@@ -1,0 +1,172 @@
+"""A merged model's folder is there whole or not at all, whatever happens, and what was there is not lost."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from architectures import llama, tokens
+from merging import logits
+
+from hf_qlora.layers.errors import MergeError
+from hf_qlora.merge.folder import whole_folder
+from hf_qlora.merge.stream import merge_files
+
+
+OLD = {"config.json": "old", "model.safetensors": "old"}
+NEW = {"config.json": "new", "model.safetensors": "new", "tokenizer.json": "new"}
+
+
+def fill(folder: Path, contents: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+
+
+def contents(folder: Path) -> dict[str, str] | None:
+    return {path.name: path.read_text() for path in folder.iterdir()} if folder.is_dir() else None
+
+
+def stopped(target: Path) -> None:
+    """A merge that does not come to its end."""
+    with whole_folder(target, overwrite=True) as stage:
+        fill(stage, NEW)
+        raise KeyError("stopped")
+
+
+@pytest.mark.parametrize("start", [None, {}, OLD], ids=["nothing", "an empty folder", "a model"])
+def test_a_folder_is_put_in_place_whole(tmp_path: Path, start: dict[str, str] | None) -> None:
+    target = tmp_path / "in" / "merged"
+    if start is not None:
+        fill(target, start)
+    with whole_folder(target, overwrite=True) as stage:
+        fill(stage, NEW)
+        assert contents(target) == start
+    assert contents(target) == NEW
+    assert [path.name for path in target.parent.iterdir()] == ["merged"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o777 & ~mask
+
+
+@pytest.mark.parametrize("start", [None, OLD], ids=["nothing", "a model"])
+def test_an_error_leaves_what_was_there(tmp_path: Path, start: dict[str, str] | None) -> None:
+    target = tmp_path / "merged"
+    if start is not None:
+        fill(target, start)
+    with pytest.raises(KeyError, match="stopped"):
+        stopped(target)
+    assert contents(target) == start
+    assert len(list(tmp_path.iterdir())) == (start is not None)
+
+
+@pytest.mark.parametrize(
+    ("start", "overwrite", "message"),
+    [
+        (OLD, False, "is not empty; name a new folder"),
+        ({"thesis.txt": "mine"}, True, "holds other things than one saved model"),
+        ({"config.json": "old", "run/log.txt": "mine"}, True, "holds other things than one saved model"),
+    ],
+    ids=["a model", "no model", "a folder in it"],
+)
+def test_a_folder_with_other_things_is_refused(
+    tmp_path: Path, start: dict[str, str], overwrite: bool, message: str
+) -> None:
+    for name, content in start.items():
+        fill((tmp_path / "merged" / name).parent, {Path(name).name: content})
+    with pytest.raises(MergeError, match=message), whole_folder(tmp_path / "merged", overwrite):
+        pytest.fail("filled")
+    assert all((tmp_path / "merged" / name).read_text() == content for name, content in start.items())
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "merged").write_text("mine")
+    with pytest.raises(MergeError, match="is a file"), whole_folder(tmp_path / "merged", overwrite=True):
+        pytest.fail("filled")
+
+
+def test_what_a_killed_process_moved_away_comes_back(tmp_path: Path) -> None:
+    fill(tmp_path / ".merged.replaced-abc", OLD)
+    with pytest.raises(KeyError, match="stopped"):
+        stopped(tmp_path / "merged")
+    assert contents(tmp_path / "merged") == OLD
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, saved: Callable[..., tuple[Path, Path]]) -> None:
+    """A real one, as the kernel reports it: no file may grow beyond a limit."""
+    resource = pytest.importorskip("resource")
+    signal = pytest.importorskip("signal")
+    base, adapter = saved(target_modules=["q_proj"])
+    target = tmp_path / "merged"
+    merge_files(str(adapter), target, base=str(base))
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"Saving the merged model in .*merged failed: .*What was there is unchanged"
+        ):
+            merge_files(str(adapter), target, base=str(base), overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert not list(tmp_path.glob(".merged*"))
+
+
+WATCHED = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.copyfile", "os.chmod")
+
+
+def dies_at(number: int, under: Path) -> Callable[..., None]:
+    """An audit hook that ends the process at file operation `number` in a folder."""
+    seen = [0]
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event in WATCHED and str(arguments[0]).startswith(str(under)):
+            seen[0] += 1
+            if seen[0] == number:
+                os._exit(9)
+
+    return hook
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_is_killed_leaves_the_old_model_the_new_one_or_nothing(
+    tmp_path: Path, saved: Callable[..., tuple[Path, Path]]
+) -> None:
+    base, adapter = saved(target_modules=["q_proj"])
+    (base / "tokenizer_config.json").write_text("{}")
+    place, ids = tmp_path / "out", tokens()
+    target = place / "merged"
+    old = llama()
+    results, number, deaths = [], 0, 0
+    while True:
+        number += 1
+        if not target.exists():
+            old.save_pretrained(target)
+        process = os.fork()
+        if process == 0:
+            try:
+                sys.addaudithook(dies_at(number, place))
+                merge_files(str(adapter), target, base=str(base), overwrite=True, max_shard_bytes=200_000)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        ended = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        if ended == 0:
+            break
+        assert ended == 9
+        deaths += 1
+        if target.exists():  # a mixture would not load, or compute something else
+            results.append(logits(tf.AutoModelForCausalLM.from_pretrained(target), ids))
+    new = logits(tf.AutoModelForCausalLM.from_pretrained(target), ids)
+    assert deaths >= 20
+    assert all(torch.equal(found, logits(old, ids)) or torch.equal(found, new) for found in results)
+    assert any(torch.equal(found, logits(old, ids)) for found in results)

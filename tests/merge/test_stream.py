@@ -1,0 +1,422 @@
+"""Merging from files to files gives the bits of the merge in memory, and files that everyone loads.
+
+Oracles: `PeftModel.from_pretrained(...).merge_and_unload()` on the loaded base, stock loading of the result, and the
+unmerged model's logits.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+import transformers as tf
+from architectures import ARCHITECTURES, Architecture, gpt2, llama, tokens
+from merging import adapted, differences, logits, relative
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hf_qlora import NF4Config, QLoRAConfig, merge
+from hf_qlora.files import AdapterFileError
+from hf_qlora.layers.errors import MergeError
+from hf_qlora.merge.report import MergeRefused
+from hf_qlora.merge.stream import merge_files
+
+
+MERGED = 1e-5  # as in tests/layers/test_linear.py
+Saved = Callable[..., tuple[Path, Path]]
+
+
+def streamed(report: Any) -> bool:
+    return not any("Merged in memory" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ARCHITECTURES, ids=lambda family: family.name)
+def test_files_merge_to_the_bits_of_merge_and_unload(
+    family: Architecture, dtype: torch.dtype, saved: Saved, tmp_path: Path
+) -> None:
+    base, adapter = saved(family.make(), dtype, task_type=family.task_type, **family.options)
+    cls = type(family.make())
+    model = PeftModel.from_pretrained(cls.from_pretrained(base), adapter)
+    report = merge_files(str(adapter), tmp_path / "merged", base=str(base))
+    assert streamed(report) == ("moe" not in family.name and family.name != "mixtral")
+    assert not differences(cls.from_pretrained(tmp_path / "merged"), model.merge_and_unload())
+    assert report.kept > 0.99
+
+
+@pytest.mark.parametrize("onto", ["original", "nf4"])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_files_merge_to_the_bits_of_merge(make: Any, onto: Any, saved: Saved, tmp_path: Path) -> None:
+    base, adapter = saved(make(), torch.bfloat16)
+    cls = type(make())
+    model = PeftModel.from_pretrained(cls.from_pretrained(base), adapter)
+    expected = merge(model, onto, base if onto == "original" else None, force=True)
+    report = merge_files(str(adapter), tmp_path / "merged", onto, str(base), force=True)
+    assert streamed(report)
+    reloaded = cls.from_pretrained(tmp_path / "merged")
+    assert not differences(reloaded, expected.model)
+    assert report.layers == [next(x for x in expected.layers if x.name == layer.name) for layer in report.layers]
+    assert len(report.layers) == len(expected.layers)
+    packed = [module for module in reloaded.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert bool(packed) == (onto == "nf4")
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "rsLoRA and patterns": {"use_rslora": True, "alpha_pattern": {"q_proj": 3}, "rank_pattern": {"up_proj": 2}},
+    "rsLoRA, not folded": {"use_rslora": True, "portable": False},
+    "DoRA": {"use_dora": True},
+    "depth": {"depth": True},
+    "biases": {"bias": "all"},
+    "biases of adapted layers": {"bias": "lora_only", "target_modules": ["q_proj"]},
+    "a trained head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "a trained norm": {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
+    "embeddings and head": {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},
+    "a dense base": {"quantization": None},
+    "a dense base, DoRA": {"quantization": None, "use_dora": True},
+    "single scales in blocks of 128": {"quantization": NF4Config(double_quant=False, block_size=128)},
+    "dense layers": {"quantization": NF4Config(skip_modules=("down_proj",))},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_is_merged_from_files(kind: str, saved: Saved, tmp_path: Path) -> None:
+    base, adapter = saved(llama(attention_bias=True), task_type="CAUSAL_LM", **KINDS[kind])
+    model, ids = PeftModel.from_pretrained(llama_from(base), adapter).eval(), tokens()
+    expected = logits(model, ids)
+    report = merge_files(str(adapter), tmp_path / "merged", base=str(base))
+    assert streamed(report)
+    merged = llama_from(tmp_path / "merged")
+    assert relative(logits(merged, ids), expected) <= MERGED
+    assert not differences(merged, model.merge_and_unload())
+
+
+def llama_from(folder: Path, **options: Any) -> nn.Module:
+    return tf.AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+TIED = {
+    "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "LoRA on the embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "a trained head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "neither": {"target_modules": ["q_proj"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*tie:UserWarning")
+@pytest.mark.parametrize("case", TIED)
+def test_tied_weights_come_apart_in_files_if_one_was_trained(case: str, saved: Saved, tmp_path: Path) -> None:
+    base, adapter = saved(llama(tie_word_embeddings=True), task_type="CAUSAL_LM", **TIED[case])
+    if case == "a trained head":
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        name = next(name for name in tensors if "lm_head" in name)
+        save_file({**tensors, name: tensors[name] + 0.1}, adapter / "adapter_model.safetensors")
+        forget_the_hash(adapter)
+    model, ids = PeftModel.from_pretrained(llama_from(base), adapter).eval(), tokens()
+    expected = logits(model, ids)
+    report = merge_files(str(adapter), tmp_path / "merged", base=str(base))
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] == (case == "neither")
+    assert any("tied" in note for note in report.notes) == (case != "neither")
+    assert ("lm_head.weight" in load_file(tmp_path / "merged" / "model.safetensors")) == (case != "neither")
+    assert relative(logits(llama_from(tmp_path / "merged"), ids), expected) <= MERGED
+
+
+def forget_the_hash(adapter: Path) -> None:
+    file = adapter / "adapter_config.json"
+    values = json.loads(file.read_text())
+    del values["hf_qlora"]["weights_sha256"]
+    file.write_text(json.dumps(values))
+
+
+def test_a_sharded_base_gives_the_same_and_the_result_can_be_sharded(saved: Saved, tmp_path: Path) -> None:
+    base, adapter = saved(llama(), base_options={"max_shard_size": "200KB"})
+    assert len(list(base.glob("*.safetensors"))) > 3
+    merge_files(str(adapter), tmp_path / "merged", base=str(base), max_shard_bytes=300_000)
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 2
+    model = PeftModel.from_pretrained(llama_from(base), adapter)
+    assert not differences(llama_from(tmp_path / "merged"), model.merge_and_unload())
+
+
+@pytest.mark.parametrize("onto", ["dequantized", "nf4"])
+def test_a_base_that_is_stored_in_4_bits(onto: Any, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "dense")
+    nf4 = NF4Config().to_bitsandbytes()
+    llama_from(tmp_path / "dense", quantization_config=nf4, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    adapted(llama_from(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    report = merge_files(str(tmp_path / "adapter"), tmp_path / "merged", onto, str(tmp_path / "base"), force=True)
+    assert streamed(report)
+    model = PeftModel.from_pretrained(llama_from(tmp_path / "base"), tmp_path / "adapter")
+    assert not differences(llama_from(tmp_path / "merged"), merge(model, onto, force=True).model)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert ("quantization_config" in config) == (onto == "nf4")
+    with pytest.raises(MergeError, match="stored in NF4; onto='original' needs the dense one"):
+        merge_files(str(tmp_path / "adapter"), tmp_path / "other", "original", str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("trained_on", ["dense", "nf4"])
+def test_an_adapter_of_stock_peft(trained_on: Any, tmp_path: Path) -> None:
+    base, adapter, ids = tmp_path / "base", tmp_path / "adapter", tokens()
+    llama().save_pretrained(base)
+    nf4 = NF4Config().to_bitsandbytes() if trained_on == "nf4" else None
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(llama_from(base, quantization_config=nf4, dtype=torch.float32), config)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    model.save_pretrained(adapter)
+    for chosen in {trained_on, "auto" if trained_on == "dense" else "nf4"}:
+        report = merge_files(str(adapter), tmp_path / chosen, base=str(base), trained_on=chosen)
+        assert streamed(report)
+        assert relative(logits(llama_from(tmp_path / chosen), ids), logits(model, ids)) <= MERGED
+
+
+def test_names_of_an_encoder_saved_alone_get_the_prefix_of_the_whole(tmp_path: Path) -> None:
+    """A classifier trained on a base that has no head: its base's tensors are called otherwise."""
+    torch.manual_seed(1)
+    config = tf.BertConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    tf.BertModel(config, add_pooling_layer=True).save_pretrained(tmp_path / "base")
+    whole = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = adapted(whole, task_type="SEQ_CLS", target_modules=["query"])
+    ids = tokens()
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path / "adapter")
+    report = merge_files(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "base"))
+    assert streamed(report)
+    merged = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert relative(logits(merged, ids), expected) <= MERGED
+
+
+def test_old_names_are_read(saved: Saved, tmp_path: Path) -> None:
+    """Checkpoints of old have LayerNorm.gamma, which transformers renames on loading."""
+    family = next(family for family in ARCHITECTURES if family.name == "bert")
+    base, adapter = saved(family.make(), task_type="SEQ_CLS", target_modules=["query"])
+    merge_files(str(adapter), tmp_path / "new", base=str(base))
+    file = base / "model.safetensors"
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): t for name, t in load_file(file).items()}
+    save_file(old, file, metadata={"format": "pt"})
+    assert any("gamma" in name for name in old)
+    merge_files(str(adapter), tmp_path / "old", base=str(base))
+    cls = tf.AutoModelForSequenceClassification
+    assert not differences(cls.from_pretrained(tmp_path / "old"), cls.from_pretrained(tmp_path / "new"))
+
+
+def test_what_lies_beside_the_base_goes_with_the_model(saved: Saved, tmp_path: Path) -> None:
+    base, adapter = saved(target_modules=["q_proj"])
+    beside = {"tokenizer.json": "base", "tokenizer_config.json": "base", "LICENSE": "base", "merges.txt": "base"}
+    for name, content in beside.items():
+        (base / name).write_text(content)
+    (base / "pytorch_model.bin").write_text("pickle")
+    merge_files(str(adapter), tmp_path / "merged", base=str(base))
+    merged = tmp_path / "merged"
+    expected = {*beside, "config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in merged.iterdir()} == expected
+    assert (merged / "tokenizer.json").read_text() == "base"
+    (adapter / "tokenizer_config.json").write_text("adapter")
+    (adapter / "tokenizer.json").write_text("adapter")
+    report = merge_files(str(adapter), merged, base=str(base), overwrite=True)
+    assert (merged / "tokenizer.json").read_text() == "adapter"
+    assert "The tokenizer is the adapter's." in report.notes
+
+
+def test_the_dtype_can_be_chosen(saved: Saved, tmp_path: Path) -> None:
+    base, adapter = saved()
+    report = merge_files(str(adapter), tmp_path / "merged", base=str(base), dtype="bfloat16")
+    assert report.dtype == "bfloat16"
+    model = PeftModel.from_pretrained(llama_from(base, dtype=torch.bfloat16), adapter)
+    reloaded = llama_from(tmp_path / "merged")
+    assert reloaded.dtype == torch.bfloat16
+    assert not differences(reloaded, model.merge_and_unload())
+
+
+def test_the_adapter_names_its_base(saved: Saved, tmp_path: Path) -> None:
+    base, adapter = saved(target_modules=["q_proj"])
+    assert merge_files(str(adapter), tmp_path / "merged").base == str(base)
+
+
+def test_a_lossy_merge_into_nf4_is_refused_and_writes_nothing(saved: Saved, tmp_path: Path) -> None:
+    base, adapter = saved()
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    small = {name: 0.01 * tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(small, adapter / "adapter_model.safetensors")
+    forget_the_hash(adapter)
+    with pytest.raises(MergeRefused, match="of the adapter is left"):
+        merge_files(str(adapter), tmp_path / "merged", "nf4", str(base))
+    assert not (tmp_path / "merged").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def without(folder: Path, name: str) -> Path:
+    (folder / name).unlink()
+    return folder
+
+
+def of_another_kind(folder: Path) -> Path:
+    peft_config = {"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": []}
+    (folder / "adapter_config.json").write_text(json.dumps(peft_config))
+    return folder
+
+
+def truncated(folder: Path) -> Path:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    return folder
+
+
+def with_nan(folder: Path) -> Path:
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor * float("nan") for name, tensor in load_file(file).items()}, file)
+    forget_the_hash(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda adapter: adapter.parent / "nowhere", "nowhere is not there"),
+        (lambda adapter: empty(adapter.parent / "empty"), r"it has no adapter_config\.json"),
+        (lambda adapter: without(adapter, "adapter_model.safetensors"), r"adapter_model\.safetensors"),
+        (of_another_kind, "LORA"),
+        (truncated, "sha256 differs"),
+        (with_nan, "NaN"),
+        (lambda adapter: "nobody/nothing-of-this-name", "is no folder and not in the Hub's cache"),
+    ],
+    ids=["not there", "no adapter", "no weights", "IA3", "truncated", "NaN", "an id, offline"],
+)
+def test_an_adapter_that_cannot_be_merged_is_named(change: Any, message: str, saved: Saved, tmp_path: Path) -> None:
+    base, adapter = saved(target_modules=["q_proj"])
+    with pytest.raises((MergeError, AdapterFileError), match=message):
+        merge_files(str(change(adapter)), tmp_path / "merged", base=str(base))
+    assert not (tmp_path / "merged").exists()
+
+
+def lacking(folder: Path) -> Path:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def misshapen(folder: Path) -> Path:
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), "model.norm.weight": torch.ones(3)}, file, metadata={"format": "pt"})
+    return folder
+
+
+def another_size(folder: Path) -> Path:
+    llama(hidden_size=64).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda base: base.parent / "nowhere", "The base .*nowhere is not there"),
+        (lambda base: empty(base.parent / "empty"), r"is no model: it has no config\.json"),
+        (lambda base: without(base, "model.safetensors"), "only safetensors are read"),
+        (lacking, r"no weights|has weights for model\.layers\.1\.mlp\.up_proj\.weight"),
+        (misshapen, r"model\.norm\.weight is \(3,\), and the model's \(128,\)"),
+        (another_size, "does not fit"),
+    ],
+    ids=["not there", "no model", "no weights", "a tensor missing", "another shape", "another size"],
+)
+def test_a_base_that_cannot_be_used_is_named(change: Any, message: str, saved: Saved, tmp_path: Path) -> None:
+    base, adapter = saved()
+    with pytest.raises(ValueError, match=message):
+        merge_files(str(adapter), tmp_path / "merged", base=str(change(base)))
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"onto": "int8"}, "onto='int8' is not known"),
+        ({"dtype": "int8"}, "dtype='int8' is not known"),
+        ({"trained_on": "int8"}, "trained_on='int8' is not known"),
+        ({"trained_on": "dense"}, "trained on an NF4 base; leave out trained_on='dense'"),
+    ],
+)
+def test_a_wrong_choice_is_named(arguments: dict[str, Any], message: str, saved: Saved, tmp_path: Path) -> None:
+    base, adapter = saved(target_modules=["q_proj"])
+    with pytest.raises(MergeError, match=message):
+        merge_files(str(adapter), tmp_path / "merged", base=str(base), **arguments)
+
+
+def test_the_base_and_the_adapter_are_not_overwritten(saved: Saved) -> None:
+    base, adapter = saved(target_modules=["q_proj"])
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    with pytest.raises(MergeError, match="is what is merged"):
+        merge_files(str(adapter), base, base=str(base), overwrite=True)
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+def test_lora_bias_is_refused_on_nf4_and_merged_on_a_dense_base(saved: Saved, tmp_path: Path) -> None:
+    base, adapter = saved(llama(attention_bias=True), target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(MergeError, match=r"q_proj has an adapter with lora_bias=True"):
+        merge_files(str(adapter), tmp_path / "merged", base=str(base))
+    model = adapted(llama_from(base), target_modules=["q_proj"], lora_bias=True, quantization=None)
+    model.save_pretrained(tmp_path / "dense")
+    ids = tokens()
+    merge_files(str(tmp_path / "dense"), tmp_path / "merged", base=str(base))
+    assert relative(logits(llama_from(tmp_path / "merged"), ids), logits(model, ids)) <= MERGED
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import resource, sys
+from hf_qlora.merge.stream import merge_files
+from transformers import AutoModelForCausalLM
+import transformers.models.llama.modeling_llama
+import torch
+torch.set_num_threads(1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+merge_files(sys.argv[1], sys.argv[3], base=sys.argv[2])  # a tiny one: what the code itself takes
+before = peak()
+merge_files(sys.argv[4], sys.argv[6], base=sys.argv[5])
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_by_the_largest_layer(smollm2: Path, saved: Saved, tmp_path: Path) -> None:
+    """SmolLM2 in float32, 513 MiB: its largest tensor, the embeddings, has 108 MiB, the largest adapted layer 3.4."""
+    tiny_base, tiny_adapter = saved(target_modules=["q_proj"])
+    model = get_peft_model(llama_from(smollm2), QLoRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "smollm2-adapter")
+    arguments = [
+        tiny_adapter,
+        tiny_base,
+        "",
+        tmp_path / "a",
+        tmp_path / "smollm2-adapter",
+        smollm2,
+        "",
+        tmp_path / "b",
+    ]
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, arguments)], capture_output=True, text=True, check=True
+    )
+    extra = int(found.stdout.split()[-1])
+    tensors = load_file(smollm2 / "model.safetensors")
+    largest = max(tensor.nbytes for tensor in tensors.values())
+    whole = sum(tensor.nbytes for tensor in tensors.values())
+    adapter = (tmp_path / "smollm2-adapter" / "adapter_model.safetensors").stat().st_size
+    # The largest tensor, once mapped from the file and once on its way out, and the adapter.
+    assert extra <= 2 * largest + adapter + 32 * 2**20 < whole
