@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from hf_qlora.layers.names import plain_name
+from hf_qlora.quant.names import plain_name
 
 
 _IN_WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.|$)")
