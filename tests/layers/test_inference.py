@@ -105,7 +105,8 @@ def check(layer: Any, x: Tensor) -> None:
         assert float((found.double() - stock.double()).abs().max()) <= 4 * unit
 
 
-def test_a_row_is_no_further_from_the_formula_than_peft_is() -> None:
+def test_a_row_is_nearer_to_the_formula_than_pefts() -> None:
+    """PEFT rounds the product and the sum, this the sum alone."""
     layer = lora_layers(adapted())[0]
     x = torch.randn(200, 1, 128, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -113,7 +114,7 @@ def test_a_row_is_no_further_from_the_formula_than_peft_is() -> None:
             sum(float((forward(row).double() - exact(layer, row)).square().sum()) for row in x)
             for forward in (layer, lambda row: peft_forward(layer, row))
         ]
-    assert 0 < errors[0] <= errors[1]
+    assert 0 < errors[0] < 0.75 * errors[1]  # half the squared error is expected
 
 
 @pytest.mark.parametrize("adapter_dtype", FLOATS)
