@@ -241,6 +241,6 @@ def _sections(text: str) -> list[tuple[str, str]]:
     fenced = [match.span() for match in _FENCE.finditer(text)]
     marks = [m for m in _HEADING.finditer(text) if not any(low <= m.start() < high for low, high in fenced)]
     starts = [match.start() for match in marks]
-    ends = [*starts[1:], len(text)]
+    ends = [*starts[1:], len(text)] if starts else []
     parts = [("", text[: starts[0]] if starts else text)]
     return parts + [(m[0], text[m.end() : end]) for m, end in zip(marks, ends, strict=True)]

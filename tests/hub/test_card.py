@@ -199,6 +199,18 @@ def test_a_users_edit_of_what_we_wrote_stays(tmp_path: Path) -> None:
     assert text_of(tmp_path).rstrip().endswith("An afterthought.")
 
 
+@pytest.mark.parametrize(
+    "own", ["", "No heading.\n", "---\nlicense: mit\n---\n", "---\n---\n", "\ufeff# Mine\n", "# Mine"]
+)
+def test_a_card_of_hardly_anything_is_extended(own: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(own)
+    for _ in range(2):
+        offline_model().save_pretrained(tmp_path)
+        data = check_well_formed(text_of(tmp_path))
+        assert own.split("---\n")[-1].strip("\ufeff\n") in text_of(tmp_path)
+        assert data.license == ("mit" if "mit" in own else None)
+
+
 def test_text_after_a_block_without_an_end_stays(tmp_path: Path) -> None:
     model = offline_model()
     model.save_pretrained(tmp_path)
