@@ -21,6 +21,8 @@ layers' own merge (`layers/linear.py`) does the arithmetic. `merge` works on a m
     folder.py    an output folder that is there whole or not at all
     tensors.py   safetensors files, one tensor at a time
     skeleton.py  base and adapter without the base's weights
+    layerwise.py the same merge, from tensors to tensors
+    sources.py   folders and Hub ids of adapters and bases
     stream.py    merge_files
 """
 

@@ -1,59 +1,35 @@
-"""`merge_files`: from an adapter's files and a base's files to a merged model's, one layer at a time.
+"""`merge_files`: from an adapter's files and a base's files to a merged model's.
 
-Each adapted layer is filled with its weights, quantized as it was for training, merged by its own code, measured,
-written, and let go. So the bits are those of the merge in memory, and the memory is a few float32 copies of the
-largest layer, beside the adapter. The logits are not compared: that takes the model. What cannot be done a layer at a
-time (`skeleton.NotStreamable`) is done in memory, and the report says so.
+One layer at a time (`layerwise.py`). The logits are not compared: that takes the model. What cannot be done a layer at
+a time (`skeleton.NotStreamable`) is done in memory, and the report says so.
 """
 
 from __future__ import annotations
 
-import copy
 import os
-import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
-from tqdm import tqdm
 
 from hf_qlora.config import NF4Config, QLoRAConfig
-from hf_qlora.config.nf4 import COMPUTE_DTYPES, bitsandbytes_config
+from hf_qlora.config.nf4 import COMPUTE_DTYPES
 from hf_qlora.layers.errors import MergeError
-from hf_qlora.merge import measure, sources
+from hf_qlora.merge import sources
 from hf_qlora.merge.folder import check_folder, whole_folder
 from hf_qlora.merge.in_memory import Onto, check_onto, merge, refuse_lost
-from hf_qlora.merge.measure import LayerMerge
+from hf_qlora.merge.layerwise import Stream
 from hf_qlora.merge.report import MergeReport
-from hf_qlora.merge.skeleton import (
-    ADAPTER,
-    NotStreamable,
-    Skeleton,
-    build,
-    make_base,
-    modules_to_save,
-    read_state,
-)
-from hf_qlora.merge.tensors import ShardWriter, TensorFiles
-from hf_qlora.merge.twin import copied_sharing
-from hf_qlora.quant.base import PROGRESS_DELAY_S, quantize_model
-from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
-from hf_qlora.quant.linear4bit import become_linear4bit, dense_weight, quantize_weight, set_packed
+from hf_qlora.merge.skeleton import NotStreamable, build, make_base, modules_to_save
+from hf_qlora.merge.tensors import TensorFiles
+from hf_qlora.quant.base import quantize_model
 from hf_qlora.quant.selection import quantizable_layers
 
 
 TrainedOn = Literal["auto", "nf4", "dense"]
 MAX_SHARD_BYTES = 5 * 10**9
-# What a packed weight is stored as, beside itself.
-NF4_PARTS = (
-    *("absmax", "quant_map", "nested_absmax", "nested_quant_map"),
-    "quant_state.bitsandbytes__nf4",
-)
-NOT_RUN = "not compared: the model was merged layer by layer and never run"
 
 
 def merge_files(
@@ -86,244 +62,89 @@ def merge_files(
         MergeError: sources or an output that cannot be used, named; a merge that loses the adapter.
         OSError: the disk is full or read-only; what was in `output` is unchanged.
     """
-    onto = check_onto(onto, "the base" if onto == "original" else None)
-    _check_choices(dtype, trained_on)
+    chosen = check_onto(onto, "the base" if onto == "original" else None)
     target = Path(output)
     check_folder(target, overwrite)
-    adapter_folder, config = sources.adapter_source(adapter)
-    name = base or config.base_model_name_or_path
-    if not name:
-        raise MergeError(f"The adapter {adapter} does not name its base; name it with base.")
-    base_folder = sources.base_source(name, config.revision if base is None else None)
-    for used in (adapter_folder, base_folder):
+    job = _job(adapter, chosen, base, dtype, trained_on)
+    for used in (job.adapter_folder, job.base_folder):
         if target.exists() and target.samefile(used):
             raise MergeError(f"{target} is what is merged; name another folder for the result.")
-    job = _Job(adapter_folder, config, base_folder, onto, _dtype(dtype), _quantization(config, trained_on), force)
     try:
-        files = TensorFiles(base_folder)
-        skeleton = build(base_folder, adapter_folder, config, job.nf4, job.dtype, files)
-        if onto == "original" and skeleton.packed_parts:
-            raise MergeError(f"The base {name} is stored in NF4; onto='original' needs the dense one.")
-        stream = _Stream(skeleton, files, job)
+        stream = job.stream()
         with whole_folder(target, overwrite) as stage:
-            report = stream.run(stage, max_shard_bytes, str(name), str(adapter))
+            report = stream.run(stage, max_shard_bytes, job.base, job.adapter)
             refuse_lost(report, force)
-            own_tokenizer = sources.copy_beside(base_folder, adapter_folder, stage)
+            job.copy_beside(stage, report)
     except NotStreamable as reason:
-        report = job.in_memory(f"Merged in memory, not layer by layer: {reason}.")
+        report = job.in_memory(f"Merged in memory, not layer by layer: {reason}.", force)
         with whole_folder(target, overwrite) as stage:
             report.model.save_pretrained(stage, max_shard_size=max_shard_bytes)
-            own_tokenizer = sources.copy_beside(base_folder, adapter_folder, stage)
-        report.model, report.base, report.adapters = None, str(name), [str(adapter)]
-    if own_tokenizer:
-        report.notes.append("The tokenizer is the adapter's.")
+            job.copy_beside(stage, report)
+        report.model = None
     report.output = str(target)
     return report
 
 
+@dataclass(frozen=True)
 class _Job:
-    """What was asked for."""
+    """What was asked for: names, and what they turned out to be."""
 
-    def __init__(
-        self,
-        adapter: Path,
-        config: LoraConfig,
-        base: Path,
-        onto: Onto,
-        dtype: torch.dtype | None,
-        nf4: NF4Config | None,
-        force: bool,
-    ) -> None:
-        self.adapter, self.config, self.base = adapter, config, base
-        self.onto, self.dtype, self.nf4, self.force = onto, dtype, nf4, force
+    adapter: str
+    adapter_folder: Path
+    config: LoraConfig
+    base: str
+    base_folder: Path
+    onto: Onto
+    dtype: torch.dtype | None
+    nf4: NF4Config | None
 
-    def in_memory(self, note: str) -> MergeReport:
-        skeleton = make_base(self.base, self.config, self.dtype)
-        model = type(skeleton).from_pretrained(self.base, dtype=skeleton.dtype)
+    def stream(self) -> Stream:
+        files = TensorFiles(self.base_folder)
+        skeleton = build(self.base_folder, self.adapter_folder, self.config, self.nf4, self.dtype, files)
+        if self.onto == "original" and skeleton.packed_parts:
+            raise MergeError(f"The base {self.base} is stored in NF4; onto='original' needs the dense one.")
+        repacked: set[str] = set()
+        if self.onto == "nf4":
+            fresh = make_base(self.base_folder, self.config, self.dtype)
+            chosen = quantizable_layers(fresh, skeleton.nf4 or NF4Config(), modules_to_save(fresh, self.config))[0]
+            repacked = skeleton.packed or set(chosen)
+        return Stream(skeleton, files, self.onto, repacked)
+
+    def in_memory(self, note: str, force: bool) -> MergeReport:
+        skeleton = make_base(self.base_folder, self.config, self.dtype)
+        model = type(skeleton).from_pretrained(self.base_folder, dtype=skeleton.dtype)
         if self.nf4 is not None and not isinstance(self.config, QLoRAConfig):
             quantize_model(model, self.nf4)
-        peft_model = PeftModel.from_pretrained(model, str(self.adapter))
-        original = self.base if self.onto == "original" else None
-        report = merge(peft_model, self.onto, original, force=self.force)
+        peft_model = PeftModel.from_pretrained(model, str(self.adapter_folder))
+        report = merge(peft_model, self.onto, self.base_folder if self.onto == "original" else None, force=force)
         report.notes.insert(0, note)
+        report.base, report.adapters = self.base, [self.adapter]
         return report
 
-
-class _Stream:
-    """A merge, layer by layer.
-
-    Attributes:
-        repacked: names of the layers that are written in NF4, with `nf4` for settings.
-        split: whether weights that were tied are written apart.
-    """
-
-    def __init__(self, skeleton: Skeleton, files: TensorFiles, job: _Job) -> None:
-        self.skeleton, self.files, self.onto = skeleton, files, job.onto
-        self.nf4 = skeleton.nf4 or NF4Config()
-        self.repacked: set[str] = set()
-        if job.onto == "nf4":
-            fresh = make_base(job.base, job.config, job.dtype)
-            chosen = quantizable_layers(fresh, self.nf4, modules_to_save(fresh, job.config))[0]
-            self.repacked = skeleton.packed or set(chosen)
-        skeleton.model.base_model.check_mergeable([ADAPTER], safe_merge=False)
-        self.changed = [group for group in skeleton.tied if any(skeleton.owner(name)[1] for name in group)]
-        self.split = bool(self.changed)
-        self.first = {name: group[0] for group in skeleton.tied for name in group}
-        self.layers: list[LayerMerge] = []
-        self.done: set[str] = set()
-        self.writer: ShardWriter
-
-    def run(self, stage: Path, max_shard_bytes: int, base: str, adapter: str) -> MergeReport:
-        parts = [f"{name}.weight.{part}" for name in self.repacked for part in NF4_PARTS]
-        names = [*self.skeleton.tensors, *(self.skeleton.parameters.keys() - self.skeleton.tensors.keys())]
-        written = [max(name, self.skeleton.output_names.get(name, ""), key=len) for name in names]
-        self.writer = ShardWriter(stage, written + parts, max_shard_bytes)
-        try:
-            for name in tqdm(names, desc="Merging", unit="tensor", delay=PROGRESS_DELAY_S, leave=False):
-                if name not in self.done and (self.split or self.first.get(name, name) == name):
-                    self._write_with_its_layer(name)
-            self.writer.close()
-        finally:
-            self.writer.abandon()
-        config = self._write_config(stage)
-        notes = [
-            f"{' and '.join(group)} were tied and are not any more: not all of them were trained alike."
-            for group in self.changed
-        ]
-        return MergeReport(
-            onto=self.onto,
-            base=base,
-            original=base if self.onto == "original" else None,
-            adapters=[adapter],
-            dtype=str(config.dtype).removeprefix("torch."),
-            layers=self.layers,
-            text=NOT_RUN,
-            notes=notes,
-        )
-
-    def _write_with_its_layer(self, name: str) -> None:
-        layer, owner = self.skeleton.owner(name)
-        if isinstance(owner, ModulesToSaveWrapper):
-            saved = owner.modules_to_save[ADAPTER].state_dict()[name.removeprefix(f"{layer}.")]
-            self._write(name, self._cast(name, saved))
-        elif isinstance(owner, LoraLayer):
-            self._write_layer(layer, self._merged(layer, owner))
-        elif layer in self.skeleton.packed | self.repacked:
-            self._write_layer(layer, self._converted(layer))
-        else:
-            value = self._value(name)
-            if value is not None:
-                self._write(name, value)
-
-    def _merged(self, name: str, owner: LoraLayer) -> nn.Module:
-        layer: Any = copied_sharing(owner)
-        base = layer.get_base_layer()
-        dense = self._fill(name, base)
-        trained = measure.trained_weights(layer, [ADAPTER])
-        without = None
-        if self.onto == "original" and isinstance(base, BaseLinear4bit):
-            layer.merge(adapter_names=[ADAPTER], onto=dense)
-            without = dense.float() if dense is not None else None
-        else:
-            layer.merge(adapter_names=[ADAPTER])
-        result: nn.Module = layer.get_base_layer()
-        if name in self.repacked:
-            self._pack(result)
-        self.layers.append(measure.compare(name, base, trained, result, without))
-        return result
-
-    def _converted(self, name: str) -> nn.Module:
-        """A layer without adapter that is, or is to be, in NF4."""
-        layer: Any = copied_sharing(self.skeleton.base.get_submodule(name))
-        dense = self._fill(name, layer)
-        if name in self.repacked:
-            if not isinstance(layer, BaseLinear4bit):
-                self._pack(layer)
-        elif isinstance(layer, BaseLinear4bit):
-            layer.become_dense(dense if self.onto == "original" and dense is not None else layer.dequantize())
-        return layer  # type: ignore[no-any-return]
-
-    def _fill(self, name: str, layer: Any) -> Tensor | None:
-        """Give a layer its weight and bias; the dense weight, (out_features, in_features), of one that is packed."""
-        dense = None
-        weight = f"{name}.weight"
-        if not isinstance(layer, BaseLinear4bit):
-            layer._parameters["weight"] = nn.Parameter(self._needed(weight).clone(), requires_grad=False)
-        elif weight in self.skeleton.packed_parts:
-            state = read_state(self.files, self.skeleton.packed_parts[weight])
-            set_packed(layer, self.files.read(self.skeleton.tensors[weight]).clone(), state)
-        else:
-            dense = self._needed(weight)
-            dense = dense if issubclass(layer.source_cls, nn.Linear) else dense.t()
-            set_packed(layer, *quantize_weight(dense, self.nf4))
-        if getattr(layer, "bias", None) is not None and layer.bias.is_meta:  # else the adapter's
-            layer._parameters["bias"] = nn.Parameter(self._needed(f"{name}.bias").clone(), requires_grad=False)
-        return dense
-
-    def _pack(self, layer: Any) -> None:
-        become_linear4bit(layer, *quantize_weight(dense_weight(layer), self.nf4), self.nf4.compute_dtype)
-
-    def _needed(self, name: str) -> Tensor:
-        value = self._value(name)
-        if value is None:
-            raise MergeError(f"The base has no weights for {name}.")
-        return value
-
-    def _value(self, name: str) -> Tensor | None:
-        """A parameter or buffer: the adapter's where it was trained, else the base's; None for a buffer in no file."""
-        _, owner = self.skeleton.owner(name)
-        if owner is None and not (own := _find(self.skeleton.base, name)).is_meta:
-            return self._cast(name, own.detach())
-        group = next((group for group in self.skeleton.tied if name in group), [name])
-        key = next((self.skeleton.tensors[other] for other in [name, *group] if other in self.skeleton.tensors), None)
-        expected = self.skeleton.parameters[name]
-        if key is None:
-            if not isinstance(expected, nn.Parameter):
-                return None
-            raise MergeError(f"Neither the base nor the adapter has weights for {name}.")
-        value = self.files.read(key)
-        if value.shape != expected.shape:
-            raise MergeError(f"The base's {key} is {tuple(value.shape)}, and the model's {tuple(expected.shape)}.")
-        return self._cast(name, value)
-
-    def _cast(self, name: str, value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value
-        kept = self.skeleton.kept_dtypes
-        found = (dtype for pattern, dtype in kept.items() if re.search(pattern.replace("*", ".*"), name))
-        return value.to(next(found, self.skeleton.parameters[name].dtype))
-
-    def _write_layer(self, name: str, layer: nn.Module) -> None:
-        packed = isinstance(layer, BaseLinear4bit)
-        for key, value in layer.state_dict().items():
-            of_nf4 = packed and key.startswith("weight")
-            self._write(f"{name}.{key}", value if of_nf4 else self._cast(f"{name}.{key}", value))
-
-    def _write(self, name: str, value: Tensor) -> None:
-        whole, part, rest = name.partition(".weight.") if name not in self.skeleton.parameters else (name, "", "")
-        parameter = f"{whole}.weight" if part else name
-        output = self.skeleton.output_names.get(parameter, parameter)
-        self.writer.add(f"{output}.{rest}" if part else output, value)
-        self.done.add(name)
-
-    def _write_config(self, stage: Path) -> Any:
-        base = self.skeleton.base
-        config = copy.deepcopy(base.config)
-        config.architectures = [type(base).__name__]
-        config.dtype = str(self.skeleton.dtype).removeprefix("torch.")
-        if self.split:
-            config.tie_word_embeddings = False
-        if self.repacked:
-            dense = sorted(self.skeleton.linear - self.repacked)
-            config.quantization_config = bitsandbytes_config(self.nf4, dense)
-        config.save_pretrained(stage)
-        return config
+    def copy_beside(self, stage: Path, report: MergeReport) -> None:
+        if sources.copy_beside(self.base_folder, self.adapter_folder, stage):
+            report.notes.append("The tokenizer is the adapter's.")
 
 
-def _find(model: nn.Module, name: str) -> Tensor:
-    module, _, key = name.rpartition(".")
-    found: Tensor = getattr(model.get_submodule(module), key)
-    return found
+def _job(adapter: str, onto: Onto, base: str | None, dtype: str | None, trained_on: str) -> _Job:
+    if dtype is not None and dtype not in COMPUTE_DTYPES:
+        raise MergeError(f"dtype={dtype!r} is not known; choose one of {tuple(COMPUTE_DTYPES)}.")
+    if trained_on not in get_args(TrainedOn):
+        raise MergeError(f"trained_on={trained_on!r} is not known; choose one of {get_args(TrainedOn)}.")
+    adapter_folder, config = sources.adapter_source(adapter)
+    name = base or config.base_model_name_or_path
+    if not name:
+        raise MergeError(f"The adapter {adapter} does not name its base; name it with base.")
+    return _Job(
+        adapter=adapter,
+        adapter_folder=adapter_folder,
+        config=config,
+        base=str(name),
+        base_folder=sources.base_source(str(name), config.revision if base is None else None),
+        onto=onto,
+        dtype=None if dtype is None else COMPUTE_DTYPES[dtype],
+        nf4=_quantization(config, trained_on),
+    )
 
 
 def _quantization(config: LoraConfig, trained_on: str) -> NF4Config | None:
@@ -336,14 +157,3 @@ def _quantization(config: LoraConfig, trained_on: str) -> NF4Config | None:
         raise MergeError(f"The adapter says that it was trained on {says}; leave out trained_on={trained_on!r}.")
     assert found is None or isinstance(found, NF4Config)
     return found
-
-
-def _check_choices(dtype: str | None, trained_on: str) -> None:
-    if dtype is not None and dtype not in COMPUTE_DTYPES:
-        raise MergeError(f"dtype={dtype!r} is not known; choose one of {tuple(COMPUTE_DTYPES)}.")
-    if trained_on not in get_args(TrainedOn):
-        raise MergeError(f"trained_on={trained_on!r} is not known; choose one of {get_args(TrainedOn)}.")
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    return None if name is None else COMPUTE_DTYPES[name]

@@ -37,7 +37,6 @@ import peft.utils.save_and_load
 import pytest
 import torch
 import transformers
-import transformers.conversion_mapping
 import transformers.core_model_loading
 from architectures import llama
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit, quantize_4bit
@@ -46,6 +45,7 @@ from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import Trainer
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -133,10 +133,11 @@ def _() -> None:
 @contract("transformers.conversion_mapping:get_model_conversion_mapping")
 def _() -> None:
     """The renamings and conversions of a model's checkpoint; those of old names apart."""
-    config = transformers.MixtralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_local_experts=2)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
+    config = transformers.MixtralConfig(**sizes, num_hidden_layers=1, num_local_experts=2)
     with torch.device("meta"):
         model = transformers.MixtralForCausalLM(config)
-    mapping = transformers.conversion_mapping.get_model_conversion_mapping
+    mapping = get_model_conversion_mapping
     kinds = {type(item).__name__ for item in mapping(model)}
     assert {"WeightRenaming", "WeightConverter"} <= kinds
     assert len(mapping(llama(), add_legacy=False)) < len(mapping(llama()))
@@ -146,7 +147,7 @@ def _() -> None:
 def _() -> None:
     """A file's name to a parameter's, with the base model's prefix where that makes it one; and what converts it."""
     rename = transformers.core_model_loading.rename_source_key
-    mapping = transformers.conversion_mapping.get_model_conversion_mapping(llama())
+    mapping = get_model_conversion_mapping(llama())
     renamings = [item for item in mapping if isinstance(item, transformers.core_model_loading.WeightRenaming)]
     names = llama().state_dict()
     assert rename("norm.weight", renamings, [], "model", names) == ("model.norm.weight", None)
