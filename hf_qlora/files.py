@@ -1,46 +1,34 @@
-"""An adapter's files: written whole or not at all, and read only if they belong together.
+"""An adapter's files, read only if they belong together; `saving.py` writes them.
 
     adapter_model.safetensors        the portable tensors, an ordinary LoRA adapter
     adapter_config.json              the portable config; its `hf_qlora` key holds the hash of the file above
     hf_qlora_state.safetensors       in Trainer checkpoints where something was folded: the native lora_B
 
-A save happens in a temporary folder inside the target and is moved in at the end, the config last. Two files cannot be
-swapped at once for a stock reader; ours refuses a mixture by the hash.
+Two files cannot be swapped at once for a stock reader; ours refuses a mixture by the hash.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 import hashlib
 import inspect
 import json
 import logging
 import os
-import re
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_qlora import identity
-from hf_qlora.config import QLoRAConfig
-from hf_qlora.config.record import RECORD_KEY, checked_record, write_json
-from hf_qlora.layers import depth, fold
+from hf_qlora.config.record import RECORD_KEY, checked_record
+from hf_qlora.layers import fold
 from hf_qlora.validation import ConfigError
 
 
@@ -49,11 +37,7 @@ logger = logging.getLogger(__name__)
 # What PEFT's loading functions pass on to the Hub's client, where given.
 HUB_OPTIONS = frozenset(inspect.signature(hf_hub_download).parameters)
 STATE_NAME = "hf_qlora_state.safetensors"
-VERSIONED = ("hf-qlora", "peft", "transformers", "torch", "bitsandbytes")
 LARGEST_CONFIG_BYTES = 2**26  # of a model of 100,000 adapted layers
-LEFT_OVER_AFTER_S = 3600.0  # a staging folder that old belongs to a process that was killed
-_STAGING = ".saving-"
-_TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")  # transformers.trainer_utils.PREFIX_CHECKPOINT_DIR
 
 
 class AdapterFileError(ValueError):
@@ -223,86 +207,6 @@ def has_config(model_id: str | os.PathLike[str], **kwargs: Any) -> bool:
     return True
 
 
-def save(
-    write: Callable[..., None], save_directory: str | os.PathLike[str], model: PeftModel, *args: Any, **kwargs: Any
-) -> None:
-    """Save a model's adapters with PEFT's own `write`, completed and moved into place.
-
-    Raises:
-        ValueError: a target that is a file, pickled serialization, or a conversion that folding does not allow.
-        OSError: the disk is full or read-only; what was in the folder before is unchanged.
-    """
-    bound = inspect.signature(write).bind(save_directory, *args, **kwargs)
-    bound.apply_defaults()
-    options = bound.arguments
-    target = Path(save_directory)
-    if target.is_file():
-        raise ValueError(f"{target} is a file; pass a folder to save the adapter in.")
-    if not options["safe_serialization"]:
-        raise ValueError(
-            "safe_serialization=False would pickle the adapter; adapters of hf_qlora are saved as safetensors only."
-        )
-    chosen = options["selected_adapters"]
-    names = list(model.peft_config) if chosen is None else chosen
-    outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
-    if outside:
-        raise ValueError(f"Adapters are saved in folders of their names, and {outside} lead out of {target}.")
-    ours = [name for name in names if isinstance(model.peft_config.get(name), QLoRAConfig)]
-    _check_scales(model, ours, options["kwargs"].get("state_dict"))
-    by = {name: fold.factors(model, model.peft_config[name], name) for name in ours}
-    if options["path_initial_model_for_weight_conversion"] is not None and any(by.values()):
-        raise ValueError(
-            "path_initial_model_for_weight_conversion needs the native form: set portable=False in the config."
-        )
-    unfolded = [name for name in ours if by[name] and _TRAINER_CHECKPOINT.fullmatch(target.name)]
-    native = {name: _native_tensors(model, name, options) for name in unfolded}  # in all processes: it may gather
-    if not options["is_main_process"]:
-        write(save_directory, *args, **kwargs)
-        return
-    classes = labels(model)
-    bases = {name: identity.describe(model, model.peft_config[name], name) for name in ours}
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        _remove_left_overs(target)
-        stage = Path(tempfile.mkdtemp(dir=target, prefix=_STAGING))
-    except OSError as error:
-        raise OSError(
-            error.errno, f"Cannot save the adapter in {target}: {error.strerror}. Nothing was changed."
-        ) from error
-    inference_mode = {name: config.inference_mode for name, config in model.peft_config.items()}
-    moving = False
-    try:
-        if (target / "README.md").is_file():  # PEFT extends it
-            shutil.copy(target / "README.md", stage)
-        write(stage, *args, **kwargs)
-        for name in ours:
-            learned = depth.learned(model, name)
-            known = {**bases[name], "depth": learned, "labels": classes}
-            place = stage / name if name != "default" else stage
-            _complete(place, by[name], native.get(name, {}), {key: value for key, value in known.items() if value})
-        moves = _moves(stage, target)
-        moving = True
-        for path, final in moves:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, final)
-    except (OSError, SafetensorError) as error:
-        state = "Loading refuses the files if they do not belong together" if moving else "What was there is unchanged"
-        raise OSError(f"Saving the adapter in {target} failed: {error}. {state}; make room and save again.") from error
-    finally:
-        for name, mode in inference_mode.items():  # PEFT sets it while it writes
-            model.peft_config[name].inference_mode = mode
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def labels(model: PeftModel) -> list[str]:
-    """The names of a classifier's classes, in the order of its outputs; none of any other model."""
-    base = model.get_base_model()
-    names = getattr(getattr(base, "config", None), "id2label", None) or {}
-    if not type(base).__name__.endswith("Classification") or set(names) != set(range(len(names))):
-        return []
-    return [str(names[i]) for i in range(len(names))]
-
-
 def check_beside(config_file: Path, record: dict[str, Any]) -> None:
     """Refuse a config whose weights lie beside it and are not the ones it was saved with."""
     weights = config_file.with_name(SAFETENSORS_WEIGHTS_NAME)
@@ -352,64 +256,3 @@ def _record(config_file: Path) -> dict[str, Any] | None:
         return checked_record(values[RECORD_KEY])
     except ConfigError as error:
         raise ConfigError(f"{config_file}: {error}") from error
-
-
-def _native_tensors(model: PeftModel, name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
-    with fold.exchange("native"):
-        tensors = get_peft_model_state_dict(
-            model, state_dict=options["kwargs"].get("state_dict"), adapter_name=name, save_embedding_layers=False
-        )
-    return {
-        key: tensor.contiguous() for key, tensor in tensors.items() if ".lora_B" in key or ".lora_embedding_B" in key
-    }
-
-
-def _complete(folder: Path, by: dict[str, float], native: dict[str, Tensor], known: dict[str, Any]) -> None:
-    """Add to a staged adapter what only the saved file and the model know."""
-    values = json.loads((folder / CONFIG_NAME).read_text())
-    record = values[RECORD_KEY]
-    record |= {"weights_sha256": sha256(folder / SAFETENSORS_WEIGHTS_NAME), "fold": by, "versions": versions()}
-    record |= known
-    if native:
-        save_file(native, folder / STATE_NAME, metadata={"format": "pt"})
-        record["state_sha256"] = sha256(folder / STATE_NAME)
-    write_json(folder / CONFIG_NAME, values)
-
-
-def _check_scales(model: PeftModel, names: list[str], state_dict: Mapping[str, Tensor] | None) -> None:
-    """Refuse tensors that were trained with other depth scales than the model has, which would be folded wrongly."""
-    for name in names:
-        for key, tensor in depth.state_tensors(model, name).items():
-            given = (state_dict or {}).get(key)
-            if given is not None and not torch.equal(given.cpu().nan_to_num(), tensor.cpu().nan_to_num()):
-                raise ValueError(
-                    f"state_dict has another {key} than the model. Load it into the model first "
-                    "(model.load_state_dict), then save the model."
-                )
-
-
-def _remove_left_overs(target: Path) -> None:
-    for folder in target.glob(f"{_STAGING}*"):
-        with contextlib.suppress(FileNotFoundError):  # another process has just finished
-            if time.time() - folder.stat().st_mtime > LEFT_OVER_AFTER_S:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for name in VERSIONED:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree
-            found[name] = "unknown"
-    return found
-
-
-def _moves(stage: Path, target: Path) -> list[tuple[Path, Path]]:
-    """What goes from where to where, the configs last."""
-    staged = sorted((path for path in stage.rglob("*") if path.is_file()), key=lambda path: path.name == CONFIG_NAME)
-    moves = [(path, target / path.relative_to(stage)) for path in staged]
-    for _, final in moves:
-        if final.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "a folder has the name of a file to write", str(final))
-    return moves

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from hf_qlora import files, identity
+from hf_qlora import files, identity, saving
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
 from hf_qlora.config.record import RECORD_KEY
 from hf_qlora.layers import attention, depth, fold
@@ -280,7 +280,7 @@ def save_pretrained(
 ) -> None:
     write = original.__get__(model)
     if any(isinstance(config, QLoRAConfig) for config in model.peft_config.values()):
-        files.save(write, save_directory, model, *args, **kwargs)
+        saving.save(write, save_directory, model, *args, **kwargs)
     else:
         write(save_directory, *args, **kwargs)
 

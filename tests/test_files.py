@@ -30,7 +30,7 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_qlora import NF4Config, QLoRAConfig, files, quantize_model
+from hf_qlora import NF4Config, QLoRAConfig, quantize_model, saving
 from hf_qlora.files import STATE_NAME, AdapterFileError
 from hf_qlora.layers import fold
 from hf_qlora.quant.linear4bit import Linear4bit
@@ -411,14 +411,14 @@ def test_two_threads_save_two_adapters_of_one_model(
     for name, folder in (("default", "checkpoint-1"), ("other", "plain")):
         three.save_pretrained(tmp_path / "alone" / folder, selected_adapters=[name])
     taking, saved = threading.Event(), threading.Event()
-    original = files.get_peft_model_state_dict
+    original = saving.get_peft_model_state_dict
 
     def slow(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
         taking.set()
         assert saved.wait(60)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(files, "get_peft_model_state_dict", slow)
+    monkeypatch.setattr(saving, "get_peft_model_state_dict", slow)
     options = {"selected_adapters": ["default"]}
     thread = threading.Thread(target=three.save_pretrained, args=(tmp_path / "both" / "checkpoint-1",), kwargs=options)
     thread.start()
@@ -1063,9 +1063,9 @@ def test_a_config_of_all_memory_is_not_read(how: str, adapter: Path) -> None:
         LOADERS[how](adapter)
 
 
-@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/tmp/hf_qlora_outside"])
-def test_an_adapter_is_not_saved_outside_of_its_folder(name: str, tmp_path: Path) -> None:
-    model = get_peft_model(base(), config(), adapter_name=name)
+def test_an_adapter_is_not_saved_outside_of_its_folder(tmp_path: Path) -> None:
+    """Names with dots are refused by torch when the adapter is made."""
+    model = get_peft_model(base(), config(), adapter_name=str(tmp_path / "outside"))
     with pytest.raises(ValueError, match="lead out of"):
         model.save_pretrained(tmp_path / "target")
     assert list(tmp_path.iterdir()) == []
@@ -1124,7 +1124,7 @@ def read_only(*_: Any, **__: Any) -> None:
         ("pathlib.Path.write_text", full),
         ("peft.peft_model.safe_save_file", full),
         ("peft.peft_model.PeftModel.create_or_update_model_card", full),
-        ("hf_qlora.files.save_file", full),
+        ("hf_qlora.saving.save_file", full),
     ],
 )
 def test_a_failed_save_leaves_the_old_adapter_and_nothing_else(
@@ -1357,7 +1357,7 @@ def test_a_later_save_removes_what_a_killed_one_left(adapter: Path) -> None:
     for left in (old, young):
         left.mkdir()
         (left / WEIGHTS).write_bytes(b"half")
-    hours_ago = old.stat().st_mtime - 2 * files.LEFT_OVER_AFTER_S
+    hours_ago = old.stat().st_mtime - 2 * saving.LEFT_OVER_AFTER_S
     os.utime(old, (hours_ago, hours_ago))
     adapted().save_pretrained(adapter)
     assert not old.exists()
@@ -1366,15 +1366,15 @@ def test_a_later_save_removes_what_a_killed_one_left(adapter: Path) -> None:
 
 def test_a_left_over_that_vanishes_meanwhile_is_no_error(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([self / ".saving-gone"]))
-    files._remove_left_overs(adapter)
+    saving._remove_left_overs(adapter)
 
 
 def test_every_process_takes_part_in_what_may_gather(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sharded model's tensors are gathered by all processes, or by none of them to the end."""
     model, calls = adapted(), []
-    original = files.get_peft_model_state_dict
+    original = saving.get_peft_model_state_dict
     monkeypatch.setattr(
-        files, "get_peft_model_state_dict", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+        saving, "get_peft_model_state_dict", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
     )
     model.save_pretrained(tmp_path / "checkpoint-1", is_main_process=True)
     on_main = len(calls)

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from peft import PeftModel
 from torch import nn
 
-from hf_qlora import files, plots
+from hf_qlora import plots, saving
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
 from hf_qlora.hub import card
 from hf_qlora.hub.errors import TransportError
@@ -102,7 +102,7 @@ def add_adapter(
             "double_quant": quantized.double_quant,
             "compute_dtype": str(quantized.compute_dtype or dtype),
         },
-        "classes": len(files.labels(model)),
+        "classes": len(saving.labels(model)),
         "dtype": dtype,
         "base_literal": card.literal(name or BASE_PLACEHOLDER),
         "here": card.literal(here or PLACEHOLDER),
@@ -200,11 +200,11 @@ def _table(model: PeftModel, config: QLoRAConfig, adapter: str) -> dict[str, str
         "Adapted modules": card.code(", ".join(modules)),
         "Trained whole": card.code(", ".join(config.modules_to_save)) if config.modules_to_save else "",
         "Scaled by depth": _depth(config) if isinstance(config, AdaptiveDepthLoRAConfig) else "",
-        "Classes": card.code(", ".join(files.labels(model))) if files.labels(model) else "",
+        "Classes": card.code(", ".join(saving.labels(model))) if saving.labels(model) else "",
         "Weights of the adapter": f"{weights:,}",
         "In memory, with the base": str(footprint(model)),
         "Other adapters here": card.code(", ".join(others)) if others else "",
-        "Versions": card.code(", ".join(f"{name} {version}" for name, version in files.versions().items())),
+        "Versions": card.code(", ".join(f"{name} {version}" for name, version in saving.versions().items())),
     }
     return {name: value for name, value in rows.items() if value}
 

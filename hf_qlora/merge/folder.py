@@ -18,8 +18,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
-from hf_qlora.files import LEFT_OVER_AFTER_S
 from hf_qlora.layers.errors import MergeError
+from hf_qlora.saving import LEFT_OVER_AFTER_S
 
 
 def check_folder(target: Path, overwrite: bool) -> None:

@@ -53,7 +53,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
 import hf_qlora
-from hf_qlora import QLoRAConfig, files, registration
+from hf_qlora import QLoRAConfig, registration, saving
 from hf_qlora.hub import push
 from hf_qlora.hub import trainer as trainer_hooks
 from hf_qlora.layers.depth import SUPPORTED
@@ -356,7 +356,7 @@ def _() -> None:
 
 @contract("peft.peft_model:PeftModel.save_pretrained")
 def _() -> None:
-    """`files.save` binds its arguments by name and calls it on a folder of its own."""
+    """`saving.save` binds its arguments by name and calls it on a folder of its own."""
     assert parameters(PeftModel.save_pretrained) == [
         "self",
         "save_directory",
@@ -840,7 +840,7 @@ def test_bitsandbytes_repacks_only_where_we_switch_it_off() -> None:
 def test_saving_an_adapter_saves_its_config_and_its_state_dict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this order and with these arguments: `files.save` completes what they leave in the folder."""
+    """In this order and with these arguments: `saving.save` completes what they leave in the folder."""
     calls: list[tuple[str, Any]] = []
     get, save = peft.peft_model.get_peft_model_state_dict, LoraConfig.save_pretrained
     monkeypatch.setattr(
@@ -868,7 +868,7 @@ def test_saving_an_adapter_saves_its_config_and_its_state_dict(
 
 
 def test_trainer_names_its_checkpoints_and_loads_adapters_as_we_expect() -> None:
-    assert files._TRAINER_CHECKPOINT.fullmatch(f"{PREFIX_CHECKPOINT_DIR}-10")
+    assert saving._TRAINER_CHECKPOINT.fullmatch(f"{PREFIX_CHECKPOINT_DIR}-10")
     for loader in (transformers.Trainer._load_from_checkpoint, transformers.Trainer._load_best_model):
         assert calls_method(loader, "load_adapter")
     assert calls_method(transformers.Trainer._save, "save_pretrained")

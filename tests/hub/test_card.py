@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.modelcard import TrainingSummary
 
-from hf_qlora import AdaptiveDepthLoRAConfig, ModelCardCallback, QLoRAConfig, files
+from hf_qlora import AdaptiveDepthLoRAConfig, ModelCardCallback, QLoRAConfig, saving
 from hf_qlora.hub import card, facts
 from hf_qlora.validation import ConfigError
 
@@ -92,7 +92,7 @@ def check_well_formed(text: str) -> ModelCardData:
 
 
 def test_the_whole_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "versions", lambda: {"hf-qlora": "1", "peft": "2"})
+    monkeypatch.setattr(saving, "versions", lambda: {"hf-qlora": "1", "peft": "2"})
     model = offline_model(AdaptiveDepthLoRAConfig, lora_dropout=0.1, use_rslora=True)
     facts._licenses["alice/base"] = {"license": "apache-2.0"}
     named = {"dataset": "alice/numbers", "dataset_name": "Numbers", "dataset_split": "test", "language": "en"}
