@@ -1068,9 +1068,11 @@ def test_a_config_of_all_memory_is_not_read(how: str, adapter: Path) -> None:
         LOADERS[how](adapter)
 
 
-@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/tmp/hf_qlora_outside"])
-def test_an_adapter_is_not_saved_outside_of_its_folder(name: str, tmp_path: Path) -> None:
-    model = get_peft_model(base(), config(), adapter_name=name)
+def test_an_adapter_is_not_saved_outside_of_its_folder(tmp_path: Path) -> None:
+    for name in ("../outside", "a/../../outside"):
+        with pytest.raises(KeyError, match="can't contain"):  # PyTorch's
+            get_peft_model(base(), config(), adapter_name=name)
+    model = get_peft_model(base(), config(), adapter_name=str(tmp_path / "outside"))
     with pytest.raises(ValueError, match="lead out of"):
         model.save_pretrained(tmp_path / "target")
     assert list(tmp_path.iterdir()) == []
