@@ -1070,7 +1070,7 @@ def test_a_config_of_all_memory_is_not_read(how: str, adapter: Path) -> None:
 
 def test_an_adapter_is_not_saved_outside_of_its_folder(tmp_path: Path) -> None:
     for name in ("../outside", "a/../../outside"):
-        with pytest.raises(KeyError, match="can't contain"):  # PyTorch's
+        with pytest.raises(KeyError, match="module name can"):  # PyTorch's
             get_peft_model(base(), config(), adapter_name=name)
     model = get_peft_model(base(), config(), adapter_name=str(tmp_path / "outside"))
     with pytest.raises(ValueError, match="lead out of"):
