@@ -122,6 +122,8 @@ def _check_pattern(name: str, pattern: Any) -> None:
         re.compile(pattern)
     except (re.error, TypeError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{name}: {pattern!r:.200} is not a regular expression: {error}.") from error
+    if not isinstance(pattern, str):
+        return  # refused for its type
     try:
         check_quick(pattern)
     except SlowPatternError as error:

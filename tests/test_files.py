@@ -30,7 +30,7 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_qlora import NF4Config, QLoRAConfig, quantize_model, saving
+from hf_qlora import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig, quantize_model, saving
 from hf_qlora.files import STATE_NAME, AdapterFileError
 from hf_qlora.layers import fold
 from hf_qlora.quant.linear4bit import Linear4bit
@@ -1053,6 +1053,47 @@ def test_a_pattern_that_is_none_is_refused_wherever_it_stands(adapter: Path) -> 
         write_config(adapter, values)
         with pytest.raises(ConfigError, match=rf"{CONFIG}: .*'q_proj\(' is not a regular expression"):
             load(adapter)
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Path:
+    adapted(AdaptiveDepthLoRAConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change_scales(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    values = read_config(folder)
+    change(values["hf_qlora"]["depth"])
+    write_config(folder, values)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"theta": value} for value in (math.nan, math.inf, 1e300, 10**400, "1", None, True)),
+        *({"attention": value} for value in (math.nan, 0.4, 2.1)),
+        *({"concentration": value} for value in (math.nan, 1e300, "x")),
+        *({"observations": value} for value in (-1, 10**400, 1.5)),
+    ],
+    ids=lambda wrong: str(wrong)[:30],
+)
+def test_a_depth_scale_out_of_range_is_refused(wrong: dict[str, Any], deep: Path) -> None:
+    change_scales(deep, lambda scales: next(iter(scales.values())).update(wrong))
+    for read in (load, lambda folder: base().load_adapter(str(folder))):
+        with pytest.raises(ConfigError, match=rf"{CONFIG}: .*hf_qlora\.depth"):
+            read(deep)
+
+
+def test_depth_scales_of_other_modules_are_named_and_change_nothing(
+    deep: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """fp32: a gain that starts from 1 leaves its factor in lora_B, which rounds once more."""
+    expected = logits(load(deep))
+    assert "depth scales" not in caplog.text
+    change_scales(deep, lambda scales: scales.update(nobody=scales.pop(next(iter(scales)))))
+    assert (logits(load(deep)) - expected).abs().max() <= 1e-5
+    assert "for modules that are not adapted; they are ignored: ['nobody']" in caplog.text
+    assert "for all but some adapted modules, which start from 1" in caplog.text
 
 
 @pytest.mark.parametrize("how", LOADERS)
