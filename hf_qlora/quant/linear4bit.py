@@ -81,8 +81,9 @@ class Linear4bit(bnb.nn.Linear4bit):
             return result
         dtype = self.product_dtype(x)
         bias = None if self.bias is None else self.bias.to(dtype)
-        if self.repacked is not None and self._is_generating(x, dtype):
-            y = self.repacked.multiply(x.to(dtype), self.weight, self.state)
+        repacked = self.repacked  # once: another thread may let go of it
+        if repacked is not None and self._is_generating(x, dtype):
+            y = repacked.multiply(x.to(dtype), self.weight, self.state)
             return (y if bias is None else y.add_(bias)).to(x.dtype)
         with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
             return frozen_linear(x.to(dtype), lambda: self.dequantize(dtype), bias).to(x.dtype)

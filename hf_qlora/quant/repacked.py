@@ -15,9 +15,8 @@ they were. bitsandbytes repacks in place, and neither its own training nor PEFT'
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, has_avx512bf16, quantize_4bit
@@ -42,9 +41,7 @@ class Repacked:
     """
 
     users: int = 0
-    _of: tuple[Any, ...] = ()  # the weight that the rest was made of
-    _codes: Tensor = field(default_factory=lambda: torch.empty(0))
-    _scales: Tensor = field(default_factory=lambda: torch.empty(0))
+    _form: _Form | None = None  # replaced as a whole: other threads may be multiplying
 
     def multiply(self, x: Tensor, packed: Tensor, state: QuantState) -> Tensor:
         """x Wᵀ, (..., out_features), for x (..., in_features); both in bfloat16.
@@ -52,16 +49,31 @@ class Repacked:
         Args:
             packed, state: the weight as the layer has it.
         """
-        version = 0 if packed.is_inference() else packed._version
-        of = (packed.data_ptr(), version, id(state), id(state.absmax))
-        if of != self._of:
-            made = repack_codes(packed, state), flat_scales(state)
-            self._codes, self._scales, self._of = *made, of
-        return gemv(x.contiguous(), self._codes, state, self._scales)
+        form = self._form
+        if form is None or not form.is_of(packed, state):
+            form = self._form = _Form(packed, state)
+        return gemv(x.contiguous(), form.codes, state, form.scales)
 
     @property
     def nbytes(self) -> int:
-        return self._codes.nbytes + self._scales.nbytes
+        return 0 if self._form is None else self._form.codes.nbytes + self._form.scales.nbytes
+
+
+class _Form:
+    """Codes and scales, and what they were made of, which is held so that nothing else can have its address."""
+
+    def __init__(self, packed: Tensor, state: QuantState) -> None:
+        self._packed, self._version = packed.detach(), _version(packed)
+        self._state, self._absmax = state, state.absmax
+        self.codes, self.scales = repack_codes(packed, state), flat_scales(state)
+
+    def is_of(self, packed: Tensor, state: QuantState) -> bool:
+        same = packed.data_ptr() == self._packed.data_ptr() and _version(packed) == self._version
+        return same and state is self._state and state.absmax is self._absmax
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def gemv(x: Tensor, codes: Tensor, state: QuantState, scales: Tensor) -> Tensor:

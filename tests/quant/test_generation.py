@@ -332,6 +332,33 @@ def test_threads_share_it_and_the_last_one_ends_it() -> None:
     assert torch.equal(logits(model, ids), exact)
 
 
+def test_a_layer_may_be_let_go_of_while_it_is_called(kernel: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by another thread whose context ends between the question and the product."""
+    model, ids = adapted(), tokens()
+    original = Linear4bit._is_generating
+
+    def ask_and_let_go(self: Linear4bit, *args: Any) -> bool:
+        answer = original(self, *args)
+        self.__dict__.pop("repacked", None)
+        return answer
+
+    with fast_generation(model):
+        expected = logits(model, ids)
+        monkeypatch.setattr(Linear4bit, "_is_generating", ask_and_let_go)
+        assert torch.equal(logits(model, ids), expected)
+        assert not any("repacked" in layer.__dict__ for layer in layers(model))
+
+
+def test_no_other_weight_gets_the_address_of_one_that_was_repacked(kernel: StandIn) -> None:
+    layer = layers(adapted())[0]
+    packed, size = layer.weight.data.clone(), layer.weight.numel()
+    address, form = packed.data_ptr(), repacked.Repacked()
+    form.multiply(torch.ones(1, layer.in_features, dtype=torch.bfloat16), packed, layer.state)
+    del packed
+    others = [torch.zeros(size, dtype=torch.uint8) for _ in range(1000)]  # one of which would be there
+    assert address not in {other.data_ptr() for other in others}
+
+
 def test_layers_with_other_shapes_are_unpacked_as_ever(kernel: StandIn, caplog: pytest.LogCaptureFixture) -> None:
     odd = nn.Sequential(nn.Linear(128, 48), nn.Linear(48, 64)).to(torch.bfloat16)  # 48 is no multiple of 32
     model = quantize_model(nn.Sequential(nn.Linear(64, 128, dtype=torch.bfloat16), odd), NF4Config()).eval()
