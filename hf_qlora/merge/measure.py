@@ -8,9 +8,10 @@ the same way would give:
     signal   ⟨M − M₀, ΔW⟩ / ‖ΔW‖²             how much of ΔW is in M
     steps    rms(ΔW) / rms(step)              below about ½, rounding to nearest takes nearly every weight back
 
-signal alone flatters: rounding errors that do not depend on ΔW leave it at 1, however large they are. The step of an
-NF4 weight is the width of its level's cell, from midpoint to midpoint with the neighbours, times its block's absmax;
-the outermost levels, which have one neighbour, take the whole gap to it.
+From a base that lies on NF4's levels, most weights are rounded back to where they were, and signal says so. From one
+that does not, the errors hardly depend on ΔW and leave signal at 1, however large they are: noise says that. The step
+of an NF4 weight is the width of its level's cell, from midpoint to midpoint with the neighbours, times its block's
+absmax; the outermost levels, which have one neighbour, take the whole gap to it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ class LayerMerge:
         relative_delta: ‖ΔW‖ / ‖W‖.
         error, noise, signal: see above; noise and signal are None where ΔW is zero.
         steps: ΔW in steps of NF4; None where the layer is not in NF4.
-        squared_error, squared_error_without: ‖M − T‖² and ‖M₀ − T‖², for sums over layers.
     """
 
     name: str
@@ -54,8 +54,6 @@ class LayerMerge:
     noise: float | None
     signal: float | None
     steps: float | None
-    squared_error: float
-    squared_error_without: float
 
 
 def has_weight(layer: LoraLayer) -> bool:
@@ -122,8 +120,6 @@ def compare(
         noise=rest / size if size else None,
         signal=float(torch.sum((M - start) * delta, dtype=torch.float64)) / size**2 if size else None,
         steps=size / math.sqrt(delta.numel()) / step if step else None,
-        squared_error=rest**2,
-        squared_error_without=_norm(start - T) ** 2,
     )
 
 

@@ -70,24 +70,23 @@ class MergeReport:
     @property
     def error(self) -> float:
         """‖M − T‖ / ‖ΔW‖ over all layers: 1 is as far from the trained weights as the base without the adapter."""
-        delta = sum(layer.delta_norm**2 for layer in self.layers)
-        return math.sqrt(self._squared_error / delta) if delta else 0.0
+        wrong = sum((layer.noise or 0) ** 2 * layer.delta_norm**2 for layer in self.layers)
+        return math.sqrt(wrong / self._squared_delta) if self._squared_delta else 0.0
 
     @property
     def kept(self) -> float:
-        """The share of the adapter that is kept: of logits 1 − KL / KL without it, or else of weights.
+        """The share of the adapter that is kept: of logits 1 − KL / KL without it, or else of weights, as signal.
 
-        The share of weights is 1 − Σ‖M − T‖² / Σ‖M₀ − T‖², M₀ being what merging no adapter would give. An adapter
-        that changes nothing is kept.
+        An adapter that changes nothing is kept.
         """
         if self.logits is not None:
             return 1 - self.logits.merged / self.logits.without if self.logits.without else 1.0
-        without = sum(layer.squared_error_without for layer in self.layers)
-        return 1 - self._squared_error / without if without else 1.0
+        found = sum((layer.signal or 0) * layer.delta_norm**2 for layer in self.layers)
+        return found / self._squared_delta if self._squared_delta else 1.0
 
     @property
-    def _squared_error(self) -> float:
-        return sum(layer.squared_error for layer in self.layers)
+    def _squared_delta(self) -> float:
+        return sum(layer.delta_norm**2 for layer in self.layers)
 
     def worst(self, count: int = WORST) -> list[LayerMerge]:
         """The layers with the largest relative error."""
