@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from hf_qlora.demo.examples import Example, collate, encode
 ANSWER_TOKENS = 40
 TOP = 20  # tokens whose log-probabilities are compared, at each place of the answer
 HELD_OUT = 8
+MAX_TOKENS = 112  # of an example
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30, help="of 4 sentences each")
+    parser.add_argument("--steps", type=int, default=16, help="of 4 sentences each")
     parser.add_argument("--repo", help="push the adapter to this repository of the Hub, and pull it from there")
     parser.add_argument("--gguf", choices=["f32", "f16", "bf16", "q8_0"], default="f32", help="dtype of GGUF weights")
     parser.add_argument("--output", type=Path, default=Path("merge-and-serve"))
@@ -43,34 +45,43 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     chats = read_chats(None, seed=0)
     chat = min(chats[:HELD_OUT], key=lambda messages: len(messages[0]["content"]))
-    model = train(base, [encode(tokenizer, messages) for messages in chats[HELD_OUT:]], options)
+    examples = [encode(tokenizer, messages) for messages in chats[HELD_OUT:]]
+    model = train(base, [example for example in examples if len(example.ids) <= MAX_TOKENS], options)
     adapter = share(model, tokenizer, options)
     del model
 
     pulled = PeftModel.from_pretrained(dense(base), str(adapter)).eval()  # quantizes the base as in training
-    asked = encode(tokenizer, chat)
-    prompt = asked.ids[: asked.start]
-    answered = pulled.generate(
-        input_ids=torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=ANSWER_TOKENS,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
-    )[0].tolist()
-    expected = log_probabilities(pulled, answered)
-    print(f"question              {chat[0]['content']}")
-    print(f"reference             {chat[1]['content']}")
-    print(f"transformers          {tokenizer.decode(answered[len(prompt) :], skip_special_tokens=True)}")
+    reference = ask(pulled, tokenizer, chat)
+    print(f"question              {one_line(chat[0]['content'])}")
+    print(f"reference             {one_line(chat[1]['content'])}")
+    print(f"transformers          {one_line(tokenizer.decode(reference.answer, skip_special_tokens=True))}")
 
     merged = pulled.merge_and_unload()  # the base as it was quantized, made dense, plus the adapter
-    difference = float((log_probabilities(merged, answered) - expected).abs().max())
-    print(f"merged                log-probabilities within {difference:.1e} of the unmerged model's")
+    difference = (log_probabilities(merged, reference.prompt + reference.answer) - reference.expected).abs().max()
+    print(f"merged                log-probabilities within {float(difference):.1e} of the unmerged model's")
     merged.save_pretrained(options.output / "merged")
     tokenizer.save_pretrained(options.output / "merged")
     if importlib.util.find_spec("xllamacpp") is None:
         print("not served            llama.cpp is not installed: pip install 'hf-qlora[serve]'")
         return
-    serve(base, adapter, chat, prompt, answered, expected, options)
+    serve(base, adapter, reference, options)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the unmerged model answers to a chat.
+
+    Attributes:
+        chat: the question, and the answer it should have.
+        prompt: token ids.
+        answer: token ids.
+        expected (`torch.Tensor`, (prompt and answer, vocabulary)): log-probabilities of what follows each token.
+    """
+
+    chat: Messages
+    prompt: list[int]
+    answer: list[int]
+    expected: torch.Tensor
 
 
 def train(base: Path, examples: list[Example], options: argparse.Namespace) -> PeftModel:
@@ -104,19 +115,24 @@ def share(model: PeftModel, tokenizer: Any, options: argparse.Namespace) -> Path
     return Path(folder)
 
 
-def serve(
-    base: Path,
-    adapter: Path,
-    chat: Messages,
-    prompt: list[int],
-    answered: list[int],
-    expected: torch.Tensor,
-    options: argparse.Namespace,
-) -> None:
+def ask(model: PeftModel, tokenizer: Any, chat: Messages) -> Reference:
+    example = encode(tokenizer, chat)
+    prompt = example.ids[: example.start]
+    ids = model.generate(
+        input_ids=torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=ANSWER_TOKENS,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+    )[0].tolist()
+    return Reference(chat, prompt, ids[len(prompt) :], log_probabilities(model, ids))
+
+
+def serve(base: Path, adapter: Path, reference: Reference, options: argparse.Namespace) -> None:
     """Answer with llama.cpp: the merged model, and the base with the adapter beside it, which may be one of many."""
     from llamacpp import Server, convert_adapters, convert_model
 
-    print("converting to GGUF    three files")
+    print("converting to GGUF    base, adapter and merged model")
     # An adapter was trained on the quantized base: what it is served on is that base, made dense.
     quantized = dense(base)
     quantize_model(quantized)
@@ -127,21 +143,23 @@ def serve(
     adapter_file = options.output / "adapter.gguf"
     convert_adapters(base, {adapter: adapter_file})
 
-    with_adapter = Server(base_file, [adapter_file])
-    ways = {"merged": (Server(merged_file), None), "base and adapter": (with_adapter, 0)}
-    for way, (server, index) in ways.items():
-        print(f"  {way:<20}{server.answer(chat[:-1], index, ANSWER_TOKENS)}")
-        ids, places = server.log_probabilities(prompt, index, len(answered) - len(prompt), TOP)
-        expected_ids = answered[len(prompt) :]
-        # The place where two ways part is still after the same tokens; where they agree, all places are.
-        compared = places[: 1 + next((i for i in range(len(ids)) if ids[i] != expected_ids[i]), len(ids))]
-        largest = max(
-            abs(value - float(expected[len(prompt) - 1 + at, token]))
-            for at, place in enumerate(compared)
-            for token, value in place.items()
-        )
-        print(f"  {'':<20}log-probabilities within {largest:.1e} of ours, over {len(compared)} tokens")
-    print(f"  {'base alone':<20}{with_adapter.answer(chat[:-1], None, ANSWER_TOKENS)}")
+    question = reference.chat[:-1]
+    beside = Server(base_file, [adapter_file])
+    for way, server, index in (("merged", Server(merged_file), None), ("base and adapter", beside, 0)):
+        print(f"  {way:<20}{one_line(server.answer(question, index, ANSWER_TOKENS))}")
+        found = server.log_probabilities(reference.prompt, index, len(reference.answer), TOP)
+        largest, places = compare(reference, *found)
+        print(f"  {'':<20}log-probabilities within {largest:.1e} of ours, over {places} tokens")
+    print(f"  {'base alone':<20}{one_line(beside.answer(question, None, ANSWER_TOKENS))}")
+
+
+def compare(reference: Reference, ids: list[int], places: list[dict[int, float]]) -> tuple[float, int]:
+    """The largest difference from the expected log-probabilities, and over how many places of the answer."""
+    parted = next((i for i, (a, b) in enumerate(zip(ids, reference.answer, strict=True)) if a != b), len(ids))
+    same = places[: parted + 1]  # where two answers part, they still follow the same tokens
+    expected = reference.expected[len(reference.prompt) - 1 :]
+    differences = [abs(value - float(expected[i, t])) for i, place in enumerate(same) for t, value in place.items()]
+    return max(differences), len(same)
 
 
 def dense(base: Path) -> Any:
@@ -152,6 +170,10 @@ def log_probabilities(model: Any, ids: list[int]) -> torch.Tensor:
     """Of what follows each token: (tokens, vocabulary)."""
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_adaptive_depth(arguments: tuple[str, ...], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_merge_and_serve(tmp_path: Path) -> None:
-    """From an NF4 base (that of `interop/test_llama_cpp.py` is dense): unmerged, merged and served are one function."""
+    """On an NF4 base (that of `interop/test_llama_cpp.py` is dense): unmerged, merged and served are one function."""
     output = run("merge_and_serve.py", tmp_path, "--steps", "4")
     found = re.findall(r"log-probabilities within (\S+) of (the unmerged|ours, over (\d+) tokens)", output)
     assert len(found) == 3

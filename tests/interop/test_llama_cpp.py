@@ -24,7 +24,7 @@ from hf_qlora.layers import depth
 
 
 # Nats. The weights are the same numbers on both sides and all sums are in float32, in another order: 3e-4 was the most
-# seen. llama.cpp's default, attention in float16, is not used: it is off by 1e-2. A misread scale is off by 0.1 or more.
+# seen. llama.cpp's default, attention in float16, is not used: it is off by 1e-2. A misread scale is by 0.1 or more.
 TOLERANCE = 2e-3
 TOP, TOKENS = 100, 4
 CHAT = [{"role": "user", "content": "Name three colours of the rainbow, and say which of them you like best."}]
@@ -120,7 +120,9 @@ def compared(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     chat: Any = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     prompts = tokenizer([*TEXTS, chat])["input_ids"]
-    return {name: compare(server, model, name, prompts) for name in (None, *CASES)}
+    found = {name: compare(server, model, name, prompts) for name in (None, *CASES)}
+    base.unlink()  # pytest keeps the folders of three runs, and this is half a gigabyte
+    return found
 
 
 def test_the_base_alone_is_computed_alike(compared: dict[str | None, Comparison]) -> None:
