@@ -31,3 +31,17 @@ def test_adaptive_depth(arguments: tuple[str, ...], tmp_path: Path) -> None:
     assert found
     assert all(float(number.rstrip(",")) < 1e-4 for number in found.groups())
     assert (tmp_path / "adaptive-depth" / "depth_scales.png").is_file()
+
+
+@pytest.mark.slow
+def test_merge_and_serve(tmp_path: Path) -> None:
+    """On an NF4 base (that of `interop/test_llama_cpp.py` is dense): unmerged, merged and served are one function."""
+    output = run("merge_and_serve.py", tmp_path, "--steps", "4")
+    found = re.findall(r"log-probabilities within (\S+) of (the unmerged|ours, over (\d+) tokens)", output)
+    assert len(found) == 3
+    # float32 on both sides, in another order; see tests/interop/test_llama_cpp.py
+    assert all(float(difference) < 2e-3 for difference, _, _ in found)
+    assert all(int(count) >= 5 for _, _, count in found[1:])
+    answers = dict(re.findall(r"^(transformers|  merged|  base and adapter) +(.*)$", output, re.MULTILINE))
+    assert answers["transformers"] == answers["  merged"] == answers["  base and adapter"]
+    assert (tmp_path / "merge-and-serve" / "merged" / "model.safetensors").is_file()

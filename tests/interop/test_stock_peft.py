@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_qlora import QLoRAConfig
+from hf_qlora import AdaptiveDepthLoRAConfig, QLoRAConfig
 
 
 # Of the largest logit: fp32 rounds at 6e-8, and the layers' sums lose one digit, not two.
@@ -126,6 +126,7 @@ class Case:
     without: tuple[str, ...] = ("nf4", "dense")
     adapter: str = "default"
     ways: tuple[str, ...] = ()
+    config: type[QLoRAConfig] = QLoRAConfig
 
 
 ALL_LINEAR = {"target_modules": "all-linear"}
@@ -136,6 +137,13 @@ CASES = {
     "alpha-pattern": Case("llama", {**ALL_LINEAR, "alpha_pattern": SCALED["alpha_pattern"]}),
     "rank-pattern": Case("llama", {**ALL_LINEAR, "rank_pattern": {"k_proj": 2, "layers.0.mlp.up_proj": 16}}),
     "scaled-ranks": Case("llama", {**SCALED, "rank_pattern": {"q_proj": 2}}, ways=("auto", "transformers")),
+    "depth": Case("llama", {**ALL_LINEAR, "depth_profile": "linear"}, config=AdaptiveDepthLoRAConfig),
+    "scaled-ranks-and-depth": Case(
+        "llama",
+        {**SCALED, "rank_pattern": {"q_proj": 2}},
+        ways=("auto", "transformers"),
+        config=AdaptiveDepthLoRAConfig,
+    ),
     "dora": Case("llama", {**SCALED, "use_dora": True}),
     "embeddings": Case(
         "llama",
@@ -245,7 +253,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, smollm2: Path, one_thread: N
     adapters, live, failed, listed = {}, {}, {}, {}
     for name, case in CASES.items():
         tokens = inputs["large" if case.base == "smollm2" else "small"]
-        config = QLoRAConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **case.options})
+        config = case.config(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **case.options})
         dense = auto(case.base).from_pretrained(bases[case.base], dtype=torch.float32)
         model = get_peft_model(dense, config, adapter_name=case.adapter)
         randomize(model, 0.01 if case.base == "smollm2" else 0.05)  # 30 layers against 2
