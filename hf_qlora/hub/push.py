@@ -38,13 +38,13 @@ def push_to_hub(
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    max_shard_size: int | str | None = "50GB",
     tags: list[str] | None = None,
-    **kwargs: Any,
 ) -> CommitInfo:
     """`PushToHubMixin.push_to_hub`, for a model with an adapter of ours, or a config of ours.
 
     Args:
-        kwargs: for stock adapters; `max_shard_size` means nothing for adapters.
+        max_shard_size: without effect on an adapter, which is one file.
 
     Raises:
         HfHubHTTPError: the Hub's answer, with the repository and the way out added to its message.
@@ -53,7 +53,7 @@ def push_to_hub(
     options = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
     messages = {"commit_message": commit_message, "commit_description": commit_description}
     if not facts.is_ours(pushed):
-        commit: CommitInfo = original(pushed, repo_id, **options, **messages, tags=tags, **kwargs)
+        commit: CommitInfo = original(pushed, repo_id, **options, **messages, max_shard_size=max_shard_size, tags=tags)
         return commit
     warn_of_local_bases(pushed)
     api, what = HfApi(library_name="hf_qlora"), "model" if isinstance(pushed, PeftModel) else "config"

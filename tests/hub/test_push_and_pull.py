@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -29,8 +30,10 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers.utils import PushToHubMixin
 
 from hf_qlora import QLoRAConfig
+from hf_qlora.hub import push
 from hf_qlora.validation import ConfigError
 
 
@@ -119,6 +122,25 @@ def test_a_stock_adapter_is_pushed_by_transformers(hub: Hub, base: Model) -> Non
     get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).push_to_hub(REPO)
     assert hub.tree(REPO).keys() == FILES
     assert b"hf_qlora" not in hub.tree(REPO)["adapter_config.json"]
+
+
+@pytest.mark.parametrize("kind", ["ours", "config", "stock"])
+def test_a_misspelt_keyword_is_refused_before_there_is_a_repository(kind: str, hub: Hub, base: Model) -> None:
+    pushed = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])) if kind == "stock" else adapted(base)
+    pushed = pushed.peft_config["default"] if kind == "config" else pushed
+    with pytest.raises(TypeError, match="privat"):
+        pushed.push_to_hub(REPO, privat=True)
+    assert REPO not in hub.repos
+    pushed.push_to_hub(REPO, private=True, max_shard_size="1GB")
+    assert hub.repos[REPO].private
+
+
+def test_the_keywords_of_a_push_are_transformers_own() -> None:
+    def keywords(function: Any) -> dict[str, Any]:
+        found = inspect.signature(function, follow_wrapped=False).parameters.values()
+        return {one.name: one.default for one in found if one.kind is one.KEYWORD_ONLY}
+
+    assert keywords(push.push_to_hub) == keywords(PushToHubMixin.push_to_hub)
 
 
 def trainer(model: Model, folder: Path, **settings: Any) -> Trainer:
