@@ -78,12 +78,14 @@ def push_to_hub(
 
 
 def warn_of_local_bases(pushed: Any) -> None:
-    """Say so where an adapter names a base that only this machine has."""
-    configs = pushed.peft_config if isinstance(pushed, PeftModel) else {"": pushed}
+    """Say so where an adapter names a base that only this machine has.
+
+    Args:
+        pushed: a config, or a model that PEFT or transformers has put adapters on.
+    """
+    configs = getattr(pushed, "peft_config", {"": pushed})
     for config in configs.values():
-        base = config.base_model_name_or_path
-        if base is None and isinstance(pushed, PeftModel):
-            base = getattr(pushed.get_base_model(), "name_or_path", None)
+        base = config.base_model_name_or_path or getattr(pushed, "name_or_path", None)
         if base and Path(base).is_dir():
             logger.warning(
                 "The adapter's base is the folder %s, which others do not have: they cannot load the adapter by its "

@@ -14,12 +14,12 @@ import pytest
 import torch
 from hub.conftest import BASE, Model, logits
 from hub.server import Fault, Hub
-from hub.test_push_and_pull import FILES, REPO, pull, trainer
+from hub.test_push_and_pull import FILES, REPO, pull, trainer, with_adapter
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import close_session
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 
 ALWAYS = 1000
@@ -197,6 +197,26 @@ def test_a_failed_push_in_the_background_is_said(
     watched.push_to_hub()
     assert "Pushing to" not in caplog.text
     assert torch.equal(logits(pull()), logits(model.eval()))
+
+
+@pytest.mark.parametrize("how", ["PEFT", "transformers"])
+def test_a_push_that_fails_before_others_succeed_is_said_once(
+    how: str, hub: Hub, base: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.faults.append(Fault(COMMIT, 503))
+    watched = trainer(with_adapter(base, how), tmp_path / "run", hub_strategy="every_save", max_steps=6)
+
+    class Wait(TrainerCallback):  # so that Trainer puts each push in the place of the one before
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            if watched.push_in_progress is not None:
+                watched.push_in_progress.wait_until_done()
+
+    watched.add_callback(Wait())
+    watched.train()
+    said = [record.getMessage() for record in caplog.records if record.name == "hf_qlora.hub.trainer"]
+    assert len(said) == 1
+    assert f"Pushing to {REPO} failed. The Hub failed (HTTP 503)" in said[0]
+    assert [title.rpartition(" ")[2] for title in hub.titles(REPO)] == ["4", "6"]
 
 
 def test_a_trainer_without_a_token_says_so_before_training(
