@@ -338,6 +338,30 @@ def test_trl_and_the_callback_make_one_card(hub: Hub, base: Model, tmp_path: Pat
     assert text.count("## Citations") == 1
 
 
+def failing(path: Path) -> None:
+    path.write_text("Half a card")
+    raise OSError("no space left")
+
+
+@pytest.mark.parametrize("own", [None, "# Mine\n\nMy words.\n"])
+def test_a_generator_that_fails_leaves_the_card_that_was_there(own: str | None, tmp_path: Path) -> None:
+    trainer, callback = trained(offline_model(), tmp_path)
+    path = tmp_path / "README.md"
+    if own:
+        path.write_text(own)
+    callback._original = lambda: failing(path)
+    with pytest.raises(OSError, match="no space left"):
+        trainer.create_model_card()
+    assert (path.read_text() if path.is_file() else None) == own
+
+
+def test_a_generator_that_writes_nothing_leaves_ours(tmp_path: Path) -> None:
+    trainer, callback = trained(offline_model(), tmp_path)
+    callback._original = lambda: None
+    trainer.create_model_card()
+    assert "## Adapter" in text_of(tmp_path)
+
+
 # ── What is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
