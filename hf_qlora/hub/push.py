@@ -2,7 +2,8 @@
 
 transformers' own push would put its empty card over the adapter's, read the card of `main` when another branch is
 pushed to, and stop at a folder in a folder. Here everything is prepared in a temporary folder, the repository's card
-extended, and uploaded in one commit: the Hub has the old state or the new one. What is uploaded already is not sent
+extended, and uploaded in one commit: the Hub has the old state or the new one. The commit is refused where somebody
+has changed the repository since its card was fetched, so that nobody's words in it are lost. What is uploaded already is not sent
 again, so that pushing again after an error is cheap, and after a commit whose answer was lost it is no commit at all.
 """
 
@@ -61,8 +62,10 @@ def push_to_hub(
         repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             _create_branch(api, repo_id, revision, token, create_pr)
+        parent = None
         if what == "model":
-            _fetch_card(repo_id, Path(folder), revision, token)
+            parent = api.model_info(repo_id, revision=revision, token=token).sha
+            _fetch_card(repo_id, Path(folder), parent, token)
         pushed.save_pretrained(folder)
         if what == "model":
             _complete_card(pushed, repo_id, Path(folder), token, tags)
@@ -74,6 +77,7 @@ def push_to_hub(
             token=token,
             revision=revision,
             create_pr=create_pr,
+            parent_commit=parent,
         )
 
 

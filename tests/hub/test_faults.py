@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hub.conftest import BASE, Model, logits
-from hub.server import Fault, Hub
+from hub.server import Fault, File, Hub
 from hub.test_push_and_pull import FILES, REPO, pull, trainer, with_adapter
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import close_session
@@ -134,6 +134,33 @@ def test_a_commit_whose_answer_is_lost_is_made_once(fault: Fault, hub: Hub, mode
     assert adapter_of(hub) == saved(model, tmp_path)
     model.push_to_hub(REPO)
     assert len(hub.titles(REPO)) == 1  # there was nothing left to commit
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["edited", "new"])
+@pytest.mark.parametrize("revision", [None, "exp/two"])
+def test_a_card_that_somebody_changes_meanwhile_is_not_lost(
+    revision: str | None, there: bool, hub: Hub, model: Model
+) -> None:
+    branch = revision or "main"
+    if there:
+        model.push_to_hub(REPO, revision=revision)
+    old, card = adapter_of(hub), b"# Mine\n\nMy words.\n"
+
+    def edit() -> None:
+        tree = {**hub.repos[REPO].at(branch).tree, "README.md": File(card, False)}
+        hub.repos[REPO].commit(branch, "edit", tree)
+
+    change(model)
+    hub.faults.append(Fault("POST .*/preupload/", call=edit))
+    with pytest.raises(HfHubHTTPError, match="Somebody else has changed it at the same time"):
+        model.push_to_hub(REPO, revision=revision)
+    assert adapter_of(hub) == old
+    assert hub.tree(REPO, branch)["README.md"] == card
+    model.push_to_hub(REPO, revision=revision)
+    text = hub.tree(REPO, branch)["README.md"].decode()
+    assert "My words." in text
+    assert "## Adapter" in text
+    assert torch.equal(logits(pull(revision=branch)), logits(model))
 
 
 @pytest.mark.parametrize(
