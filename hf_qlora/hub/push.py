@@ -3,8 +3,9 @@
 transformers' own push would put its empty card over the adapter's, read the card of `main` when another branch is
 pushed to, and stop at a folder in a folder. Here everything is prepared in a temporary folder, the repository's card
 extended, and uploaded in one commit: the Hub has the old state or the new one. The commit is refused where somebody
-has changed the repository since its card was fetched, so that nobody's words in it are lost. What is uploaded already is not sent
-again, so that pushing again after an error is cheap, and after a commit whose answer was lost it is no commit at all.
+has changed the repository since its card was fetched, so that nobody's words in it are lost. What is uploaded already
+is not sent again, so that pushing again after an error is cheap, and after a commit whose answer was lost it is no
+commit at all.
 """
 
 from __future__ import annotations
