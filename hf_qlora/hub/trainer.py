@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -33,7 +33,8 @@ class Unsaved(str):
 
 def adapted(trainer: Trainer) -> nn.Module | None:
     """The module with an adapter of ours, by PEFT or by `add_adapter` of transformers; wrappers may be around it."""
-    for module in trainer.model.modules():
+    modules: Iterator[nn.Module] = trainer.model.modules()
+    for module in modules:
         configs = getattr(module, "peft_config", None)
         if isinstance(configs, dict) and any(isinstance(config, QLoRAConfig) for config in configs.values()):
             return module
