@@ -136,15 +136,19 @@ def _description(base: Any) -> dict[str, str | None]:
     config = getattr(base, "config", None)
     name = str(getattr(base, "name_or_path", None) or "")
     commit = getattr(config, "_commit_hash", None)  # of some versions of transformers; others do not tell
-    cached = _IN_CACHE.search(name)
-    if cached:
-        name, commit = cached[1].replace("--", "/"), cached[2]
+    name, commit = in_cache(name) or (name, commit)
     return {
         "id": None if not name or is_local(name) else name,
         "commit": commit,
         "class": type(base).__name__,
         "dtype": str(getattr(base, "dtype", None)).removeprefix("torch."),
     }
+
+
+def in_cache(name: str) -> tuple[str, str] | None:
+    """The id and the commit of what the Hub's client has downloaded to a path, if it is one of its."""
+    found = _IN_CACHE.search(name)
+    return (found[1].replace("--", "/"), found[2]) if found else None
 
 
 def is_local(base_id: str) -> bool:

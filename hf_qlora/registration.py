@@ -20,7 +20,8 @@ are wrapped. For a stock `LoraConfig` each of them does what PEFT did.
 | `PeftModel.save_pretrained` | whole or not at all; hash and fold factors are written |
 | `PeftModel.create_or_update_model_card` | a card that says what there is, without a template that says nothing |
 | `PeftModel.push_to_hub`, `PeftConfigMixin.push_to_hub` | one commit, with the adapter's card; errors say what to do |
-| `Trainer._save`, `init_hf_repo`, `push_to_hub`, `_finish_current_push` | the same; and Trainer saves its token |
+| `Trainer._save`, `init_hf_repo`, `push_to_hub` | the same; and Trainer saves its token |
+| `Trainer._push_from_checkpoint`, `_finish_current_push` | Trainer drops the errors of pushes in the background |
 | `hotswap.check_hotswap_configs_compatible`, `hotswap_adapter_from_state_dict` | both sides in portable form |
 
 Everything private of PEFT, transformers, bitsandbytes and torch that the package leans on is in `PRIVATE`, each with a
@@ -79,6 +80,7 @@ PRIVATE = {
     "transformers:Trainer._save": "registration",
     "transformers:Trainer.init_hf_repo": "registration",
     "transformers:Trainer.push_to_hub": "registration",
+    "transformers:Trainer._push_from_checkpoint": "registration",
     "transformers:Trainer._finish_current_push": "registration",
     "huggingface_hub.errors:HTTPError": "hub.errors",
     "peft.tuners.lora.dora:dequantize_module_weight": "registration",
@@ -156,6 +158,7 @@ def register() -> None:
     _wrap(Trainer, "_save", trainer_hooks.save)
     _wrap(Trainer, "init_hf_repo", trainer_hooks.init_hf_repo)
     _wrap(Trainer, "push_to_hub", trainer_hooks.push_to_hub)
+    _wrap(Trainer, "_push_from_checkpoint", trainer_hooks.push_from_checkpoint)
     _wrap(Trainer, "_finish_current_push", trainer_hooks.finish_current_push)
     _wrap(PeftAdapterMixin, "load_adapter", hooks.load_into_transformers)
     _wrap(peft.tuners.lora.dora, "dequantize_module_weight", hooks.dequantize_module_weight)

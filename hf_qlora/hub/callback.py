@@ -125,12 +125,14 @@ class ModelCardCallback(TrainerCallback):
         folder = Path(self.trainer.args.output_dir)
         path = folder / constants.REPOCARD_NAME
         before = path.read_bytes() if path.is_file() else None
-        self._original(*args, **kwargs)
-        self.made = card.load(folder)
-        if before is None:
-            path.unlink()
-        else:
-            path.write_bytes(before)
+        try:
+            self._original(*args, **kwargs)
+            self.made = card.load(folder)
+        finally:
+            if before is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(before)
         self.write()
 
     def write(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from hf_qlora import plots, saving
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
 from hf_qlora.hub import card
 from hf_qlora.hub.errors import TransportError
+from hf_qlora.identity import in_cache, is_local
 from hf_qlora.layers import depth
 from hf_qlora.layers.names import adapted_layers
 from hf_qlora.quant.footprint import footprint
@@ -104,7 +105,7 @@ def add_adapter(
         },
         "classes": len(saving.labels(model)),
         "dtype": dtype,
-        "base_literal": card.literal(name or BASE_PLACEHOLDER),
+        "base_literal": card.literal(base_id(name) or BASE_PLACEHOLDER),
         "here": card.literal(here or PLACEHOLDER),
         "license_of_base": not licence and of_base.get("license") == found.data.get("license", of_base.get("license")),
     }
@@ -126,8 +127,11 @@ def base_name(model: PeftModel, config: QLoRAConfig) -> str:
 
 
 def base_id(name: str) -> str | None:
-    """The base's id on the Hub, if it is one and no folder."""
-    return None if not name or Path(name).exists() else card.hub_id(name)
+    """The base's id on the Hub, if it is one, or the folder that the Hub's client keeps it in."""
+    cached = in_cache(name)
+    if cached:
+        return card.hub_id(cached[0])
+    return None if not name or is_local(name) else card.hub_id(name)
 
 
 def base_license(base: str) -> dict[str, Any]:
@@ -142,10 +146,11 @@ def base_license(base: str) -> dict[str, Any]:
 def ask_for_license(model: PeftModel, token: bool | str | None = None) -> None:
     """Ask the Hub for the licence of a model's base, once."""
     base = base_name(model, model.peft_config[_adapter(model)])
-    if base in _licenses or base_id(base) is None:
+    known = base_id(base)
+    if base in _licenses or known is None:
         return
     try:
-        found = HfApi(library_name="hf_qlora").model_info(base, token=token).card_data
+        found = HfApi(library_name="hf_qlora").model_info(known, token=token).card_data
     except (HfHubHTTPError, TransportError, OfflineModeIsEnabled) as error:
         logger.info("The licence of %s is not known: %s", base, card.one_line(error))
         return
@@ -177,10 +182,14 @@ def _method(config: QLoRAConfig) -> str:
 
 
 def _linked(name: str, revision: str | None) -> str:
+    """The base as others may know it; the folder that it lies in on this machine is nobody's business."""
     if not name:
         return "a base without a name"
     known = base_id(name)
-    shown = f"[{card.code(name)}](https://huggingface.co/{known})" if known else card.code(name)
+    if known:
+        shown = f"[{card.code(known)}](https://huggingface.co/{known})"
+    else:
+        shown = card.code(PureWindowsPath(name).name if is_local(name) else name)
     return f"{shown} at revision {card.code(revision)}" if revision else shown
 
 

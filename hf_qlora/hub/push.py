@@ -2,8 +2,10 @@
 
 transformers' own push would put its empty card over the adapter's, read the card of `main` when another branch is
 pushed to, and stop at a folder in a folder. Here everything is prepared in a temporary folder, the repository's card
-extended, and uploaded in one commit: the Hub has the old state or the new one. What is uploaded already is not sent
-again, so that pushing again after an error is cheap, and after a commit whose answer was lost it is no commit at all.
+extended, and uploaded in one commit: the Hub has the old state or the new one. The commit is refused where somebody
+has changed the repository since its card was fetched, so that nobody's words in it are lost. What is uploaded already
+is not sent again, so that pushing again after an error is cheap, and after a commit whose answer was lost it is no
+commit at all.
 """
 
 from __future__ import annotations
@@ -38,13 +40,13 @@ def push_to_hub(
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    max_shard_size: int | str | None = "50GB",
     tags: list[str] | None = None,
-    **kwargs: Any,
 ) -> CommitInfo:
     """`PushToHubMixin.push_to_hub`, for a model with an adapter of ours, or a config of ours.
 
     Args:
-        kwargs: for stock adapters; `max_shard_size` means nothing for adapters.
+        max_shard_size: without effect on an adapter, which is one file.
 
     Raises:
         HfHubHTTPError: the Hub's answer, with the repository and the way out added to its message.
@@ -53,7 +55,7 @@ def push_to_hub(
     options = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
     messages = {"commit_message": commit_message, "commit_description": commit_description}
     if not facts.is_ours(pushed):
-        commit: CommitInfo = original(pushed, repo_id, **options, **messages, tags=tags, **kwargs)
+        commit: CommitInfo = original(pushed, repo_id, **options, **messages, max_shard_size=max_shard_size, tags=tags)
         return commit
     warn_of_local_bases(pushed)
     api, what = HfApi(library_name="hf_qlora"), "model" if isinstance(pushed, PeftModel) else "config"
@@ -61,8 +63,10 @@ def push_to_hub(
         repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             _create_branch(api, repo_id, revision, token, create_pr)
+        parent = None
         if what == "model":
-            _fetch_card(repo_id, Path(folder), revision, token)
+            parent = api.model_info(repo_id, revision=revision, token=token).sha
+            _fetch_card(repo_id, Path(folder), parent, token)
         pushed.save_pretrained(folder)
         if what == "model":
             _complete_card(pushed, repo_id, Path(folder), token, tags)
@@ -74,16 +78,19 @@ def push_to_hub(
             token=token,
             revision=revision,
             create_pr=create_pr,
+            parent_commit=parent,
         )
 
 
 def warn_of_local_bases(pushed: Any) -> None:
-    """Say so where an adapter names a base that only this machine has."""
-    configs = pushed.peft_config if isinstance(pushed, PeftModel) else {"": pushed}
+    """Say so where an adapter names a base that only this machine has.
+
+    Args:
+        pushed: a config, or a model that PEFT or transformers has put adapters on.
+    """
+    configs = getattr(pushed, "peft_config", {"": pushed})
     for config in configs.values():
-        base = config.base_model_name_or_path
-        if base is None and isinstance(pushed, PeftModel):
-            base = getattr(pushed.get_base_model(), "name_or_path", None)
+        base = config.base_model_name_or_path or getattr(pushed, "name_or_path", None)
         if base and Path(base).is_dir():
             logger.warning(
                 "The adapter's base is the folder %s, which others do not have: they cannot load the adapter by its "

@@ -395,8 +395,9 @@ def _() -> None:
 def _() -> None:
     """The one that models of transformers have; ours takes the same, so that it can stand in for it."""
     assert stock(PeftModel.push_to_hub) is transformers.utils.PushToHubMixin.push_to_hub
-    asked = set(parameters(PeftModel.push_to_hub)) - {"self", "max_shard_size"}
-    assert asked == set(parameters(push.push_to_hub)) - {"original", "pushed", "kwargs"}
+    theirs, ours = (inspect.signature(f).parameters for f in (stock(PeftModel.push_to_hub), push.push_to_hub))
+    asked = {name: (one.kind, one.default) for name, one in theirs.items() if name != "self"}
+    assert asked == {name: (one.kind, one.default) for name, one in ours.items() if name not in ("original", "pushed")}
 
 
 @contract("peft.config:PeftConfigMixin.push_to_hub")
@@ -428,6 +429,14 @@ def _() -> None:
     assert {"on_push_begin", "save_model", "create_model_card", "upload_folder"} <= set(names)
     assert names.index("on_push_begin") < names.index("create_model_card") < names.index("upload_folder")
     assert "on_push_begin" in stock(Trainer._push_from_checkpoint).__code__.co_names
+
+
+@contract("transformers:Trainer._push_from_checkpoint")
+def _() -> None:
+    """It puts new jobs in the place of those that are done, asks for no errors, and pickles the arguments."""
+    names = stock(Trainer._push_from_checkpoint).__code__.co_names
+    assert {"push_in_progress", "is_done", "PushInProgress", "save"} <= set(names)
+    assert "exception" not in names
 
 
 @contract("transformers:Trainer._finish_current_push")

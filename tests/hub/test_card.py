@@ -13,9 +13,9 @@ import yaml
 from architectures import llama
 from hub.conftest import BASE, Model, adapted, tokenizer
 from hub.server import Fault, Hub
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerState, TrainingArguments
 from transformers.modelcard import TrainingSummary
 
 from hf_qlora import AdaptiveDepthLoRAConfig, ModelCardCallback, QLoRAConfig, saving
@@ -338,6 +338,30 @@ def test_trl_and_the_callback_make_one_card(hub: Hub, base: Model, tmp_path: Pat
     assert text.count("## Citations") == 1
 
 
+def failing(path: Path) -> None:
+    path.write_text("Half a card")
+    raise OSError("no space left")
+
+
+@pytest.mark.parametrize("own", [None, "# Mine\n\nMy words.\n"])
+def test_a_generator_that_fails_leaves_the_card_that_was_there(own: str | None, tmp_path: Path) -> None:
+    trainer, callback = trained(offline_model(), tmp_path)
+    path = tmp_path / "README.md"
+    if own:
+        path.write_text(own)
+    callback._original = lambda: failing(path)
+    with pytest.raises(OSError, match="no space left"):
+        trainer.create_model_card()
+    assert (path.read_text() if path.is_file() else None) == own
+
+
+def test_a_generator_that_writes_nothing_leaves_ours(tmp_path: Path) -> None:
+    trainer, callback = trained(offline_model(), tmp_path)
+    callback._original = lambda: None
+    trainer.create_model_card()
+    assert "## Adapter" in text_of(tmp_path)
+
+
 # ── What is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -475,6 +499,43 @@ def test_a_name_is_one_short_line_of_code(name: str) -> None:
     assert not re.search(r"(?<!\\)\|", shown)
     assert eval(card.literal(name)) == name
     assert not re.search("[<>`\n]", card.literal(name))
+
+
+def test_a_folder_on_this_machine_is_not_told(hub: Hub, base_files: dict[str, bytes], tmp_path: Path) -> None:
+    folder = tmp_path / "of-alice" / "my-base"
+    folder.mkdir(parents=True)
+    for name, data in base_files.items():
+        (folder / name).write_bytes(data)
+    model = adapted(AutoModelForCausalLM.from_pretrained(folder))
+    model.push_to_hub(REPO)
+    _, callback = trained(model, tmp_path / "run")
+    callback.write()
+    for text in (hub.tree(REPO)["README.md"].decode(), text_of(tmp_path / "run")):
+        assert "of-alice" not in text
+        assert "adapter for `my-base`." in text
+        assert f'from_pretrained("{facts.BASE_PLACEHOLDER}"' in text
+        assert check_well_formed(text).base_model is None
+
+
+@pytest.mark.parametrize("name", ["../bases/my-base", "~/bases/my-base/", r"C:\bases\my-base", "/gone/bases/my-base"])
+def test_a_path_to_another_machine_is_not_told_either(name: str, tmp_path: Path) -> None:
+    model = offline_model()
+    model.peft_config["default"].base_model_name_or_path = name
+    model.save_pretrained(tmp_path)
+    assert "adapter for `my-base`." in text_of(tmp_path)
+    assert not re.search(r"bases|gone", text_of(tmp_path))
+
+
+def test_a_base_in_the_hubs_cache_has_its_id(hub: Hub, base: Model) -> None:
+    terms = b"---\nlicense: mit\n---\n"
+    hub.put(BASE, {**hub.tree(BASE), "README.md": terms})
+    model = adapted(AutoModelForCausalLM.from_pretrained(snapshot_download(BASE, ignore_patterns="README.md")))
+    model.push_to_hub(REPO)
+    text = hub.tree(REPO)["README.md"].decode()
+    assert "snapshots" not in text
+    assert f'from_pretrained("{BASE}"' in text
+    data = check_well_formed(text)
+    assert (data.base_model, data.license) == (BASE, "mit")
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from hub.conftest import BASE, Model, logits
-from hub.server import Fault, Hub
-from hub.test_push_and_pull import FILES, REPO, pull, trainer
+from hub.server import Fault, File, Hub
+from hub.test_push_and_pull import FILES, REPO, pull, trainer, with_adapter
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import close_session
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 
 ALWAYS = 1000
@@ -136,6 +136,33 @@ def test_a_commit_whose_answer_is_lost_is_made_once(fault: Fault, hub: Hub, mode
     assert len(hub.titles(REPO)) == 1  # there was nothing left to commit
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["edited", "new"])
+@pytest.mark.parametrize("revision", [None, "exp/two"])
+def test_a_card_that_somebody_changes_meanwhile_is_not_lost(
+    revision: str | None, there: bool, hub: Hub, model: Model
+) -> None:
+    branch = revision or "main"
+    if there:
+        model.push_to_hub(REPO, revision=revision)
+    old, card = adapter_of(hub), b"# Mine\n\nMy words.\n"
+
+    def edit() -> None:
+        tree = {**hub.repos[REPO].at(branch).tree, "README.md": File(card, False)}
+        hub.repos[REPO].commit(branch, "edit", tree)
+
+    change(model)
+    hub.faults.append(Fault("POST .*/preupload/", call=edit))
+    with pytest.raises(HfHubHTTPError, match="Somebody else has changed it at the same time"):
+        model.push_to_hub(REPO, revision=revision)
+    assert adapter_of(hub) == old
+    assert hub.tree(REPO, branch)["README.md"] == card
+    model.push_to_hub(REPO, revision=revision)
+    text = hub.tree(REPO, branch)["README.md"].decode()
+    assert "My words." in text
+    assert "## Adapter" in text
+    assert torch.equal(logits(pull(revision=branch)), logits(model))
+
+
 @pytest.mark.parametrize(
     ("token", "status", "cause"),
     [
@@ -197,6 +224,26 @@ def test_a_failed_push_in_the_background_is_said(
     watched.push_to_hub()
     assert "Pushing to" not in caplog.text
     assert torch.equal(logits(pull()), logits(model.eval()))
+
+
+@pytest.mark.parametrize("how", ["PEFT", "transformers"])
+def test_a_push_that_fails_before_others_succeed_is_said_once(
+    how: str, hub: Hub, base: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.faults.append(Fault(COMMIT, 503))
+    watched = trainer(with_adapter(base, how), tmp_path / "run", hub_strategy="every_save", max_steps=6)
+
+    class Wait(TrainerCallback):  # so that Trainer puts each push in the place of the one before
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            if watched.push_in_progress is not None:
+                watched.push_in_progress.wait_until_done()
+
+    watched.add_callback(Wait())
+    watched.train()
+    said = [record.getMessage() for record in caplog.records if record.name == "hf_qlora.hub.trainer"]
+    assert len(said) == 1
+    assert f"Pushing to {REPO} failed. The Hub failed (HTTP 503)" in said[0]
+    assert [title.rpartition(" ")[2] for title in hub.titles(REPO)] == ["4", "6"]
 
 
 def test_a_trainer_without_a_token_says_so_before_training(

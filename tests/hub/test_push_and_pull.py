@@ -121,6 +121,17 @@ def test_a_stock_adapter_is_pushed_by_transformers(hub: Hub, base: Model) -> Non
     assert b"hf_qlora" not in hub.tree(REPO)["adapter_config.json"]
 
 
+@pytest.mark.parametrize("kind", ["ours", "config", "stock"])
+def test_a_misspelt_keyword_is_refused_before_there_is_a_repository(kind: str, hub: Hub, base: Model) -> None:
+    pushed = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])) if kind == "stock" else adapted(base)
+    pushed = pushed.peft_config["default"] if kind == "config" else pushed
+    with pytest.raises(TypeError, match="privat"):
+        pushed.push_to_hub(REPO, privat=True)
+    assert REPO not in hub.repos
+    pushed.push_to_hub(REPO, private=True, max_shard_size="1GB")
+    assert hub.repos[REPO].private
+
+
 def trainer(model: Model, folder: Path, **settings: Any) -> Trainer:
     ids = torch.randint(2, 64, (8, 8), generator=torch.Generator().manual_seed(0))
     rows = [{"input_ids": row, "labels": row} for row in ids]
@@ -173,7 +184,27 @@ def test_a_checkpoint_on_the_hub_resumes_to_the_bit(hub: Hub, model: Model, tmp_
     assert torch.equal(logits(model.eval()), expected)
 
 
-def test_no_token_is_in_a_file_that_trainer_writes_or_pushes(hub: Hub, model: Model, tmp_path: Path) -> None:
+class Wrapper(torch.nn.Module):
+    """As parallelism, compilation and reward heads put around a model."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.inner, self.config = model, model.config
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Any:
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def with_adapter(base: Model, how: str) -> Model:
+    if how == "PEFT":
+        return adapted(base)
+    base.add_adapter(QLoRAConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    return base if how == "transformers" else Wrapper(base)
+
+
+@pytest.mark.parametrize("how", ["PEFT", "transformers", "wrapped"])
+def test_no_token_is_in_a_file_that_trainer_writes_or_pushes(how: str, hub: Hub, base: Model, tmp_path: Path) -> None:
+    model = with_adapter(base, how)
     watched = trainer(model, tmp_path / "run", hub_token="hf_alice_write", hub_strategy="checkpoint")
     watched.train()
     watched.push_to_hub()
@@ -183,6 +214,16 @@ def test_no_token_is_in_a_file_that_trainer_writes_or_pushes(hub: Hub, model: Mo
         assert b"hf_alice_write" not in data, name
     assert watched.args.hub_token == "hf_alice_write"
     assert pickle.loads(pickle.dumps(watched.args.hub_token)) is None
+
+
+@pytest.mark.parametrize("how", ["PEFT", "transformers", "wrapped"])
+def test_trainer_names_a_local_base(
+    how: str, hub: Hub, base_files: dict[str, bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, data in base_files.items():
+        (tmp_path / name).write_bytes(data)
+    trainer(with_adapter(AutoModelForCausalLM.from_pretrained(tmp_path), how), tmp_path / "run")
+    assert f"base is the folder {tmp_path}" in caplog.text
 
 
 def test_a_local_base_is_named_with_the_way_out(
