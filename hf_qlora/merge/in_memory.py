@@ -115,9 +115,9 @@ def refuse_lost(report: MergeReport, force: bool) -> None:
     """Raise MergeRefused for a merge into NF4 that leaves little of the adapter."""
     if report.onto == "nf4" and report.kept < LEAST_KEPT and not force:
         raise MergeRefused(
-            f"Rounded to NF4 again, {max(report.kept, 0):.1%} of the adapter is left, because ΔW is smaller than the "
-            "steps between NF4's levels. Merge with onto='dequantized', which keeps it, or serve the adapter unmerged "
-            "on the NF4 base; force merges all the same.",
+            f"Rounded to NF4, {max(report.kept, 0):.1%} of the adapter is left: the steps between NF4's levels are "
+            "larger than ΔW. Merge with onto='dequantized', which keeps it, or serve the adapter unmerged on the NF4 "
+            "base; force merges all the same.",
             report,
         )
 

@@ -77,12 +77,17 @@ class MergeReport:
     def kept(self) -> float:
         """The share of the adapter that is kept: of logits 1 − KL / KL without it, or else of weights, as signal.
 
-        An adapter that changes nothing is kept.
+        Onto the original always of weights: its logits differ because the base does, which has no share in the
+        adapter. An adapter that changes nothing is kept.
         """
-        if self.logits is not None:
+        if self.logits is not None and self._kept_by == "logits":
             return 1 - self.logits.merged / self.logits.without if self.logits.without else 1.0
         found = sum((layer.signal or 0) * layer.delta_norm**2 for layer in self.layers)
         return found / self._squared_delta if self._squared_delta else 1.0
+
+    @property
+    def _kept_by(self) -> str:
+        return "logits" if self.logits is not None and self.onto != "original" else "weights"
 
     @property
     def _squared_delta(self) -> float:
@@ -156,7 +161,7 @@ class MergeReport:
             lines.append(("logits", self.text))
         if self.layers:
             lines.append(("weights", f"error {self.error:.3g} of ‖ΔW‖ over {len(self.layers)} layers"))
-        lines.append(("kept", f"{self.kept:.1%} of the adapter, by {'logits' if self.logits else 'weights'}"))
+        lines.append(("kept", f"{self.kept:.1%} of the adapter, by {self._kept_by}"))
         lines += [("note", note) for note in self.notes]
         if self.output:
             lines.append(("saved", f"in {self.output}"))
