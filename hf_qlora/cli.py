@@ -253,7 +253,9 @@ def merge_adapter(
     trained_on: Annotated[
         str, typer.Option(help="nf4 or dense, for adapters of stock PEFT, which do not say; auto: the base as stored.")
     ] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Merge into NF4 although the adapter is lost.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Merge although NF4 loses the adapter, or the base is another one.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a saved model in OUTPUT.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write the whole report into this .json file.")] = None,
 ) -> None:

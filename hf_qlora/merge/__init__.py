@@ -22,6 +22,7 @@ layers' own merge (`layers/linear.py`) does the arithmetic. `merge` works on a m
     tensors.py   safetensors files, one tensor at a time
     skeleton.py  base and adapter without the base's weights
     layerwise.py the same merge, from tensors to tensors
+    seen.py      the base that is read, against the one trained on
     sources.py   folders and Hub ids of adapters and bases
     stream.py    merge_files
 """

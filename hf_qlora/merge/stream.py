@@ -6,6 +6,7 @@ a time (`skeleton.NotStreamable`) is done in memory, and the report says so.
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from hf_qlora.merge.folder import check_folder, whole_folder
 from hf_qlora.merge.in_memory import Onto, check_onto, merge, refuse_lost
 from hf_qlora.merge.layerwise import Stream
 from hf_qlora.merge.report import MergeReport
+from hf_qlora.merge.seen import SeenBase
 from hf_qlora.merge.skeleton import NotStreamable, build, make_base, modules_to_save
 from hf_qlora.merge.tensors import TensorFiles
 from hf_qlora.quant.base import quantize_model
@@ -54,12 +56,14 @@ def merge_files(
         dtype: "float32", "bfloat16" or "float16": what the base is loaded in, and the result's; by default what its
             config says.
         trained_on: "nf4" or "dense" for an adapter of stock PEFT, which does not say; "auto" takes the base as stored.
-        force: merge into NF4 although little of the adapter is left.
+        force: merge although little of the adapter is left in NF4, or although the base is not the one that the
+            adapter was trained on and its config says `on_base_mismatch="error"`.
         overwrite: replace a saved model that is in `output`.
         max_shard_bytes: of one file of weights.
 
     Raises:
-        MergeError: sources or an output that cannot be used, named; a merge that loses the adapter.
+        MergeError: sources or an output that cannot be used, named.
+        MergeRefused: what `force` allows.
         OSError: the disk is full or read-only; what was in `output` is unchanged.
     """
     chosen = check_onto(onto, "the base" if onto == "original" else None)
@@ -73,6 +77,7 @@ def merge_files(
         stream = job.stream()
         with whole_folder(target, overwrite) as stage:
             report = stream.run(stage, max_shard_bytes, job.base, job.adapter)
+            stream.seen.judge(report, force)
             refuse_lost(report, force)
             job.copy_beside(stage, report)
     except NotStreamable as reason:
@@ -115,10 +120,18 @@ class _Job:
         model = type(skeleton).from_pretrained(self.base_folder, dtype=skeleton.dtype)
         if self.nf4 is not None and not isinstance(self.config, QLoRAConfig):
             quantize_model(model, self.nf4)
-        peft_model = PeftModel.from_pretrained(model, str(self.adapter_folder))
+        seen, config = SeenBase(self.config), copy.deepcopy(self.config)
+        if isinstance(config, QLoRAConfig):
+            config.on_base_mismatch = "ignore"  # it is compared here
+        if self.nf4 is None:
+            seen.add("", model)  # which PiSSA and the like change
+        peft_model = PeftModel.from_pretrained(model, str(self.adapter_folder), config=config)
+        if self.nf4 is not None:
+            seen.add("", peft_model.get_base_model())
         report = merge(peft_model, self.onto, self.base_folder if self.onto == "original" else None, force=force)
         report.notes.insert(0, note)
         report.base, report.adapters = self.base, [self.adapter]
+        seen.judge(report, force)
         return report
 
     def copy_beside(self, stage: Path, report: MergeReport) -> None:
