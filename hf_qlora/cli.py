@@ -248,7 +248,7 @@ def merge_adapter(
         str | None, typer.Option(help="The base: a folder, or a Hub id. By default what the adapter names.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; by default what the base's config says.")
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default what the adapter was trained in.")
     ] = None,
     trained_on: Annotated[
         str, typer.Option(help="nf4 or dense, for adapters of stock PEFT, which do not say; auto: the base as stored.")

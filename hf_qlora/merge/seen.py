@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -26,6 +27,17 @@ SAME = "The base is the one that the adapter was trained on, by its fingerprint.
 ROUNDED = "The base is the one that the adapter was trained on, quantized with other roundings."
 
 
+def record_of(config: LoraConfig) -> dict[str, Any]:
+    """What the adapter's file says of its training; empty for an adapter of stock PEFT."""
+    return (config.record or {}) if isinstance(config, QLoRAConfig) else {}
+
+
+def trained_base(config: LoraConfig) -> dict[str, Any]:
+    """The id, commit, class and dtype of the base that was trained on, as far as they are known."""
+    found: dict[str, Any] = record_of(config).get("base", {})
+    return found
+
+
 class SeenBase:
     """What has been read of a base.
 
@@ -35,7 +47,7 @@ class SeenBase:
 
     def __init__(self, config: LoraConfig) -> None:
         self.config = config
-        record = (config.record or {}) if isinstance(config, QLoRAConfig) else {}
+        record = record_of(config)
         self.expected = Fingerprint.from_dict(record["fingerprint"]) if "fingerprint" in record else None
         self.layers: dict[str, LayerPrint] = {}
         self.dense: dict[str, DensePrint] = {}

@@ -26,6 +26,7 @@ from torch import nn
 from hf_qlora import NF4Config, QLoRAConfig, merge
 from hf_qlora.files import AdapterFileError
 from hf_qlora.layers.errors import MergeError
+from hf_qlora.merge import sources
 from hf_qlora.merge.report import MergeRefused
 from hf_qlora.merge.seen import NOT_SAID, SAME
 from hf_qlora.merge.stream import merge_files
@@ -195,6 +196,30 @@ def test_names_of_an_encoder_saved_alone_get_the_prefix_of_the_whole(tmp_path: P
     assert relative(logits(merged, ids), expected) <= MERGED
 
 
+CLASSES = ["negative", "neutral", "positive"]
+
+
+@pytest.mark.parametrize("kind", [{}, {"trainable_token_indices": [1, 2]}], ids=["layer by layer", "in memory"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_classifier_keeps_its_classes(count: int, kind: dict[str, Any], tmp_path: Path) -> None:
+    """Its base is an encoder that knows nothing of them."""
+    torch.manual_seed(1)
+    config = tf.BertConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    tf.BertModel(config).save_pretrained(tmp_path / "base")
+    names = dict(enumerate(CLASSES[:count]))
+    whole = tf.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", id2label=names, label2id={name: i for i, name in names.items()}
+    )
+    model, ids = adapted(whole, task_type="SEQ_CLS", target_modules=["query"], **kind), tokens()
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_files(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "base"))
+    merged = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.id2label == names
+    assert merged.config.label2id == {name: i for i, name in names.items()}
+    assert relative(logits(merged, ids), expected) <= MERGED
+
+
 def test_old_names_are_read(saved: Saved, tmp_path: Path) -> None:
     """Checkpoints of old have LayerNorm.gamma, which transformers renames on loading."""
     family = next(family for family in ARCHITECTURES if family.name == "bert")
@@ -235,6 +260,53 @@ def test_the_dtype_can_be_chosen(saved: Saved, tmp_path: Path) -> None:
     reloaded = llama_from(tmp_path / "merged")
     assert reloaded.dtype == torch.bfloat16
     assert not differences(reloaded, model.merge_and_unload())
+
+
+@pytest.mark.parametrize("kind", [{}, {"trainable_token_indices": [1, 2]}], ids=["layer by layer", "in memory"])
+def test_the_dtype_is_that_of_training(kind: dict[str, Any], tmp_path: Path) -> None:
+    """The codes are those of the base as it was loaded, and not of its files."""
+    llama().save_pretrained(tmp_path / "base")
+    adapted(llama_from(tmp_path / "base", dtype=torch.bfloat16), task_type="CAUSAL_LM", **kind).save_pretrained(
+        tmp_path / "adapter"
+    )
+    report = merge_files(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "base"))
+    model = PeftModel.from_pretrained(llama_from(tmp_path / "base", dtype=torch.bfloat16), tmp_path / "adapter")
+    assert not differences(llama_from(tmp_path / "merged"), merge(model).model)
+    assert "In bfloat16, as the adapter was trained; the base's config says float32." in report.notes
+    assert SAME in report.notes
+
+
+COMMIT = "a" * 40
+
+
+@pytest.mark.parametrize(
+    ("base", "revision", "commit", "expected"),
+    [
+        (None, None, COMMIT, COMMIT),
+        (None, "v2", COMMIT, "v2"),
+        (None, None, "../elsewhere", None),
+        ("org/other", None, COMMIT, None),
+    ],
+    ids=["trained on", "the config's", "no commit", "another base"],
+)
+def test_the_revision_is_that_of_training(
+    base: Any, revision: Any, commit: str, expected: Any, saved: Saved, tmp_path: Path, monkeypatch: Any
+) -> None:
+    _, adapter = saved(target_modules=["q_proj"])
+    file = adapter / "adapter_config.json"
+    values = json.loads(file.read_text()) | {"base_model_name_or_path": "org/model", "revision": revision}
+    values["hf_qlora"]["base"] |= {"id": "org/model", "commit": commit}
+    file.write_text(json.dumps(values))
+    asked = []
+
+    def asked_for(name: str, revision: str | None) -> Path:
+        asked.append(revision)
+        raise MergeError("enough")
+
+    monkeypatch.setattr(sources, "base_source", asked_for)
+    with pytest.raises(MergeError, match="enough"):
+        merge_files(str(adapter), tmp_path / "merged", base=base)
+    assert asked == [expected]
 
 
 def test_the_adapter_names_its_base(saved: Saved, tmp_path: Path) -> None:
