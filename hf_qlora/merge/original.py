@@ -1,7 +1,7 @@
 """Whether a dense model is the one that a base was made of.
 
-What is dense in both is the same, and what is packed in the base is what the model's layer becomes when it is quantized
-so. Layers are compared one by one, and loosely: the model may be at hand in another dtype than was quantized.
+What is dense in both is the same, and what is packed in the base is what the model's layer becomes when it is
+quantized so. Layers are compared one by one, and loosely: the model may be in another dtype than was quantized.
 """
 
 from __future__ import annotations
