@@ -67,6 +67,16 @@ def _measured(found: Any, results: Path, report: Any) -> None:
     typer.echo(report.markdown(found))
 
 
+def _make_place(file: Path) -> None:
+    """Make the folder for a file that is written after long work."""
+    if file.is_dir():
+        raise _misused(f"{file} is a folder; name a file.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _misused(f"There is no place for {file}: {error}.") from None
+
+
 bench = typer.Typer(help="Measurements that can be run again.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
@@ -177,27 +187,20 @@ def bench_generation(
 
     The arms take turns in one process, so that ratios hold on a noisy machine. Minutes on two cores.
     """
-    import json
-
     from hf_qlora.bench.generation import arms, report, run
-    from hf_qlora.bench.measure import write_whole
     from hf_qlora.bench.train_step.arms import SHAPES
 
     _check_choice("--shape", [shape], SHAPES)
     _check_choice("--arm", arm or [], arms.ARMS)
     if report_only:
-        if not results.is_file():
-            raise _misused(f"{results} is not there; leave out --report to measure.")
-        typer.echo(report.markdown(json.loads(results.read_text(encoding="utf-8"))))
+        typer.echo(report.markdown(_read_results(results)))
         return
     case = arms.Generation(shape, batch_size, prompt_length, rank, new_tokens=new_tokens)
     try:
         found = run.measure(case, rounds, arm or arms.possible())
     except RuntimeError as error:
         raise _misused(str(error)) from None
-    write_whole(results, found)
-    report.plot(found, results.with_suffix(".png"))
-    typer.echo(report.markdown(found))
+    _measured(found, results, report)
 
 
 @bench.command("learning-curve")
@@ -248,12 +251,14 @@ def merge_adapter(
         str | None, typer.Option(help="The base: a folder, or a Hub id. By default what the adapter names.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; by default what the base's config says.")
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default what the adapter was trained in.")
     ] = None,
     trained_on: Annotated[
         str, typer.Option(help="nf4 or dense, for adapters of stock PEFT, which do not say; auto: the base as stored.")
     ] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Merge into NF4 although the adapter is lost.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Merge although NF4 loses the adapter, or the base is another one.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a saved model in OUTPUT.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write the whole report into this .json file.")] = None,
 ) -> None:
@@ -263,6 +268,8 @@ def merge_adapter(
     from hf_qlora.merge.stream import merge_files
 
     try:
+        if report is not None:
+            _make_place(report)
         found = merge_files(
             adapter,
             output,
@@ -273,8 +280,6 @@ def merge_adapter(
             force=force,
             overwrite=overwrite,
         )
-        if report is not None:
-            write_json(report, found.to_dict())
     except MergeRefused as error:
         typer.echo(str(error.report))
         raise _misused(str(error)) from None
@@ -284,6 +289,11 @@ def merge_adapter(
         typer.echo(f"Stopped; {output} is as it was.", err=True)
         raise typer.Exit(INTERRUPTED) from None
     typer.echo(str(found))
+    if report is not None:
+        try:
+            write_json(report, found.to_dict())
+        except OSError as error:
+            raise _misused(f"The model is in {output}, but its report could not be written: {error}.") from None
 
 
 @app.command()

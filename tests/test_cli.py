@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 import hf_qlora
 from hf_qlora import cli, demo
+from hf_qlora.config import record
 
 
 def invoke(*arguments: str) -> Result:
@@ -119,6 +120,34 @@ def test_merge_writes_a_model_and_prints_what_it_lost(tmp_path: Path) -> None:
     assert again.exit_code == 2
     assert again.output == (f"Error: {merged} is not empty; name a new folder, or ask to overwrite the model in it.\n")
     assert invoke("merge", str(tmp_path / "adapter"), "--output", str(merged), "--overwrite").exit_code == 0
+
+
+def test_the_place_of_a_merge_report_is_made_before_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "base")
+    adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    command = ("merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged"), "--report")
+    (tmp_path / "file").write_text("mine")
+    for place, message in (
+        (tmp_path / "file" / "r.json", f"There is no place for {tmp_path / 'file' / 'r.json'}: "),
+        (tmp_path, f"{tmp_path} is a folder; name a file."),
+    ):
+        result = invoke(*command, str(place))
+        assert result.exit_code == 2
+        assert result.output.startswith(f"Error: {message}")
+        assert not (tmp_path / "merged").exists()
+    nested = tmp_path / "new" / "folder" / "r.json"
+    assert invoke(*command, str(nested)).exit_code == 0
+    assert json.loads(nested.read_text())["onto"] == "dequantized"
+
+    def full(path: Path, values: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record, "write_json", full)
+    result = invoke(*command, str(nested), "--overwrite")
+    assert result.exit_code == 2
+    assert f"saved      in {tmp_path / 'merged'}" in result.output
+    assert f"The model is in {tmp_path / 'merged'}, but its report could not be written: " in result.output
 
 
 @pytest.mark.parametrize(

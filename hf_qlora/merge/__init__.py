@@ -17,11 +17,13 @@ layers' own merge (`layers/linear.py`) does the arithmetic. `merge` works on a m
     probe.py     the whole model: KL between logits, with and without the adapter
     report.py    what `merge` returns
     twin.py      a model's second self, which may share its weights
+    original.py  a dense model, against what a base was made of
     in_memory.py merge
     folder.py    an output folder that is there whole or not at all
     tensors.py   safetensors files, one tensor at a time
     skeleton.py  base and adapter without the base's weights
     layerwise.py the same merge, from tensors to tensors
+    seen.py      the base that is read, against the one trained on
     sources.py   folders and Hub ids of adapters and bases
     stream.py    merge_files
 """

@@ -1,12 +1,14 @@
 """A folder that is there whole or not at all: it is filled aside and renamed.
 
 Aside is beside it, on the same disk, as `.NAME.merging-…`. A folder that is to be replaced is renamed to
-`.NAME.replaced-…` first; where a process is killed between the two renames, the next one puts it back.
+`.NAME.replaced-…` first; where a process is killed between the two renames, the next one puts it back, once it has
+given one that lives the time for its second.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -16,10 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME
 
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.saving import LEFT_OVER_AFTER_S
+
+
+SECOND_RENAME_S = 1.0  # it follows at once
 
 
 def check_folder(target: Path, overwrite: bool) -> None:
@@ -34,7 +39,9 @@ def check_folder(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise MergeError(f"{target} is not empty; name a new folder, or ask to overwrite the model in it.")
-    if not (target / CONFIG_NAME).is_file() or any(path.is_dir() for path in target.iterdir()):
+    if not (target / CONFIG_NAME).is_file() or any(
+        path.is_dir() and not _is_templates(path) for path in target.iterdir()
+    ):
         raise MergeError(
             f"{target} is not overwritten: it holds other things than one saved model. Name a new folder, or empty "
             "this one."
@@ -56,8 +63,9 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.merging-"))
     try:
-        with _told(target):
+        with _told(target, stage):
             yield stage
+        with _told(target):
             check_folder(target, overwrite)  # it took a while
             _give_default_permissions(stage)
             _put(stage, target)
@@ -66,14 +74,28 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def _told(target: Path) -> Iterator[None]:
+def _told(target: Path, stage: Path | None = None) -> Iterator[None]:
+    """Say what could not be saved; with a stage, of errors in writing to it, not in reading a base."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = error.errno if isinstance(error, OSError) else None
+        if stage is not None and isinstance(error, OSError) and not _is_of_writing(error, stage):
+            raise
         raise OSError(
             number, f"Saving the merged model in {target} failed: {error}. What was there is unchanged."
         ) from error
+
+
+def _is_of_writing(error: OSError, stage: Path) -> bool:
+    """Errors of files that are open have no name: a full disk, of which the system tells while it writes."""
+    named = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return error.errno is not None and (not named or any(name.startswith(str(stage)) for name in named))
+
+
+def _is_templates(path: Path) -> bool:
+    """Whether it is the folder of further chat templates, and no other of its name."""
+    return path.name == CHAT_TEMPLATE_DIR and all(file.suffix == ".jinja" for file in path.iterdir())
 
 
 def _put(stage: Path, target: Path) -> None:
@@ -94,12 +116,15 @@ def _put(stage: Path, target: Path) -> None:
 
 def _repair(target: Path) -> None:
     """Put back what a killed process had moved away, and remove what others left behind."""
-    for old in target.parent.glob(f".{target.name}.replaced-*"):
-        if not target.exists() and any(old.iterdir()):
+    name = glob.escape(target.name)
+    for old in target.parent.glob(f".{name}.replaced-*"):
+        if not target.exists():
+            time.sleep(SECOND_RENAME_S)
+        if not target.exists() and old.is_dir() and any(old.iterdir()):
             os.rename(old, target)
         else:
             shutil.rmtree(old, ignore_errors=True)
-    for stage in target.parent.glob(f".{target.name}.merging-*"):
+    for stage in target.parent.glob(f".{name}.merging-*"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - stage.stat().st_mtime > LEFT_OVER_AFTER_S:
                 shutil.rmtree(stage, ignore_errors=True)

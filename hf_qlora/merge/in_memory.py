@@ -21,6 +21,7 @@ from hf_qlora.layers.linear import Linear4bit
 from hf_qlora.merge import measure, probe
 from hf_qlora.merge.measure import LayerMerge
 from hf_qlora.merge.names import first_sentence, is_of_adapter, wrapped_name
+from hf_qlora.merge.original import other_weights
 from hf_qlora.merge.report import MergeRefused, MergeReport
 from hf_qlora.merge.twin import give_own_weights, tied_groups, twin, untie_split
 from hf_qlora.quant.base import (
@@ -61,7 +62,8 @@ def merge(
         texts: what to compare the logits on: strings, or lists of token ids. By default two paragraphs of prose, or
             random tokens where the base has no tokenizer.
         tokenizer: for strings; by default the one that lies with the base.
-        force: merge into NF4 although less than half of the adapter is left.
+        force: merge although less than half of the adapter is left in NF4, or although the original is not what the
+            base was made of.
 
     Returns:
         the report; `report.model` is the merged model.
@@ -69,7 +71,7 @@ def merge(
     Raises:
         MergeRefused: less than half of the adapter would be left in NF4.
         MergeError: a model without LoRA adapters, with none active, merged already, or broken; an unknown `onto`; an
-            original that is missing, quantized or of another architecture.
+            original that is missing, quantized, of another architecture or with other weights.
     """
     check_onto(onto, original)
     names = _check_model(model)
@@ -78,7 +80,15 @@ def merge(
     base = reference.get_base_model()
     ids, text = probe.rows(base, texts, tokenizer)
     dense = None if original is None else _load_original(original, base)
+    other = "" if dense is None else other_weights(dense, base)
+    if other and not force:
+        raise MergeError(
+            f"original {_name_of(original)} is not what the base was made of: {other}. Name the model that was "
+            "quantized; force merges all the same."
+        )
     merged, notes = _merged(model, names, dense)
+    if other:
+        notes.append(f"The original is not what the base was made of: {other}.")
     if onto == "nf4":
         config, stay_dense = _packing(base)
         quantize_model(merged, config, skip=stay_dense)
@@ -276,7 +286,7 @@ def _misfit(dense: nn.Module, base: nn.Module) -> str:
     return ""
 
 
-def _name_of(original: str | os.PathLike[str] | nn.Module) -> str:
+def _name_of(original: str | os.PathLike[str] | nn.Module | None) -> str:
     if isinstance(original, nn.Module):
         return str(getattr(original, "name_or_path", "") or type(original).__name__)
     return str(original)

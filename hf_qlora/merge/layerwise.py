@@ -24,6 +24,7 @@ from hf_qlora.merge import measure
 from hf_qlora.merge.in_memory import Onto
 from hf_qlora.merge.measure import LayerMerge
 from hf_qlora.merge.report import MergeReport
+from hf_qlora.merge.seen import SeenBase
 from hf_qlora.merge.skeleton import ADAPTER, Skeleton, read_state
 from hf_qlora.merge.tensors import ShardWriter, TensorFiles
 from hf_qlora.merge.twin import copied_sharing
@@ -45,12 +46,14 @@ class Stream:
 
     Attributes:
         repacked: names of the layers that are written in NF4, with `nf4` for settings.
+        seen: samples of what was read of the base.
         split: whether weights that were tied are written apart.
     """
 
     def __init__(self, skeleton: Skeleton, files: TensorFiles, onto: Onto, repacked: set[str]) -> None:
         self.skeleton, self.files, self.onto, self.repacked = skeleton, files, onto, repacked
         self.nf4 = skeleton.nf4 or NF4Config()
+        self.seen = SeenBase(skeleton.model.peft_config[ADAPTER])
         skeleton.model.base_model.check_mergeable([ADAPTER], safe_merge=False)
         self.changed = [group for group in skeleton.tied if any(skeleton.owner(name)[1] for name in group)]
         self.split = bool(self.changed)
@@ -99,6 +102,8 @@ class Stream:
         else:
             value = self._value(name)
             if value is not None:
+                if isinstance(self.skeleton.parameters[name], nn.Parameter):
+                    self.seen.add_tensor(name, value)
                 self._write(name, value)
 
     def _merged(self, name: str, owner: LoraLayer) -> nn.Module:
@@ -142,6 +147,7 @@ class Stream:
             dense = self._needed(weight)
             dense = dense if issubclass(layer.source_cls, nn.Linear) else dense.t()
             set_packed(layer, *quantize_weight(dense, self.nf4))
+        self.seen.add(name, layer)
         if getattr(layer, "bias", None) is not None and layer.bias.is_meta:  # else the adapter's
             layer._parameters["bias"] = nn.Parameter(self._needed(f"{name}.bias").clone(), requires_grad=False)
         return dense

@@ -35,6 +35,7 @@ from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.layers.linear import Linear4bit, adopt
 from hf_qlora.merge.names import first_sentence
+from hf_qlora.merge.seen import record_of
 from hf_qlora.merge.tensors import TensorFiles
 from hf_qlora.merge.twin import tied_groups
 from hf_qlora.quant.base import take_over
@@ -156,7 +157,7 @@ def build(
 def make_base(base: Path, config: LoraConfig, dtype: torch.dtype | None) -> PreTrainedModel:
     """The base's model without weights, of the class that the adapter's task needs."""
     try:
-        base_config = AutoConfig.from_pretrained(base)
+        base_config = AutoConfig.from_pretrained(base, **labels(config))
         cls = model_class(config, base_config)
         base_config.__dict__.pop("quantization_config", None)
         with torch.device("meta"):
@@ -165,6 +166,14 @@ def make_base(base: Path, config: LoraConfig, dtype: torch.dtype | None) -> PreT
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         raise MergeError(f"The base {base} cannot be made into a model: {first_sentence(error)}") from error
     return model.eval()
+
+
+def labels(config: LoraConfig) -> dict[str, Any]:
+    """The classes that a classifier was trained on, which its base need not know: settings of the base's config."""
+    names = record_of(config).get("labels") or []
+    if not names:
+        return {}
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
 def model_class(config: LoraConfig, base_config: Any) -> Any:

@@ -6,13 +6,16 @@ a time (`skeleton.NotStreamable`) is done in memory, and the report says so.
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
+from transformers import AutoConfig
 
 from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.config.nf4 import COMPUTE_DTYPES
@@ -22,7 +25,8 @@ from hf_qlora.merge.folder import check_folder, whole_folder
 from hf_qlora.merge.in_memory import Onto, check_onto, merge, refuse_lost
 from hf_qlora.merge.layerwise import Stream
 from hf_qlora.merge.report import MergeReport
-from hf_qlora.merge.skeleton import NotStreamable, build, make_base, modules_to_save
+from hf_qlora.merge.seen import SeenBase, trained_base
+from hf_qlora.merge.skeleton import NotStreamable, build, labels, make_base, modules_to_save
 from hf_qlora.merge.tensors import TensorFiles
 from hf_qlora.quant.base import quantize_model
 from hf_qlora.quant.selection import quantizable_layers
@@ -30,6 +34,7 @@ from hf_qlora.quant.selection import quantizable_layers
 
 TrainedOn = Literal["auto", "nf4", "dense"]
 MAX_SHARD_BYTES = 5 * 10**9
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def merge_files(
@@ -50,16 +55,19 @@ def merge_files(
         adapter: a folder or Hub id; of this package or of stock PEFT.
         output: the folder for the merged model: new or empty, and there whole or not at all.
         onto: as for `merge`.
-        base: a folder or Hub id; by default what the adapter names. Dense for `onto="original"`.
-        dtype: "float32", "bfloat16" or "float16": what the base is loaded in, and the result's; by default what its
-            config says.
+        base: a folder or Hub id; by default what the adapter names, in the revision trained on. Dense for
+            `onto="original"`.
+        dtype: "float32", "bfloat16" or "float16": what the base is loaded in, and the result's; by default what the
+            adapter was trained in, else what the base's config says.
         trained_on: "nf4" or "dense" for an adapter of stock PEFT, which does not say; "auto" takes the base as stored.
-        force: merge into NF4 although little of the adapter is left.
+        force: merge although little of the adapter is left in NF4, or although the base is not the one that the
+            adapter was trained on and its config says `on_base_mismatch="error"`.
         overwrite: replace a saved model that is in `output`.
         max_shard_bytes: of one file of weights.
 
     Raises:
-        MergeError: sources or an output that cannot be used, named; a merge that loses the adapter.
+        MergeError: sources or an output that cannot be used, named.
+        MergeRefused: what `force` allows.
         OSError: the disk is full or read-only; what was in `output` is unchanged.
     """
     chosen = check_onto(onto, "the base" if onto == "original" else None)
@@ -73,13 +81,14 @@ def merge_files(
         stream = job.stream()
         with whole_folder(target, overwrite) as stage:
             report = stream.run(stage, max_shard_bytes, job.base, job.adapter)
+            stream.seen.judge(report, force)
             refuse_lost(report, force)
-            job.copy_beside(stage, report)
+            job.finish(stage, report)
     except NotStreamable as reason:
         report = job.in_memory(f"Merged in memory, not layer by layer: {reason}.", force)
         with whole_folder(target, overwrite) as stage:
             report.model.save_pretrained(stage, max_shard_size=max_shard_bytes)
-            job.copy_beside(stage, report)
+            job.finish(stage, report)
         report.model = None
     report.output = str(target)
     return report
@@ -96,6 +105,7 @@ class _Job:
     base_folder: Path
     onto: Onto
     dtype: torch.dtype | None
+    dtype_of: str
     nf4: NF4Config | None
 
     def stream(self) -> Stream:
@@ -112,16 +122,27 @@ class _Job:
 
     def in_memory(self, note: str, force: bool) -> MergeReport:
         skeleton = make_base(self.base_folder, self.config, self.dtype)
-        model = type(skeleton).from_pretrained(self.base_folder, dtype=skeleton.dtype)
+        model = type(skeleton).from_pretrained(self.base_folder, dtype=skeleton.dtype, **labels(self.config))
         if self.nf4 is not None and not isinstance(self.config, QLoRAConfig):
             quantize_model(model, self.nf4)
-        peft_model = PeftModel.from_pretrained(model, str(self.adapter_folder))
+        seen, config = SeenBase(self.config), copy.deepcopy(self.config)
+        if isinstance(config, QLoRAConfig):
+            config.on_base_mismatch = "ignore"  # it is compared here
+        if self.nf4 is None:
+            seen.add("", model)  # which PiSSA and the like change
+        peft_model = PeftModel.from_pretrained(model, str(self.adapter_folder), config=config)
+        if self.nf4 is not None:
+            seen.add("", peft_model.get_base_model())
         report = merge(peft_model, self.onto, self.base_folder if self.onto == "original" else None, force=force)
         report.notes.insert(0, note)
         report.base, report.adapters = self.base, [self.adapter]
+        seen.judge(report, force)
         return report
 
-    def copy_beside(self, stage: Path, report: MergeReport) -> None:
+    def finish(self, stage: Path, report: MergeReport) -> None:
+        stored = AutoConfig.from_pretrained(self.base_folder).dtype
+        if self.dtype is not None and stored is not None and self.dtype != stored:
+            report.notes.append(f"In {report.dtype}, as {self.dtype_of}; the base's config says {_short(stored)}.")
         if sources.copy_beside(self.base_folder, self.adapter_folder, stage):
             report.notes.append("The tokenizer is the adapter's.")
 
@@ -132,19 +153,31 @@ def _job(adapter: str, onto: Onto, base: str | None, dtype: str | None, trained_
     if trained_on not in get_args(TrainedOn):
         raise MergeError(f"trained_on={trained_on!r} is not known; choose one of {get_args(TrainedOn)}.")
     adapter_folder, config = sources.adapter_source(adapter)
-    name = base or config.base_model_name_or_path
+    name = str(base or config.base_model_name_or_path or "")
     if not name:
         raise MergeError(f"The adapter {adapter} does not name its base; name it with base.")
+    trained = trained_base(config)
     return _Job(
         adapter=adapter,
         adapter_folder=adapter_folder,
         config=config,
-        base=str(name),
-        base_folder=sources.base_source(str(name), config.revision if base is None else None),
+        base=name,
+        base_folder=sources.base_source(name, _revision(config, trained, name) if base is None else None),
         onto=onto,
-        dtype=None if dtype is None else COMPUTE_DTYPES[dtype],
+        dtype=COMPUTE_DTYPES.get(str(dtype or trained.get("dtype"))),
+        dtype_of="asked" if dtype else "the adapter was trained",
         nf4=_quantization(config, trained_on),
     )
+
+
+def _revision(config: LoraConfig, trained: dict[str, Any], name: str) -> str | None:
+    """The revision that the adapter names, or was trained on."""
+    commit = trained.get("commit") if trained.get("id") == name else None
+    return config.revision or (commit if _COMMIT.fullmatch(commit or "") else None)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _quantization(config: LoraConfig, trained_on: str) -> NF4Config | None:

@@ -15,6 +15,7 @@ from architectures import llama, tokens
 from merging import logits
 
 from hf_qlora.layers.errors import MergeError
+from hf_qlora.merge import folder
 from hf_qlora.merge.folder import whole_folder
 from hf_qlora.merge.stream import merge_files
 
@@ -96,6 +97,51 @@ def test_what_a_killed_process_moved_away_comes_back(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="stopped"):
         stopped(tmp_path / "merged")
     assert contents(tmp_path / "merged") == OLD
+
+
+@pytest.mark.parametrize("name", ["out[1]", "out*", "a?b"])
+def test_a_name_with_wildcards_is_that_folders_alone(tmp_path: Path, name: str) -> None:
+    fill(tmp_path / f".{name}.replaced-abc", OLD)
+    fill(tmp_path / ".out1.replaced-abc", {"config.json": "of another folder"})
+    with pytest.raises(KeyError, match="stopped"):
+        stopped(tmp_path / name)
+    assert contents(tmp_path / name) == OLD
+    assert contents(tmp_path / ".out1.replaced-abc") == {"config.json": "of another folder"}
+
+
+def test_a_process_between_its_two_renames_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process's second rename comes while this one waits."""
+    target, staged = tmp_path / "merged", tmp_path / ".merged.merging-other"
+    fill(tmp_path / ".merged.replaced-other", OLD)
+    fill(staged, {"config.json": "of the other"})
+    monkeypatch.setattr(folder.time, "sleep", lambda seconds: staged.rename(target))
+    with pytest.raises(KeyError, match="stopped"):
+        stopped(target)
+    assert contents(target) == {"config.json": "of the other"}
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_further_chat_templates_are_a_models(tmp_path: Path) -> None:
+    fill(tmp_path / "merged", OLD)
+    fill(tmp_path / "merged" / "additional_chat_templates", {"tools.jinja": "{{ messages }}"})
+    with whole_folder(tmp_path / "merged", overwrite=True) as stage:
+        fill(stage, NEW)
+    assert contents(tmp_path / "merged") == NEW
+    fill(tmp_path / "merged" / "additional_chat_templates", {"thesis.txt": "mine"})
+    with pytest.raises(MergeError, match="holds other things"), whole_folder(tmp_path / "merged", overwrite=True):
+        pytest.fail("filled")
+
+
+def test_errors_in_reading_are_not_called_errors_in_saving(tmp_path: Path) -> None:
+    for error in (
+        OSError("We couldn't connect to the Hub."),
+        FileNotFoundError(2, "Not there", str(tmp_path / "base")),
+    ):
+        with pytest.raises(type(error)) as found, whole_folder(tmp_path / "merged", overwrite=False):
+            raise error
+        assert found.value is error
+    with pytest.raises(OSError, match="Saving the merged model"), whole_folder(tmp_path / "merged", False) as stage:
+        (stage / "no" / "file").write_text("")
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, saved: Callable[..., tuple[Path, Path]]) -> None:

@@ -191,6 +191,48 @@ def test_the_error_onto_the_original_is_the_quantization_error() -> None:
         assert found.signal == pytest.approx(1, abs=1e-3)
 
 
+def another(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.flip(0)
+
+
+def another_layer(model: nn.Module) -> None:
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(-1)
+
+
+def another_embedding(model: nn.Module) -> None:
+    model.model.embed_tokens.weight.data.mul_(-1)
+
+
+@pytest.mark.parametrize("quantization", [NF4Config(), NF4Config(double_quant=False), None], ids=str)
+@pytest.mark.parametrize("change", [another, another_layer, another_embedding])
+def test_an_original_with_other_weights_is_refused_or_said(change: Any, quantization: Any) -> None:
+    original = llama()
+    model = adapted(copy.deepcopy(original), quantization=quantization)
+    assert not merge(model, "original", original).notes
+    change(original)
+    with pytest.raises(MergeError, match=r"is not what the base was made of: .*force merges all the same"):
+        merge(model, "original", original)
+    report = merge(model, "original", original, force=True)
+    assert any("not what the base was made of" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_an_original_in_another_dtype_is_the_original(dtype: torch.dtype, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    make = tf.AutoModelForCausalLM.from_pretrained
+    model = adapted(make(tmp_path, dtype=torch.bfloat16))
+    assert not merge(model, "original", make(tmp_path, dtype=dtype)).notes
+
+
+def test_a_head_that_is_new_at_every_load_does_not_make_another_original(tmp_path: Path) -> None:
+    whole = bert()
+    whole.bert.save_pretrained(tmp_path)
+    model = adapted(type(whole).from_pretrained(tmp_path), task_type="SEQ_CLS", target_modules=["query"])
+    merged = merge(model, "original", tmp_path).model
+    assert torch.equal(merged.classifier.weight, model.get_base_model().classifier.modules_to_save.default.weight)
+
+
 def test_trained_biases_stay_the_adapters_on_the_original() -> None:
     original = llama(attention_bias=True)
     model = adapted(copy.deepcopy(original), bias="all")

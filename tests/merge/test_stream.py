@@ -26,7 +26,9 @@ from torch import nn
 from hf_qlora import NF4Config, QLoRAConfig, merge
 from hf_qlora.files import AdapterFileError
 from hf_qlora.layers.errors import MergeError
+from hf_qlora.merge import sources
 from hf_qlora.merge.report import MergeRefused
+from hf_qlora.merge.seen import NOT_SAID, SAME
 from hf_qlora.merge.stream import merge_files
 
 
@@ -194,6 +196,30 @@ def test_names_of_an_encoder_saved_alone_get_the_prefix_of_the_whole(tmp_path: P
     assert relative(logits(merged, ids), expected) <= MERGED
 
 
+CLASSES = ["negative", "neutral", "positive"]
+
+
+@pytest.mark.parametrize("kind", [{}, {"trainable_token_indices": [1, 2]}], ids=["layer by layer", "in memory"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_classifier_keeps_its_classes(count: int, kind: dict[str, Any], tmp_path: Path) -> None:
+    """Its base is an encoder that knows nothing of them."""
+    torch.manual_seed(1)
+    config = tf.BertConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    tf.BertModel(config).save_pretrained(tmp_path / "base")
+    names = dict(enumerate(CLASSES[:count]))
+    whole = tf.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", id2label=names, label2id={name: i for i, name in names.items()}
+    )
+    model, ids = adapted(whole, task_type="SEQ_CLS", target_modules=["query"], **kind), tokens()
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_files(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "base"))
+    merged = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.id2label == names
+    assert merged.config.label2id == {name: i for i, name in names.items()}
+    assert relative(logits(merged, ids), expected) <= MERGED
+
+
 def test_old_names_are_read(saved: Saved, tmp_path: Path) -> None:
     """Checkpoints of old have LayerNorm.gamma, which transformers renames on loading."""
     family = next(family for family in ARCHITECTURES if family.name == "bert")
@@ -236,6 +262,53 @@ def test_the_dtype_can_be_chosen(saved: Saved, tmp_path: Path) -> None:
     assert not differences(reloaded, model.merge_and_unload())
 
 
+@pytest.mark.parametrize("kind", [{}, {"trainable_token_indices": [1, 2]}], ids=["layer by layer", "in memory"])
+def test_the_dtype_is_that_of_training(kind: dict[str, Any], tmp_path: Path) -> None:
+    """The codes are those of the base as it was loaded, and not of its files."""
+    llama().save_pretrained(tmp_path / "base")
+    adapted(llama_from(tmp_path / "base", dtype=torch.bfloat16), task_type="CAUSAL_LM", **kind).save_pretrained(
+        tmp_path / "adapter"
+    )
+    report = merge_files(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "base"))
+    model = PeftModel.from_pretrained(llama_from(tmp_path / "base", dtype=torch.bfloat16), tmp_path / "adapter")
+    assert not differences(llama_from(tmp_path / "merged"), merge(model).model)
+    assert "In bfloat16, as the adapter was trained; the base's config says float32." in report.notes
+    assert SAME in report.notes
+
+
+COMMIT = "a" * 40
+
+
+@pytest.mark.parametrize(
+    ("base", "revision", "commit", "expected"),
+    [
+        (None, None, COMMIT, COMMIT),
+        (None, "v2", COMMIT, "v2"),
+        (None, None, "../elsewhere", None),
+        ("org/other", None, COMMIT, None),
+    ],
+    ids=["trained on", "the config's", "no commit", "another base"],
+)
+def test_the_revision_is_that_of_training(
+    base: Any, revision: Any, commit: str, expected: Any, saved: Saved, tmp_path: Path, monkeypatch: Any
+) -> None:
+    _, adapter = saved(target_modules=["q_proj"])
+    file = adapter / "adapter_config.json"
+    values = json.loads(file.read_text()) | {"base_model_name_or_path": "org/model", "revision": revision}
+    values["hf_qlora"]["base"] |= {"id": "org/model", "commit": commit}
+    file.write_text(json.dumps(values))
+    asked = []
+
+    def asked_for(name: str, revision: str | None) -> Path:
+        asked.append(revision)
+        raise MergeError("enough")
+
+    monkeypatch.setattr(sources, "base_source", asked_for)
+    with pytest.raises(MergeError, match="enough"):
+        merge_files(str(adapter), tmp_path / "merged", base=base)
+    assert asked == [expected]
+
+
 def test_the_adapter_names_its_base(saved: Saved, tmp_path: Path) -> None:
     base, adapter = saved(target_modules=["q_proj"])
     assert merge_files(str(adapter), tmp_path / "merged").base == str(base)
@@ -251,6 +324,90 @@ def test_a_lossy_merge_into_nf4_is_refused_and_writes_nothing(saved: Saved, tmp_
         merge_files(str(adapter), tmp_path / "merged", "nf4", str(base))
     assert not (tmp_path / "merged").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+# --- which base it is ------------------------------------------------------------------------------------------------
+
+
+def of_another_model(base: Path) -> None:
+    model = llama_from(base)
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02)
+    model.save_pretrained(base)
+
+
+def with_another_layer(base: Path) -> None:
+    model = llama_from(base)
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(-1)  # in NF4, each code is another
+    model.save_pretrained(base)
+
+
+def with_another_head(base: Path) -> None:
+    model = llama_from(base)
+    model.lm_head.weight.data.mul_(-1)
+    model.save_pretrained(base)
+
+
+# Single tokens are merged in memory, the others layer by layer.
+BASES: dict[str, dict[str, Any]] = {
+    "NF4": {},
+    "dense": {"quantization": None},
+    "two layers of 14": {"target_modules": ["q_proj"]},
+    "in memory": {"trainable_token_indices": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("change", [of_another_model, with_another_layer, with_another_head])
+@pytest.mark.parametrize("kind", BASES)
+def test_another_base_is_refused_or_named(
+    kind: str, change: Any, saved: Saved, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, adapter = saved(on_base_mismatch="error", task_type="CAUSAL_LM", **BASES[kind])
+    right = merge_files(str(adapter), tmp_path / "right", base=str(base))
+    assert streamed(right) == (kind != "in memory")
+    assert SAME in right.notes
+    assert "another base" not in caplog.text
+    change(base)
+    with pytest.raises(MergeRefused, match=r"base is another base than .*trained on") as refused:
+        merge_files(str(adapter), tmp_path / "merged", base=str(base))
+    assert not (tmp_path / "merged").exists()
+    assert any("another base" in note for note in refused.value.report.notes)
+    forced = merge_files(str(adapter), tmp_path / "merged", base=str(base), force=True)
+    assert any("another base" in note for note in forced.notes)
+    assert SAME not in forced.notes
+    assert "another base" in caplog.text
+
+
+@pytest.mark.parametrize(("asked", "logged"), [("warn", True), ("ignore", False)])
+def test_another_base_is_merged_where_the_adapter_allows_it(
+    asked: str, logged: bool, saved: Saved, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, adapter = saved(on_base_mismatch=asked)
+    of_another_model(base)
+    report = merge_files(str(adapter), tmp_path / "merged", base=str(base))
+    assert ("another base" in caplog.text) == logged
+    assert any("another base" in note for note in report.notes)
+
+
+def test_a_part_of_a_model_has_the_samples_of_the_whole(saved: Saved, tmp_path: Path) -> None:
+    """In all kinds of bases: stored dense or packed, tied, in bfloat16, with Conv1D."""
+    for number, model in enumerate((llama(tie_word_embeddings=True), gpt2())):
+        base, adapter = saved(model, torch.bfloat16)
+        assert SAME in merge_files(str(adapter), tmp_path / f"{number}", base=str(base)).notes
+    nf4 = NF4Config().to_bitsandbytes()
+    llama().save_pretrained(tmp_path / "dense")
+    llama_from(tmp_path / "dense", quantization_config=nf4, dtype=torch.bfloat16).save_pretrained(tmp_path / "packed")
+    adapted(llama_from(tmp_path / "packed")).save_pretrained(tmp_path / "on packed")
+    report = merge_files(str(tmp_path / "on packed"), tmp_path / "merged", base=str(tmp_path / "packed"))
+    assert SAME in report.notes
+
+
+def test_an_adapter_that_does_not_know_its_base_is_merged_and_said(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(llama_from(tmp_path / "base"), config).save_pretrained(tmp_path / "adapter")
+    assert NOT_SAID in merge_files(str(tmp_path / "adapter"), tmp_path / "m", base=str(tmp_path / "base")).notes
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
