@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -77,7 +77,6 @@ def save(
         write(save_directory, *args, **kwargs)
         return
     classes = labels(model)
-    bases = {name: identity.describe(model, model.peft_config[name], name) for name in ours}
     try:
         target.mkdir(parents=True, exist_ok=True)
         _remove_left_overs(target)
@@ -94,8 +93,10 @@ def save(
         write(stage, *args, **kwargs)
         for name in ours:
             learned = depth.learned(model, name)
-            known = {**bases[name], "depth": learned, "labels": classes}
             place = stage / name if name != "default" else stage
+            with safe_open(place / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+                base = identity.describe(model, model.peft_config[name], name, file.keys())
+            known = {**base, "depth": learned, "labels": classes}
             _complete(place, by[name], native.get(name, {}), {key: value for key, value in known.items() if value})
         moves = _moves(stage, target)
         moving = True

@@ -13,7 +13,7 @@ between. `quant/fingerprint.py` says what is sampled and how two of them are com
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -69,6 +69,10 @@ class Fingerprint:
         """The samples alone."""
         layers = {name: replace(layer, hash="") for name, layer in self.layers.items()}
         return replace(self, root="", layers=layers)
+
+    def without(self, names: Collection[str]) -> Fingerprint:
+        """Without some of the dense tensors. The root stays: it is of all of the base, and may be equal or not."""
+        return replace(self, dense={name: tensor for name, tensor in self.dense.items() if name not in names})
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""

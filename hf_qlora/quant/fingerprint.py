@@ -10,7 +10,8 @@ CPU is unpacked. (Repacking also rounds scales for good; the fingerprint says th
 
 The positions of n weights sampled k times are ⌊frac(i φ) n⌋ for i = 1 … k, φ the golden ratio: spread evenly, the same
 everywhere, and nothing that a file could choose. Biases are left out, since LoRA may train them (`bias`); so are the
-copies that adapters train (`modules_to_save`, tokens), but not the originals of these.
+copies that adapters train (`modules_to_save`, tokens), but not the originals of these: what of them an adapter's file
+holds is dropped where the fingerprint is written (`identity.describe`).
 """
 
 from __future__ import annotations
@@ -30,16 +31,12 @@ from torch import Tensor, nn
 
 from hf_qlora.config.fingerprint import HASH_LENGTH, DensePrint, Fingerprint, LayerPrint, rounded
 from hf_qlora.quant.linear4bit import NESTED_BLOCK_SIZE, unpacked
-from hf_qlora.quant.names import plain_name
+from hf_qlora.quant.names import is_of_adapter, wrapped_name
 
 
 CODES_PER_LAYER, FEWEST_CODES, CODES_IN_ALL = 64, 8, 2**16
 SCALES_PER_LAYER = 4
 VALUES_PER_TENSOR = 8
-
-# What PEFT's layers call the module they wrap, and the parameters of theirs that are no part of the base.
-_INNER = ("base_layer", "original_module", "token_adapter")
-_OF_ADAPTERS = ("lora_", "modules_to_save", "trainable_tokens_")
 
 _PHI = 0x9E3779B97F4A7C15  # frac(φ) · 2⁶⁴
 _THREADS = min(8, os.cpu_count() or 1)
@@ -102,9 +99,10 @@ def identity_of(model: nn.Module) -> tuple[Any, ...]:
 def _quantized(model: nn.Module) -> Iterator[_Layer | None]:
     """The packed layers, also where a dense one stands in for one while merged; None for one that is not all there."""
     for name, module in model.named_modules():
-        for layer in (module, *getattr(module, "_packed", ())):
+        aside = getattr(module, "_packed", ())  # our layers'; another's may be anything
+        for layer in (module, *(aside if isinstance(aside, tuple) else ())):
             if isinstance(layer, bnb.nn.Linear4bit):
-                yield _layer(_base_name(name), layer)
+                yield _layer(wrapped_name(name), layer)
 
 
 def _layer(name: str, module: Any) -> _Layer | None:
@@ -123,22 +121,14 @@ def _dense(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in model.named_modules():
         if getattr(module, "merged", False) is True:
             merged += (f"{name}.",)
-        if isinstance(module, bnb.nn.Linear4bit) or _is_of_adapter(name) or f"{name}.".startswith(merged or "\0"):
+        if isinstance(module, bnb.nn.Linear4bit) or is_of_adapter(name) or f"{name}.".startswith(merged or "\0"):
             continue
         for kind, parameter in module.named_parameters(recurse=False):
-            if kind.endswith("bias") or _is_of_adapter(kind) or not parameter.is_floating_point():
+            if kind.endswith("bias") or is_of_adapter(kind) or not parameter.is_floating_point():
                 continue
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield _base_name(f"{name}.{kind}" if name else kind), parameter.detach()
-
-
-def _is_of_adapter(name: str) -> bool:
-    return any(part.startswith(_OF_ADAPTERS) for part in name.split("."))
-
-
-def _base_name(name: str) -> str:
-    return ".".join(part for part in plain_name(name).split(".") if part not in _INNER)
+                yield wrapped_name(f"{name}.{kind}" if name else kind), parameter.detach()
 
 
 def _is_whole(tensor: Tensor) -> bool:
