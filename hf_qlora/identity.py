@@ -10,7 +10,7 @@
   adapter is on the model, or before its tensors are set.
 
 Where weights cannot be read (on the meta device, offloaded, sharded over processes), nothing is noted, written or
-compared; a debug line says so.
+compared; a debug line says so, or a warning where a difference was to be an error.
 """
 
 from __future__ import annotations
@@ -88,7 +88,11 @@ def check(model: nn.Module, config: QLoRAConfig, adapter: str, record: dict[str,
         return
     found = _hashed_as_noted(base, adapter)
     if found is None:
-        logger.debug("%s: the base is not compared with the one trained on: its weights are not all here.", source)
+        logger.log(
+            logging.WARNING if config.on_base_mismatch == "error" else logging.DEBUG,
+            "%s: the base is not compared with the one trained on: its weights are not all here.",
+            source,
+        )
         return
     expected = Fingerprint.from_dict(record["fingerprint"])
     # A caller's config chose the dense base for an adapter that was trained on a quantized one.
@@ -177,10 +181,10 @@ def is_local(base_id: str) -> bool:
 
 def _say_rounded(source: str, result: Comparison) -> None:
     logger.info(
-        "%s: the base is the one trained on, rounded otherwise in %d layers%s: another device or number of threads.",
+        "%s: the base is the one trained on, rounded otherwise in %d layers (%s, …): another device or number of threads.",
         source,
         len(result.names),
-        f" ({result.names[0]}, …)" if result.names else "",
+        result.names[0],
     )
 
 

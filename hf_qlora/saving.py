@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hf_qlora import identity
 from hf_qlora.config import QLoRAConfig
-from hf_qlora.config.record import RECORD_KEY, write_json
+from hf_qlora.config.record import OF_THE_WEIGHTS, RECORD_KEY, write_json
 from hf_qlora.files import STATE_NAME, sha256
 from hf_qlora.layers import depth, fold
 
@@ -134,13 +134,13 @@ def _native_tensors(model: PeftModel, name: str, options: Mapping[str, Any]) -> 
 def _complete(folder: Path, by: dict[str, float], native: dict[str, Tensor], known: dict[str, Any]) -> None:
     """Add to a staged adapter what only the saved file and the model know."""
     values = json.loads((folder / CONFIG_NAME).read_text())
-    record = values[RECORD_KEY]
+    record = {name: value for name, value in values[RECORD_KEY].items() if name not in OF_THE_WEIGHTS}
     record |= {"weights_sha256": sha256(folder / SAFETENSORS_WEIGHTS_NAME), "fold": by, "versions": versions()}
     record |= known
     if native:
         save_file(native, folder / STATE_NAME, metadata={"format": "pt"})
         record["state_sha256"] = sha256(folder / STATE_NAME)
-    write_json(folder / CONFIG_NAME, values)
+    write_json(folder / CONFIG_NAME, values | {RECORD_KEY: record})
 
 
 def _check_scales(model: PeftModel, names: list[str], state_dict: Mapping[str, Tensor] | None) -> None:

@@ -188,10 +188,59 @@ def asked(way: str, folder: Path, setting: str) -> dict[str, str]:
     return {} if way in NO_SETTINGS else {"on_base_mismatch": setting}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in NO_SETTINGS])
 def test_ignoring_is_silent(way: str, adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
-    WAYS[way](adapter, base(seed=1), **asked(way, adapter, "ignore"))
+    WAYS[way](adapter, base(seed=1), on_base_mismatch="ignore")
     assert said(caplog) == []
+
+
+@pytest.mark.parametrize("way", ["from_pretrained", *NO_SETTINGS])
+def test_a_file_does_not_silence_its_reader(way: str, adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
+    change_record(adapter, lambda record: record.update(on_base_mismatch="ignore"))
+    WAYS[way](adapter, base(seed=1))
+    assert len(said(caplog)) == 1
+
+
+def test_an_error_that_was_asked_for_and_cannot_be_given_is_a_warning(
+    adapter: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = quantize_model(base(seed=1))
+    model.model.unused = nn.Parameter(torch.empty(0))  # as a shard of a weight that is elsewhere
+    PeftModel.from_pretrained(model, adapter, on_base_mismatch="error")
+    assert said(caplog) and all("is not compared with the one trained on" in message for message in said(caplog))
+
+
+def test_a_config_that_was_read_and_is_saved_says_what_its_file_said_of_the_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = AdaptiveDepthLoRAConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS", use_rslora=True)
+    folder = saved(tmp_path / "adapter", given, labelled())
+    before, expected = record_of(folder), logits(PeftModel.from_pretrained(labelled(), folder))
+    read = QLoRAConfig.from_pretrained(folder)
+    read.base_model_name_or_path = "org/base"
+    read.save_pretrained(folder)
+    after = record_of(folder)
+    assert before.keys() - after.keys() == {"weights_sha256"}
+    assert all(after[key] == before[key] for key in ("base", "fingerprint", "labels", "depth", "fold", "versions"))
+    assert torch.equal(logits(PeftModel.from_pretrained(labelled(), folder)), expected)
+    assert said(caplog) == []
+
+
+def labelled() -> Model:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_size": 64, "vocab_size": 500}
+    names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}, "pad_token_id": 0}
+    return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**sizes, **names))
+
+
+def test_what_a_read_config_says_of_old_weights_is_not_said_of_new_ones(adapter: Path, tmp_path: Path) -> None:
+    read = QLoRAConfig.from_pretrained(adapter, inference_mode=False)
+    read.record["depth"] = {"stale": {}}  # as of an adapter that had scales
+    PeftModel.from_pretrained(base(seed=1), adapter, config=read, is_trainable=True).save_pretrained(tmp_path / "new")
+    record, other = record_of(tmp_path / "new"), take_fingerprint(quantize_model(base(seed=1)))
+    assert other is not None
+    assert record["fingerprint"] == other.to_dict()
+    assert "depth" not in record
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -2,8 +2,8 @@
 
 An adapter fits the bytes of the base that it was trained on. A fingerprint has, for each quantized layer, a sha256
 over its codes, its scales and their nested state, and samples: 64 codes and 4 scales (fewer codes in models of very
-many layers). Of what is dense in the base it has 8 values of each tensor and no hash: the embeddings alone may have
-as many bytes as all codes together. A root is over all of these.
+many layers). Of what is dense in the base it has 32 values of each tensor (fewer of very many) and no hash: the
+embeddings alone may have as many bytes as all codes together. A root is over all of these.
 
 The form is made canonical first: `quant_storage` is read as bytes, and a weight that bitsandbytes has repacked for a
 CPU is unpacked. (Repacking also rounds scales for good; the fingerprint says that it has happened.)
@@ -36,7 +36,7 @@ from hf_qlora.quant.names import is_of_adapter, wrapped_name
 
 CODES_PER_LAYER, FEWEST_CODES, CODES_IN_ALL = 64, 8, 2**16
 SCALES_PER_LAYER = 4
-VALUES_PER_TENSOR = 8
+VALUES_PER_TENSOR, FEWEST_VALUES, VALUES_IN_ALL = 32, 8, 2**13
 
 _PHI = 0x9E3779B97F4A7C15  # frac(φ) · 2⁶⁴
 _THREADS = min(8, os.cpu_count() or 1)
@@ -74,13 +74,14 @@ def take_fingerprint(model: nn.Module, hashed: bool = True) -> Fingerprint | Non
     hashes = _hashes(layers) if hashed else [""] * len(layers)
     codes = _to_cpu([_sampled_codes(layer, per_layer) for layer in layers])
     scales = _to_cpu([_sampled_scales(layer) for layer in layers])
-    values = _to_cpu([_at(tensor, VALUES_PER_TENSOR).float() for tensor in dense.values()])
+    per_tensor = max(FEWEST_VALUES, min(VALUES_PER_TENSOR, VALUES_IN_ALL // max(len(dense), 1)))
+    values = _to_cpu([_at(tensor, per_tensor).float() for tensor in dense.values()])
     prints = {
         layer.name: LayerPrint(digest[:HASH_LENGTH], "".join(f"{code:x}" for code in c), tuple(map(rounded, s)))
         for layer, digest, c, s in zip(layers, hashes, codes, scales, strict=True)
     }
     others = {
-        name: DensePrint(tuple(tensor.shape), tuple(map(rounded, v)))
+        name: DensePrint(tuple(tensor.shape), tuple(map(rounded, v)), str(tensor.dtype).removeprefix("torch."))
         for (name, tensor), v in zip(dense.items(), values, strict=True)
     }
     root = _root({layer.name: h for layer, h in zip(layers, hashes, strict=True)}, others) if hashed else ""
