@@ -181,7 +181,8 @@ def is_local(base_id: str) -> bool:
 
 def _say_rounded(source: str, result: Comparison) -> None:
     logger.info(
-        "%s: the base is the one trained on, rounded otherwise in %d layers (%s, …): another device or number of threads.",
+        "%s: the base is the one trained on, rounded otherwise in %d layers (%s, …): another device or number of "
+        "threads.",
         source,
         len(result.names),
         result.names[0],

@@ -5,15 +5,15 @@ a pattern can match the beginnings of a name bounds its work, and is estimated f
 
     literals, classes                    1
     X*  X+  X{m,n}  X?                   as many as X can be repeated, if X has one way; ways(X)^repetitions, if more
-      a class before a letter it lacks   1: `\\d+\\.` and `(\\w+\\.)*` can only end in one place, whatever case is to matter
+      a class before a letter it lacks   1: `\\d+\\.` and `(\\w+\\.)*` can only end in one place, in either case
       (\\.X)*  if X ends before a dot     as many as it can be repeated: only the last repetition has a choice
       before two letters or more         8: few places of a name have them
     X|Y                                  1 for words of which none begins another, else the sum
     XY, lookaheads                       the product
 
-Patterns of more ways than `LARGEST` together are refused, and so are forms that module names have no use for and that hide
-what a pattern is: verbose mode, conditionals, and characters by number. Running the match in a process with a time
-limit was the alternative; it would judge by the model at hand, and by the load of the machine.
+Patterns of more ways than `LARGEST` together are refused, and so are forms that module names have no use for and that
+hide what a pattern is: verbose mode, conditionals, and characters by number. Running the match in a process with a
+time limit was the alternative; it would judge by the model at hand, and by the load of the machine.
 """
 
 from __future__ import annotations

@@ -1155,7 +1155,7 @@ def test_an_initialisation_in_a_file_needs_nothing_that_is_not_there(
     assert kind_of_error(lambda: PeftConfig.from_pretrained(tmp_path)) in (None, ConfigError)
 
 
-@pytest.mark.parametrize("patterns", [[r"(\w+)+x\d"], [rf".*.*.*x{i}" for i in range(100)]], ids=["one", "many"])
+@pytest.mark.parametrize("patterns", [[r"(\w+)+x\d"], [rf".*.*.*x{i}" for i in range(1000)]], ids=["one", "many"])
 def test_a_slow_pattern_of_ones_own_is_a_warning_and_in_a_file_refused(
     patterns: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -112,7 +112,7 @@ def _layer_difference(a: LayerPrint, b: LayerPrint, repacked: bool) -> _LayerDif
 
 
 def _dense_differs(a: DensePrint, b: DensePrint) -> bool:
-    """Whether the shapes or any of the values that both have differ; the first samples are the same in all versions."""
+    """Whether the shapes differ, or any of the values that both have: more samples go on where fewer end."""
     tolerance = 0.0 if a.dtype == b.dtype != "" else DENSE_TOLERANCE
     return a.shape != b.shape or not all(
         _close(x, y, tolerance, 1e-4) for x, y in zip(a.values, b.values, strict=False)
