@@ -109,6 +109,7 @@ class AdapterFolder:
         if expected is not None and self.state is not None and self.state.is_file():
             if sha256(self.state) == expected:
                 result.native = load_file(self.state, device=device or "cpu")
+                check_tensors(result.native, str(self.state))
                 result.folded_by = self.record.get("fold", {})
             else:
                 logger.warning("%s is damaged and is not used: training resumes closely, not exactly.", self.state)

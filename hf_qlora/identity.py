@@ -3,18 +3,21 @@
 * `note` samples the base just before the adapter changes anything. That costs milliseconds.
 * `describe`, on saving, adds the hashes. They are kept on the model for as long as its bytes lie where they lay and
   its samples are those of before, so that only the first of Trainer's checkpoints pays for them. A base whose samples
-  are no longer those that were noted has been changed while the adapter trained; that is a warning.
+  are no longer those that were noted has been changed while the adapter trained; that is a warning. Tensors that the
+  adapter's file holds whole (`modules_to_save`, a classifier's head, resized embeddings) are left out: whoever loads
+  the file gets them from it, and may have any others in their place before.
 * `check`, on loading, compares what the file says with the base at hand, as `on_base_mismatch` asks: before the
   adapter is on the model, or before its tensors are set.
 
 Where weights cannot be read (on the meta device, offloaded, sharded over processes), nothing is noted, written or
-compared; a debug line says so.
+compared; a debug line says so, or a warning where a difference was to be an error.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from hf_qlora.config.fingerprint import Fingerprint
 from hf_qlora.quant.base import BaseModelError
 from hf_qlora.quant.comparison import Comparison, compare
 from hf_qlora.quant.fingerprint import identity_of, take_fingerprint
+from hf_qlora.quant.names import wrapped_name
 from hf_qlora.rehearsal import is_rehearsal
 from hf_qlora.validation import CHANGES_BASE
 
@@ -34,6 +38,7 @@ logger = logging.getLogger(__name__)
 # Where the Hub's client keeps what it has downloaded: models--org--name/snapshots/commit.
 _IN_CACHE = re.compile(r"models--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?$")
 _NOTED = "_hf_qlora_noted"  # on a base: samples by the adapter's name
+_SAID = "_hf_qlora_said_to_have_changed"  # on a base: names by the adapter's name
 _HASHED = "_hf_qlora_hashed"  # on a base: where its bytes lay, and their fingerprint
 
 
@@ -47,16 +52,23 @@ def note(base: nn.Module, adapter: str) -> None:
     base.__dict__.setdefault(_NOTED, {})[adapter] = found
 
 
-def describe(model: nn.Module, config: QLoRAConfig, adapter: str) -> dict[str, Any]:
-    """What an adapter's JSON is to say of its base: the keys `base` and `fingerprint`, the latter where known."""
+def describe(model: nn.Module, config: QLoRAConfig, adapter: str, saved: Collection[str] = ()) -> dict[str, Any]:
+    """What an adapter's JSON is to say of its base: the keys `base` and `fingerprint`, the latter where known.
+
+    Args:
+        saved: the names of the tensors in the adapter's file.
+    """
     record = config.record or {}
     if config.inference_mode and record.get("quantization") == config.to_dict()["quantization"]:
         return {key: record[key] for key in ("base", "fingerprint") if key in record}  # it was trained there
     base = _base_of(model)
     result: dict[str, Any] = {"base": _description(base)}
-    found = _hashed_as_noted(base, adapter, warn=not _changes_base(config))
+    in_file = {wrapped_name(name.removeprefix("base_model.model.")) for name in saved}
+    if not _changes_base(config):
+        _warn_of_change(base, adapter, in_file)
+    found = _hashed_as_noted(base, adapter, in_file)
     if found is not None:
-        result["fingerprint"] = found.to_dict()
+        result["fingerprint"] = found.without(in_file).to_dict()
     return result
 
 
@@ -74,9 +86,13 @@ def check(model: nn.Module, config: QLoRAConfig, adapter: str, record: dict[str,
     base = _base_of(model)
     if not record or "fingerprint" not in record or config.on_base_mismatch == "ignore" or is_rehearsal(base):
         return
-    found = _hashed_as_noted(base, adapter, warn=False)
+    found = _hashed_as_noted(base, adapter)
     if found is None:
-        logger.debug("%s: the base is not compared with the one trained on: its weights are not all here.", source)
+        logger.log(
+            logging.WARNING if config.on_base_mismatch == "error" else logging.DEBUG,
+            "%s: the base is not compared with the one trained on: its weights are not all here.",
+            source,
+        )
         return
     expected = Fingerprint.from_dict(record["fingerprint"])
     # A caller's config chose the dense base for an adapter that was trained on a quantized one.
@@ -97,7 +113,25 @@ def _base_of(model: Any) -> nn.Module:
     return base
 
 
-def _hashed_as_noted(base: nn.Module, adapter: str, warn: bool) -> Fingerprint | None:
+def _warn_of_change(base: nn.Module, adapter: str, in_file: Collection[str]) -> None:
+    """Say once that the base is no longer the one that was noted, where the file does not hold what changed."""
+    noted: Fingerprint | None = base.__dict__.get(_NOTED, {}).get(adapter)
+    now = take_fingerprint(base, hashed=False)
+    if noted is None or now is None or noted.layers.keys() != now.layers.keys():  # PEFT has replicated layers
+        return
+    changed = compare(noted, now.without(in_file))
+    said = base.__dict__.setdefault(_SAID, {})
+    if changed.verdict == "differs" and said.get(adapter) != changed.names:
+        said[adapter] = changed.names
+        logger.warning(
+            "The base has changed since adapter %r was put on it: %s. What changed is not part of the adapter, and is "
+            "lost unless you save the base too.",
+            adapter,
+            changed.found,
+        )
+
+
+def _hashed_as_noted(base: nn.Module, adapter: str, in_file: Collection[str] = ()) -> Fingerprint | None:
     """The base's fingerprint with hashes, as far as it is the one noted; else what was noted."""
     noted: Fingerprint | None = base.__dict__.get(_NOTED, {}).get(adapter)
     now = take_fingerprint(base, hashed=False)
@@ -105,15 +139,7 @@ def _hashed_as_noted(base: nn.Module, adapter: str, warn: bool) -> Fingerprint |
         return noted or now
     if noted.layers.keys() != now.layers.keys():  # PEFT has replicated layers
         return noted
-    changed = compare(noted, now)
-    if changed.verdict == "differs" and warn:
-        logger.warning(
-            "The base has changed since adapter %r was put on it: %s. What changed is not part of the adapter, and is "
-            "lost unless you save the base too.",
-            adapter,
-            changed.found,
-        )
-    if not noted.layers and changed.verdict == "differs":  # as PiSSA and the like make of a dense base
+    if not noted.layers and compare(noted, now.without(in_file)).verdict == "differs":  # PiSSA and the like did it
         return noted
     where = identity_of(base)
     hashed: tuple[Any, Fingerprint] | None = base.__dict__.get(_HASHED)
@@ -159,10 +185,11 @@ def is_local(base_id: str) -> bool:
 
 def _say_rounded(source: str, result: Comparison) -> None:
     logger.info(
-        "%s: the base is the one trained on, rounded otherwise in %d layers%s: another device or number of threads.",
+        "%s: the base is the one trained on, rounded otherwise in %d layers (%s, …): another device or number of "
+        "threads.",
         source,
         len(result.names),
-        f" ({result.names[0]}, …)" if result.names else "",
+        result.names[0],
     )
 
 

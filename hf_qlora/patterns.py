@@ -5,14 +5,15 @@ a pattern can match the beginnings of a name bounds its work, and is estimated f
 
     literals, classes                    1
     X*  X+  X{m,n}  X?                   as many as X can be repeated, if X has one way; ways(X)^repetitions, if more
-      a class before a letter it lacks   1: `\\d+\\.` and `(\\w+\\.)*` can only end in one place
+      a class before a letter it lacks   1: `\\d+\\.` and `(\\w+\\.)*` can only end in one place, in either case
+      (\\.X)*  if X ends before a dot     as many as it can be repeated: only the last repetition has a choice
       before two letters or more         8: few places of a name have them
     X|Y                                  1 for words of which none begins another, else the sum
     XY, lookaheads                       the product
 
-A pattern of more ways than `LARGEST` is refused, and so are forms that module names have no use for and that hide
-what a pattern is: verbose mode, conditionals, and characters by number. Running the match in a process with a time
-limit was the alternative; it would judge by the model at hand, and by the load of the machine.
+Patterns of more ways than `LARGEST` together are refused, and so are forms that module names have no use for and that
+hide what a pattern is: verbose mode, conditionals, and characters by number. Running the match in a process with a
+time limit was the alternative; it would judge by the model at hand, and by the load of the machine.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 
-NAME_LENGTH = 50  # of a module: how often a repetition can be repeated
+NAME_LENGTH = 100  # of a module: how often a repetition can be repeated
 FEW = 8
-LARGEST = 150_000  # about a millisecond for a name; three free wildcards side by side, or five before words
+LARGEST = 20_000_000  # a fraction of a second for a name, since few of them are tried; three free wildcards in a row
 LONGEST = 100_000  # characters
 
 _QUANTIFIER = re.compile(r"(?:[*+?]|\{\d*(?:,\d*)?\})[?+]?")
@@ -41,21 +42,26 @@ class SlowPatternError(ValueError):
 class _Node:
     """A part of a pattern: how many ways it can match, the least it has of literal text, and the text if that is all.
 
-    `one` is the source of a part that is one character of a class.
+    `one` is the source of a part that is one character of a class; `run` what a group holds if that is one part;
+    `again` how many ways it can match before another repetition of itself.
     """
 
     ways: float
     least: int = 0
     text: str | None = None
     one: str | None = None
+    run: tuple[_Node, tuple[int, float]] | None = None
+    again: float = math.inf
 
 
-def check_quick(pattern: str) -> None:
-    """Raise SlowPatternError if a pattern that `re` compiles could take long to match."""
-    if len(pattern) > LONGEST:
-        raise SlowPatternError(f"it is longer than {LONGEST:,} characters")
-    node, _ = _alternatives(pattern, 0)
-    if node.ways > LARGEST:
+def check_quick(*patterns: str) -> None:
+    """Raise SlowPatternError if patterns that `re` compiles could take long to match, all of them together."""
+    ways = 0.0
+    for pattern in patterns:
+        if len(pattern) > LONGEST:
+            raise SlowPatternError(f"it is longer than {LONGEST:,} characters")
+        ways += _alternatives(pattern, 0)[0].ways
+    if ways > LARGEST:
         raise SlowPatternError(
             "it could take very long to match: repetitions within a repetition, or too many wildcards in a row"
         )
@@ -91,28 +97,46 @@ def _sequence(pattern: str, start: int) -> tuple[_Node, int]:
         repeated = _repetitions(found[0]) if found else None
         if found and repeated:
             position = found.end()
-        parts.append((node, repeated or (1, 1)))
-    ways, least, next_letter, next_least = 1.0, 0, "", 0
+        parts.append(node.run if node.run and not repeated else (node, repeated or (1, 1)))
+    ways, least = _product(parts, "")
+    is_text = all(node.text is not None and repeated == (1, 1) for node, repeated in parts)
+    first = (parts[0][0].text or "")[:1] if parts and parts[0][1] == (1, 1) else ""
+    again = _product(parts, first)[0] if first else math.inf
+    text = "".join(node.text or "" for node, _ in parts) if is_text else None
+    return _Node(ways, least, text, run=parts[0] if len(parts) == 1 else None, again=again), position
+
+
+def _product(parts: list[tuple[_Node, tuple[int, float]]], next_letter: str) -> tuple[float, int]:
+    """How many ways parts in a row have before a letter ("": any), and the least literal text of theirs."""
+    ways, least, next_least = 1.0, 0, 0
     for node, (fewest, most) in reversed(parts):
         ways *= _ways(node, fewest, most, next_letter, next_least)
         least += node.least * fewest
         must_come = fewest == most > 0
         next_letter = (node.text or "")[:1] if must_come else ""
         next_least = node.least + next_least if must_come and node.least else 0
-    is_text = all(node.text is not None and repeated == (1, 1) for node, repeated in parts)
-    return _Node(ways, least, "".join(node.text or "" for node, _ in parts) if is_text else None), position
+    return ways, least
 
 
 def _ways(node: _Node, fewest: int, most: float, next_letter: str, next_least: int) -> float:
     """How many ways a repeated part has, before a letter ("": any) and so many letters that must come."""
     if most == fewest:
         return _power(node.ways, fewest)
-    if node.ways > 1:
-        return node.ways + 1 if most == 1 else _power(node.ways, most)
-    if next_letter and node.one and not re.fullmatch(node.one, next_letter, re.IGNORECASE):
-        return 1
     repetitions = min(most, NAME_LENGTH) - min(fewest, NAME_LENGTH) + 1
+    if node.ways > 1:
+        if node.again == 1:
+            return max(node.ways, repetitions)
+        return node.ways + 1 if most == 1 else _power(node.ways, most)
+    if next_letter and node.one and not _can_be(node.one, next_letter):
+        return 1
     return min(FEW, repetitions) if next_least > 1 else repetitions
+
+
+def _can_be(one: str, letter: str) -> bool:
+    """Whether a class has a letter, in either case, where case matters or not: a negated one may in one of these."""
+    return any(
+        re.fullmatch(one, case, flags) for case in (letter.lower(), letter.upper()) for flags in (0, re.IGNORECASE)
+    )
 
 
 def _power(ways: float, count: float) -> float:

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_qlora import identity
 from hf_qlora.config import QLoRAConfig
-from hf_qlora.config.record import RECORD_KEY, write_json
+from hf_qlora.config.record import OF_THE_WEIGHTS, RECORD_KEY, write_json
 from hf_qlora.files import STATE_NAME, sha256
 from hf_qlora.layers import depth, fold
 
@@ -77,7 +77,6 @@ def save(
         write(save_directory, *args, **kwargs)
         return
     classes = labels(model)
-    bases = {name: identity.describe(model, model.peft_config[name], name) for name in ours}
     try:
         target.mkdir(parents=True, exist_ok=True)
         _remove_left_overs(target)
@@ -94,8 +93,10 @@ def save(
         write(stage, *args, **kwargs)
         for name in ours:
             learned = depth.learned(model, name)
-            known = {**bases[name], "depth": learned, "labels": classes}
             place = stage / name if name != "default" else stage
+            with safe_open(place / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+                base = identity.describe(model, model.peft_config[name], name, file.keys())
+            known = {**base, "depth": learned, "labels": classes}
             _complete(place, by[name], native.get(name, {}), {key: value for key, value in known.items() if value})
         moves = _moves(stage, target)
         moving = True
@@ -133,13 +134,13 @@ def _native_tensors(model: PeftModel, name: str, options: Mapping[str, Any]) -> 
 def _complete(folder: Path, by: dict[str, float], native: dict[str, Tensor], known: dict[str, Any]) -> None:
     """Add to a staged adapter what only the saved file and the model know."""
     values = json.loads((folder / CONFIG_NAME).read_text())
-    record = values[RECORD_KEY]
+    record = {name: value for name, value in values[RECORD_KEY].items() if name not in OF_THE_WEIGHTS}
     record |= {"weights_sha256": sha256(folder / SAFETENSORS_WEIGHTS_NAME), "fold": by, "versions": versions()}
     record |= known
     if native:
         save_file(native, folder / STATE_NAME, metadata={"format": "pt"})
         record["state_sha256"] = sha256(folder / STATE_NAME)
-    write_json(folder / CONFIG_NAME, values)
+    write_json(folder / CONFIG_NAME, values | {RECORD_KEY: record})
 
 
 def _check_scales(model: PeftModel, names: list[str], state_dict: Mapping[str, Tensor] | None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
 import re
 import types
@@ -12,6 +14,8 @@ from typing import Any, Literal
 
 from hf_qlora.patterns import SlowPatternError, check_quick
 
+
+logger = logging.getLogger(__name__)
 
 # Initialisations that overwrite the base weight (PiSSA 2404.02948, OLoRA 2406.01775, CorDA 2406.05223, LoRA-GA
 # 2407.05000) or need to read it dense (MiCA 2604.01694).
@@ -46,6 +50,7 @@ def check_values(config: Any) -> None:
     dropout = config.lora_dropout
     if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0 <= dropout < 1:
         raise ConfigError(f"lora_dropout={config.lora_dropout!r} must be in [0, 1).")
+    patterns_of: dict[str, list[Any]] = {}
     for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
         patterns = getattr(config, name)
         if not isinstance(patterns, Mapping):
@@ -53,15 +58,16 @@ def check_values(config: Any) -> None:
         for pattern, value in patterns.items():
             if not _positive(value, kind):
                 raise ConfigError(f"{name}[{pattern!r}]={value!r} must be positive{', an integer' * (kind is int)}.")
-            _check_pattern(name, pattern)
+        patterns_of[name] = list(patterns)
     for name in ("target_modules", "exclude_modules"):
         if isinstance(getattr(config, name), str):
-            _check_pattern(name, getattr(config, name))
+            patterns_of[name] = [getattr(config, name)]
     for name in ("modules_to_save", "layers_pattern"):  # PEFT puts each of them into an expression of its own
         given = getattr(config, name)
-        for part in given if isinstance(given, list | tuple | set) else [given]:
-            if isinstance(part, str):
-                _check_pattern(name, part)
+        parts = given if isinstance(given, list | tuple | set) else [given]
+        patterns_of[name] = [part for part in parts if isinstance(part, str)]
+    for name, patterns in patterns_of.items():
+        _check_patterns(name, patterns, from_file=config.record is not None)
 
 
 def check_honoured_on_nf4(config: Any) -> None:
@@ -117,20 +123,34 @@ def _positive(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < math.inf and value < 2**31
 
 
-def _check_pattern(name: str, pattern: Any) -> None:
+def _check_patterns(name: str, patterns: list[Any], from_file: bool) -> None:
+    """Refuse what is no regular expression, and what could take hours to match where others have written it."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError, OverflowError, RecursionError) as error:
+            raise ConfigError(f"{name}: {pattern!r:.200} is not a regular expression: {error}.") from error
+    texts = [pattern for pattern in patterns if isinstance(pattern, str)]  # another is refused for its type
     try:
-        re.compile(pattern)
-    except (re.error, TypeError, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{name}: {pattern!r:.200} is not a regular expression: {error}.") from error
-    if not isinstance(pattern, str):
-        return  # refused for its type
-    try:
-        check_quick(pattern)
+        for pattern in texts:
+            check_quick(pattern)
+        pattern = f"{len(texts)} of them"
+        check_quick(*texts)
     except SlowPatternError as error:
+        if not from_file:
+            _say_once(
+                f"{name}: the regular expression {pattern!r:.200} may be slow, and files with it are refused: {error}."
+            )
+            return
         raise ConfigError(
             f"{name}: the regular expression {pattern!r:.200} is refused: {error}. Write it without, or as a list of "
-            "names."
+            "names; a config that is made in Python is not held to this."
         ) from error
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _shown(hint: Any) -> str:

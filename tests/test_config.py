@@ -1153,3 +1153,14 @@ def test_an_initialisation_in_a_file_needs_nothing_that_is_not_there(
     values["hf_qlora"]["quantization"] = quantization
     write(tmp_path, values)
     assert kind_of_error(lambda: PeftConfig.from_pretrained(tmp_path)) in (None, ConfigError)
+
+
+@pytest.mark.parametrize("patterns", [[r"(\w+)+x\d"], [rf".*.*.*x{i}" for i in range(1000)]], ids=["one", "many"])
+def test_a_slow_pattern_of_ones_own_is_a_warning_and_in_a_file_refused(
+    patterns: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = QLoRAConfig(rank_pattern=dict.fromkeys(patterns, 4))
+    assert [r.getMessage() for r in caplog.records if "may be slow, and files with it are refused" in r.getMessage()]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"rank_pattern: the regular expression .* is refused"):
+        PeftConfig.from_pretrained(tmp_path)

@@ -612,6 +612,18 @@ def test_an_incomplete_state_file_is_named_or_ignored_never_used(checkpoint: Pat
     assert same(adapter_tensors(model), unfolded(checkpoint)) if model is not None else STATE_NAME in message
 
 
+def test_a_state_file_of_spoilt_values_is_refused(checkpoint: Path) -> None:
+    """It stands in for the `lora_B` that were checked; its hash is right."""
+    tensors = load_file(checkpoint / STATE_NAME)
+    tensors[min(tensors)].view(-1)[0] = math.nan
+    save_file(tensors, checkpoint / STATE_NAME, metadata={"format": "pt"})
+    values = read_config(checkpoint)
+    values["hf_qlora"]["state_sha256"] = digest(checkpoint / STATE_NAME)
+    write_config(checkpoint, values)
+    with pytest.raises(AdapterFileError, match=rf"{STATE_NAME}: .*NaN"):
+        load(checkpoint)
+
+
 # ── Spoilt weights ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 

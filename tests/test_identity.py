@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import llama, tokens
+from architectures import SIZES, llama, tokens
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
@@ -188,10 +188,59 @@ def asked(way: str, folder: Path, setting: str) -> dict[str, str]:
     return {} if way in NO_SETTINGS else {"on_base_mismatch": setting}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in NO_SETTINGS])
 def test_ignoring_is_silent(way: str, adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
-    WAYS[way](adapter, base(seed=1), **asked(way, adapter, "ignore"))
+    WAYS[way](adapter, base(seed=1), on_base_mismatch="ignore")
     assert said(caplog) == []
+
+
+@pytest.mark.parametrize("way", ["from_pretrained", *NO_SETTINGS])
+def test_a_file_does_not_silence_its_reader(way: str, adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
+    change_record(adapter, lambda record: record.update(on_base_mismatch="ignore"))
+    WAYS[way](adapter, base(seed=1))
+    assert len(said(caplog)) == 1
+
+
+def test_an_error_that_was_asked_for_and_cannot_be_given_is_a_warning(
+    adapter: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = quantize_model(base(seed=1))
+    model.model.unused = nn.Parameter(torch.empty(0))  # as a shard of a weight that is elsewhere
+    PeftModel.from_pretrained(model, adapter, on_base_mismatch="error")
+    assert {"is not compared with the one trained on" in message for message in said(caplog)} == {True}
+
+
+def test_a_config_that_was_read_and_is_saved_says_what_its_file_said_of_the_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = AdaptiveDepthLoRAConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS", use_rslora=True)
+    folder = saved(tmp_path / "adapter", given, labelled())
+    before, expected = record_of(folder), logits(PeftModel.from_pretrained(labelled(), folder))
+    read = QLoRAConfig.from_pretrained(folder)
+    read.base_model_name_or_path = "org/base"
+    read.save_pretrained(folder)
+    after = record_of(folder)
+    assert before.keys() - after.keys() == {"weights_sha256"}
+    assert all(after[key] == before[key] for key in ("base", "fingerprint", "labels", "depth", "fold", "versions"))
+    assert torch.equal(logits(PeftModel.from_pretrained(labelled(), folder)), expected)
+    assert said(caplog) == []
+
+
+def labelled() -> Model:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_size": 64, "vocab_size": 500}
+    names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}, "pad_token_id": 0}
+    return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**sizes, **names))
+
+
+def test_what_a_read_config_says_of_old_weights_is_not_said_of_new_ones(adapter: Path, tmp_path: Path) -> None:
+    read = QLoRAConfig.from_pretrained(adapter, inference_mode=False)
+    read.record["depth"] = {"stale": {}}  # as of an adapter that had scales
+    PeftModel.from_pretrained(base(seed=1), adapter, config=read, is_trainable=True).save_pretrained(tmp_path / "new")
+    record, other = record_of(tmp_path / "new"), take_fingerprint(quantize_model(base(seed=1)))
+    assert other is not None
+    assert record["fingerprint"] == other.to_dict()
+    assert "depth" not in record
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -435,6 +484,68 @@ def test_a_base_that_changed_while_training_is_a_warning(
     counts = "1 of 14 quantized layers and 0 of 7" if part == "codes" else "0 of 14 quantized layers and 1 of 7"
     assert f"The base has changed since adapter 'default' was put on it: {counts}" in message
     assert ("model.layers.1.mlp.up_proj" if part == "codes" else "model.embed_tokens.weight") in message
+
+
+def classifier(kind: str, seed: int, body: int = 0) -> Model:
+    """A base whose body is always the same and whose head is new, as `from_pretrained` makes it."""
+    sizes = {**SIZES, "vocab_size": 500, "num_labels": 3}
+    torch.manual_seed(body)
+    backbone = transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=kind.startswith("Seq"))
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"BertFor{kind}")(backbone.config)
+    model.bert.load_state_dict(backbone.state_dict())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("SequenceClassification", "SEQ_CLS"),
+        ("TokenClassification", "TOKEN_CLS"),
+        ("QuestionAnswering", "QUESTION_ANS"),
+    ],
+)
+@pytest.mark.parametrize("quantization", [NF4Config(), None], ids=["nf4", "dense"])
+def test_a_new_head_under_a_trained_one_is_no_other_base(
+    kind: str, task: str, quantization: NF4Config | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The head that the base was made with is never used: the adapter's file has its own."""
+    given = config(
+        target_modules=["query", "value"], task_type=task, quantization=quantization, on_base_mismatch="error"
+    )
+    folder = saved(tmp_path, given, classifier(kind, seed=1))
+    PeftModel.from_pretrained(classifier(kind, seed=2), folder)
+    model = classifier(kind, seed=3)
+    model.load_adapter(str(folder))
+    assert said(caplog) == []
+    with pytest.raises(BaseModelError, match="another base"):
+        PeftModel.from_pretrained(classifier(kind, seed=1, body=1), folder)
+
+
+@pytest.mark.parametrize("quantization", [NF4Config(), None], ids=["nf4", "dense"])
+def test_embeddings_in_the_adapters_file_are_not_lost_and_no_other_base(
+    quantization: NF4Config | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = get_peft_model(base(), config(quantization=quantization))
+    model.get_base_model().resize_token_embeddings(512)
+    model.save_pretrained(tmp_path / "with", save_embedding_layers=True)
+    assert said(caplog) == []
+    for name in ("without", "again"):
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+    (message,) = said(caplog)  # once, and not at each checkpoint
+    assert "2 of 7" in message or quantization is None
+    assert "model.embed_tokens.weight (its shape is (512, 64), and was (500, 64))" in message
+    caplog.clear()
+    PeftModel.from_pretrained(resized(base()), tmp_path / "with")
+    assert said(caplog) == []
+    with pytest.raises((RuntimeError, ValueError), match=r"size mismatch|shape"):  # of the file, which has them
+        PeftModel.from_pretrained(base(), tmp_path / "with")
+    assert said(caplog) == []
+
+
+def resized(model: Model) -> Model:
+    model.resize_token_embeddings(512)
+    return model
 
 
 def test_an_adapter_that_was_only_loaded_stays_with_its_base(adapter: Path, tmp_path: Path) -> None:

@@ -37,6 +37,11 @@ EXPLODING = [
     r"^(([a-z])+.)+[A-Z]([a-z])+$",
     r".*.*.*.*.*x",
     r"\w*\w*\w*\w*\w*!",
+    r"([^E]+e)*([^E]+e)*([^E]+e)*Z",  # negated classes have both cases where case does not matter
+    r"(?i:[^E]+e)*([^A]+a)*([^L]+l)*Z",
+    r"((\w+)+)*x",
+    r"(\.\w+\d*)*Z",
+    r"(\.[a-z.]+)*Z",
 ]
 HIDDEN = [r"(?x)( a + ) + b", r"(?ix: a)", r"(a)?(?(1)b|c)", r"\x61+", r"\u0061", r"\N{DIGIT ONE}"]
 WRITTEN = [
@@ -55,6 +60,10 @@ WRITTEN = [
     r"encoder.*layer.*(query|value)",
     r"(\w+\.)*q_proj",
     r"(?:[^.]+\.)+v_proj",
+    r"((\w+)\.)+(q|v)_proj",
+    r"^model(?:\.[a-z_]+)*\.layers\.\d+\.(?:[a-z_]+\.)*[a-z]_proj$",
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:qkv|c_attn|proj\d+|[a-z]+_proj).*?)",
     r"(?P<stack>encoder|decoder)\.block\.\d+\.(?P=stack)",
     r"a{2}b{1,3}c{,2}d{2,}",
     r"a{b",
@@ -94,6 +103,13 @@ def test_a_pattern_that_people_write_is_not(pattern: str) -> None:
     check_quick(pattern)
 
 
+def test_patterns_are_judged_together() -> None:
+    many = [rf".*.*.*Z{i}" for i in range(10_000)]
+    check_quick(many[0])
+    with pytest.raises(SlowPatternError, match="very long"):
+        check_quick(*many)
+
+
 def test_repetitions_of_any_size_are_judged_without_being_written_out() -> None:
     check_quick("a{1000000}" * 100)
     check_quick("(?:ab|c){1000000}")
@@ -102,7 +118,7 @@ def test_repetitions_of_any_size_are_judged_without_being_written_out() -> None:
 
 
 _WORDS = st.sampled_from(
-    ["a", "b", "ab", "aa", "aba", ".", r"\.", r"\w", r"\d", "[ab]", "[^b]", "[a-z]", "A", "q_proj"]
+    ["a", "b", "ab", "aa", "aba", ".", r"\.", r"\w", r"\d", "[ab]", "[^b]", "[^B]", "[a-z]", "A", "q_proj"]
 )
 _REPEATED = st.sampled_from(["*", "+", "?", "{2,}", "{0,9}", "{3}", "*?", "+?", ""])
 
@@ -118,12 +134,13 @@ def _grow(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 
 
 NAMES = [
-    "a" * 50,
-    "ab" * 25,
-    "AbAB" * 12,
-    "aab" * 16 + "c",
-    "a.b." * 12,
-    "model.layers.10.self_attn.q_proj" + "a" * 18,
+    "a" * 100,
+    "ab" * 50,
+    "AbAB" * 25,
+    "aab" * 32 + "c",
+    "a.b." * 25,
+    ".a" * 50,
+    "model.language_model.layers.10.encoder_attention.q_proj" + "a" * 45,
 ]
 
 

@@ -3,7 +3,7 @@
     "base":        {"id": "org/model", "commit": "…", "class": "LlamaForCausalLM", "dtype": "bfloat16"}
     "fingerprint": {"root": sha256, "format": "nf4, blocks of 64, nested", "repacked": false,
                     "layers": {name: "hash codes scales"},
-                    "dense":  {name: "shape values"}}
+                    "dense":  {name: "shape dtype values"}}
 
 One string for each tensor, because each element of a list would be a line of the file. `hash` is the beginning of a
 sha256, `codes` are hex digits, one for each sampled weight, `scales` and `values` are decimal numbers with commas
@@ -13,7 +13,7 @@ between. `quant/fingerprint.py` says what is sampled and how two of them are com
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ LARGEST_TEXT = 2_000  # characters for one of them
 _NUMBER = r"-?(?:\d+(?:\.\d+)?(?:e[+-]\d\d)?|inf|nan)"
 _NUMBERS = rf"{_NUMBER}(?:,{_NUMBER})*"
 _LAYER = re.compile(rf"([0-9a-f]{{{HASH_LENGTH}}}|-) ([0-9a-f]+) ({_NUMBERS})")
-_DENSE = re.compile(rf"(\d{{1,12}}(?:x\d{{1,12}})*) ({_NUMBERS})")
+_DENSE = re.compile(rf"(\d{{1,12}}(?:x\d{{1,12}})*)(?: ([a-z]\w{{0,29}}))? ({_NUMBERS})")
 _ROOT = re.compile(r"[0-9a-f]{64}")
 
 
@@ -43,10 +43,11 @@ class LayerPrint:
 
 @dataclass(frozen=True)
 class DensePrint:
-    """A tensor that is not quantized: its shape, and sampled values."""
+    """A tensor that is not quantized: its shape, sampled values, and torch's name of its dtype, "" where unknown."""
 
     shape: tuple[int, ...]
     values: tuple[float, ...]
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,18 @@ class Fingerprint:
         layers = {name: replace(layer, hash="") for name, layer in self.layers.items()}
         return replace(self, root="", layers=layers)
 
+    def without(self, names: Collection[str]) -> Fingerprint:
+        """Without some of the dense tensors. The root stays: it is of all of the base, and may be equal or not."""
+        return replace(self, dense={name: tensor for name, tensor in self.dense.items() if name not in names})
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
         layers = {
             name: f"{layer.hash or '-'} {layer.codes} {_shown(layer.scales)}" for name, layer in self.layers.items()
         }
         dense = {
-            name: f"{'x'.join(map(str, tensor.shape))} {_shown(tensor.values)}" for name, tensor in self.dense.items()
+            name: " ".join(filter(None, ("x".join(map(str, tensor.shape)), tensor.dtype, _shown(tensor.values))))
+            for name, tensor in self.dense.items()
         }
         own = {"root": self.root, "format": self.format, "repacked": self.repacked}
         return {**own, "layers": layers, "dense": dense}
@@ -101,7 +107,7 @@ class Fingerprint:
             for name, found in _parsed(given["layers"], "layers", _LAYER).items()
         }
         dense = {
-            name: DensePrint(tuple(map(int, found[1].split("x"))), _numbers(found[2]))
+            name: DensePrint(tuple(map(int, found[1].split("x"))), _numbers(found[3]), found[2] or "")
             for name, found in _parsed(given["dense"], "dense", _DENSE).items()
         }
         return cls(given["root"], given["format"], given["repacked"], layers, dense)

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
 from hf_qlora.config.nf4 import NF4Config
-from hf_qlora.config.record import FORMAT_VERSION, RECORD_KEY, checked_record, write_json
+from hf_qlora.config.record import FORMAT_VERSION, OF_THE_WEIGHTS, RECORD_KEY, checked_record, write_json
 from hf_qlora.validation import CHANGES_BASE, ConfigError, check_honoured_on_nf4, check_types, check_values
 
 
@@ -144,6 +144,8 @@ class QLoRAConfig(LoraConfig):
         if folder.is_file():
             raise ConfigError(f"{folder} is a file; pass a folder to save the adapter config in.")
         values = self.to_portable_dict()
+        read = self.record or {}
+        values[RECORD_KEY] |= {name: read[name] for name in OF_THE_WEIGHTS if name in read}
         if kwargs.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,6 +172,8 @@ class QLoRAConfig(LoraConfig):
             stock = {name: value for name, value in stock.items() if name not in unknown}
         native = {name: record["originals"][name] for name in _STOCK_SCALING}
         native |= {name: record[name] for name in (*own, "layers_pattern") if name in record}
+        if native.get("on_base_mismatch") == "ignore":  # a file may be strict with its reader, not silence a warning
+            native["on_base_mismatch"] = "warn"
         try:
             return config_cls(**stock | native | given, record=record)
         except (TypeError, AttributeError, KeyError, ImportError) as error:  # PEFT's, from a sub-config

@@ -15,6 +15,9 @@ from hf_qlora.validation import ConfigError
 
 FORMAT_VERSION = 1
 RECORD_KEY = "hf_qlora"
+# What describes the weights, and so is kept where a config that was read from a file is saved. The hashes of files are
+# not: transformers saves configs beside other weights than were read, and a wrong hash is refused where none is not.
+OF_THE_WEIGHTS = ("base", "fingerprint", "labels", "depth", "fold", "versions")
 LARGEST_THETA = 1e6  # a gain is bounded by tanh(θ/κ), κ at most 10: far below this it has stopped to move
 LARGEST_COUNT = 2**53
 

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
-from hf_qlora.quant.names import plain_name
+from hf_qlora.quant.names import is_of_adapter, wrapped_name
 
 
-_IN_WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.|$)")
-_OF_ADAPTERS = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter|trainable_tokens_\w+)(\.|$)")
-
-
-def wrapped_name(name: str) -> str:
-    """The name in the base alone of what has `name` in the base with adapters."""
-    return _IN_WRAPPERS.sub("", plain_name(name))
-
-
-def is_of_adapter(name: str) -> bool:
-    """Whether the name in a base with adapters is one of an adapter's own."""
-    return bool(_OF_ADAPTERS.search(f".{name}"))
+__all__ = ["first_sentence", "is_of_adapter", "wrapped_name"]
 
 
 def first_sentence(error: BaseException) -> str:

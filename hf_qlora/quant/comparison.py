@@ -13,12 +13,15 @@ itself. A change that moves a share p of a layer's codes leaves all 64 samples o
 p = 0.3 %, which is what casting SmolLM2 from float32 to bfloat16 makes, moves 40. Counts up to 2 pass everywhere, so
 that small models raise no false alarm. A change of few codes in few layers has another hash and reads as rounding.
 
+Dense values are never rounded otherwise: one that differs is another base. Where the dtypes differ, 2⁻⁸ is allowed.
+
 Scales of a base that bitsandbytes has repacked for a CPU were rounded to bfloat16 and nested anew: where either side
 was, 1 % is allowed.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +31,7 @@ from hf_qlora.config.fingerprint import DensePrint, Fingerprint, LayerPrint
 PASSING_SHARE = 1e-3  # of codes, and of scales, that rounding may change
 PASSING_COUNT = 2  # of a layer's, and of a small model's
 SCALE_TOLERANCE, REPACKED_TOLERANCE = 1e-4, 1e-2
-DENSE_TOLERANCE = 2**-8  # the same value read in bfloat16, 8 bits of precision
+DENSE_TOLERANCE = 2**-8  # between dtypes: the same value read in bfloat16, 8 bits of precision
 UNRELATED = 0.3  # share of equal codes below which weights have nothing to do with each other; chance is 0.07
 MOST = 0.9  # of the layers
 CAST = 0.99  # share of equal codes above which a cast is the likely cause
@@ -69,15 +72,15 @@ def compare(expected: Fingerprint, found: Fingerprint, only_dense: bool = False)
             for name, layer in found.layers.items()
         }
     dense = {
-        name: _dense_difference(expected.dense[name], tensor)
+        name: _dense_differs(expected.dense[name], tensor)
         for name, tensor in found.dense.items()
         if name in expected.dense
     }
-    differing = _differing(layers) + [name for name, d in dense.items() if d > PASSING_COUNT]
+    differing = _differing(layers) + [name for name, differs in dense.items() if differs]
     if differing:
         return _explained(expected, found, layers, dense, differing)
     changed = [name for name, layer in layers.items() if layer.changed]
-    if changed or any(dense.values()):
+    if changed:
         return Comparison("rounding", tuple(changed))
     return Comparison("same")
 
@@ -108,15 +111,18 @@ def _layer_difference(a: LayerPrint, b: LayerPrint, repacked: bool) -> _LayerDif
     return _LayerDifference(codes, of_codes, scales, of_scales, changed)
 
 
-def _dense_difference(a: DensePrint, b: DensePrint) -> int:
-    """How many sampled values differ; all of them where the shapes do."""
-    if a.shape != b.shape or len(a.values) != len(b.values):
-        return PASSING_COUNT + max(len(a.values), len(b.values))
-    return sum(not _close(x, y, DENSE_TOLERANCE, 1e-4) for x, y in zip(a.values, b.values, strict=True))
+def _dense_differs(a: DensePrint, b: DensePrint) -> bool:
+    """Whether the shapes differ, or any of the values that both have: more samples go on where fewer end."""
+    tolerance = 0.0 if a.dtype == b.dtype != "" else DENSE_TOLERANCE
+    return a.shape != b.shape or not all(
+        _close(x, y, tolerance, 1e-4) for x, y in zip(a.values, b.values, strict=False)
+    )
 
 
 def _close(x: float, y: float, tolerance: float, typical: float) -> bool:
-    return x == y or (x != x and y != y) or abs(x - y) <= tolerance * max(abs(x), abs(y), typical)
+    if not (math.isfinite(x) and math.isfinite(y)):
+        return x == y or (x != x and y != y)
+    return abs(x - y) <= tolerance * max(abs(x), abs(y), typical)
 
 
 def _differing(layers: dict[str, _LayerDifference]) -> list[str]:
@@ -153,7 +159,7 @@ def _explained(
     expected: Fingerprint,
     found: Fingerprint,
     layers: dict[str, _LayerDifference],
-    dense: dict[str, int],
+    dense: dict[str, bool],
     names: list[str],
 ) -> Comparison:
     shown = [f"{name}{_in_words(name, expected, found, layers)}" for name in names[:3]]
@@ -182,7 +188,7 @@ def _cause(
     expected: Fingerprint,
     found: Fingerprint,
     layers: dict[str, _LayerDifference],
-    dense: dict[str, int],
+    dense: dict[str, bool],
     names: list[str],
 ) -> str:
     differing = [layers[name] for name in names if name in layers]

@@ -2,15 +2,16 @@
 
 An adapter fits the bytes of the base that it was trained on. A fingerprint has, for each quantized layer, a sha256
 over its codes, its scales and their nested state, and samples: 64 codes and 4 scales (fewer codes in models of very
-many layers). Of what is dense in the base it has 8 values of each tensor and no hash: the embeddings alone may have
-as many bytes as all codes together. A root is over all of these.
+many layers). Of what is dense in the base it has 32 values of each tensor (fewer of very many) and no hash: the
+embeddings alone may have as many bytes as all codes together. A root is over all of these.
 
 The form is made canonical first: `quant_storage` is read as bytes, and a weight that bitsandbytes has repacked for a
 CPU is unpacked. (Repacking also rounds scales for good; the fingerprint says that it has happened.)
 
 The positions of n weights sampled k times are ⌊frac(i φ) n⌋ for i = 1 … k, φ the golden ratio: spread evenly, the same
 everywhere, and nothing that a file could choose. Biases are left out, since LoRA may train them (`bias`); so are the
-copies that adapters train (`modules_to_save`, tokens), but not the originals of these.
+copies that adapters train (`modules_to_save`, tokens), but not the originals of these: what of them an adapter's file
+holds is dropped where the fingerprint is written (`identity.describe`).
 """
 
 from __future__ import annotations
@@ -30,16 +31,12 @@ from torch import Tensor, nn
 
 from hf_qlora.config.fingerprint import HASH_LENGTH, DensePrint, Fingerprint, LayerPrint, rounded
 from hf_qlora.quant.linear4bit import NESTED_BLOCK_SIZE, unpacked
-from hf_qlora.quant.names import plain_name
+from hf_qlora.quant.names import is_of_adapter, wrapped_name
 
 
 CODES_PER_LAYER, FEWEST_CODES, CODES_IN_ALL = 64, 8, 2**16
 SCALES_PER_LAYER = 4
-VALUES_PER_TENSOR = 8
-
-# What PEFT's layers call the module they wrap, and the parameters of theirs that are no part of the base.
-_INNER = ("base_layer", "original_module", "token_adapter")
-_OF_ADAPTERS = ("lora_", "modules_to_save", "trainable_tokens_")
+VALUES_PER_TENSOR, FEWEST_VALUES, VALUES_IN_ALL = 32, 8, 2**13
 
 _PHI = 0x9E3779B97F4A7C15  # frac(φ) · 2⁶⁴
 _THREADS = min(8, os.cpu_count() or 1)
@@ -77,13 +74,14 @@ def take_fingerprint(model: nn.Module, hashed: bool = True) -> Fingerprint | Non
     hashes = _hashes(layers) if hashed else [""] * len(layers)
     codes = _to_cpu([_sampled_codes(layer, per_layer) for layer in layers])
     scales = _to_cpu([_sampled_scales(layer) for layer in layers])
-    values = _to_cpu([_at(tensor, VALUES_PER_TENSOR).float() for tensor in dense.values()])
+    per_tensor = max(FEWEST_VALUES, min(VALUES_PER_TENSOR, VALUES_IN_ALL // max(len(dense), 1)))
+    values = _to_cpu([_at(tensor, per_tensor).float() for tensor in dense.values()])
     prints = {
         layer.name: LayerPrint(digest[:HASH_LENGTH], "".join(f"{code:x}" for code in c), tuple(map(rounded, s)))
         for layer, digest, c, s in zip(layers, hashes, codes, scales, strict=True)
     }
     others = {
-        name: DensePrint(tuple(tensor.shape), tuple(map(rounded, v)))
+        name: DensePrint(tuple(tensor.shape), tuple(map(rounded, v)), str(tensor.dtype).removeprefix("torch."))
         for (name, tensor), v in zip(dense.items(), values, strict=True)
     }
     root = _root({layer.name: h for layer, h in zip(layers, hashes, strict=True)}, others) if hashed else ""
@@ -102,9 +100,10 @@ def identity_of(model: nn.Module) -> tuple[Any, ...]:
 def _quantized(model: nn.Module) -> Iterator[_Layer | None]:
     """The packed layers, also where a dense one stands in for one while merged; None for one that is not all there."""
     for name, module in model.named_modules():
-        for layer in (module, *getattr(module, "_packed", ())):
+        aside = getattr(module, "_packed", ())  # our layers'; another's may be anything
+        for layer in (module, *(aside if isinstance(aside, tuple) else ())):
             if isinstance(layer, bnb.nn.Linear4bit):
-                yield _layer(_base_name(name), layer)
+                yield _layer(wrapped_name(name), layer)
 
 
 def _layer(name: str, module: Any) -> _Layer | None:
@@ -123,22 +122,14 @@ def _dense(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in model.named_modules():
         if getattr(module, "merged", False) is True:
             merged += (f"{name}.",)
-        if isinstance(module, bnb.nn.Linear4bit) or _is_of_adapter(name) or f"{name}.".startswith(merged or "\0"):
+        if isinstance(module, bnb.nn.Linear4bit) or is_of_adapter(name) or f"{name}.".startswith(merged or "\0"):
             continue
         for kind, parameter in module.named_parameters(recurse=False):
-            if kind.endswith("bias") or _is_of_adapter(kind) or not parameter.is_floating_point():
+            if kind.endswith("bias") or is_of_adapter(kind) or not parameter.is_floating_point():
                 continue
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield _base_name(f"{name}.{kind}" if name else kind), parameter.detach()
-
-
-def _is_of_adapter(name: str) -> bool:
-    return any(part.startswith(_OF_ADAPTERS) for part in name.split("."))
-
-
-def _base_name(name: str) -> str:
-    return ".".join(part for part in plain_name(name).split(".") if part not in _INNER)
+                yield wrapped_name(f"{name}.{kind}" if name else kind), parameter.detach()
 
 
 def _is_whole(tensor: Tensor) -> bool:

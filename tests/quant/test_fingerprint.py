@@ -105,7 +105,7 @@ def test_samples_are_what_is_there() -> None:
         assert sampled.scales == pytest.approx(expected, rel=1e-5)
     embedding = model.model.embed_tokens.weight.reshape(-1)
     assert found.dense["model.embed_tokens.weight"].shape == (500, 64)
-    expected = [embedding[i].item() for i in positions(len(embedding), 8)]
+    expected = [embedding[i].item() for i in positions(len(embedding), 32)]
     assert found.dense["model.embed_tokens.weight"].values == pytest.approx(expected, rel=1e-5)
 
 
@@ -432,6 +432,53 @@ def test_a_dense_base_in_another_dtype_is_the_same() -> None:
     assert compare(model, taken(dense_model(seed=1))).verdict == "differs"
 
 
+def damaged(model: Any, how: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.copy_(how(parameter))
+    return model
+
+
+DAMAGE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "scaled by 0.35 %": lambda w: w * 1.0035,
+    "scaled by 1e-5": lambda w: w * 1.00001,
+    "a tenth pruned": lambda w: w * (torch.rand_like(w) > 0.1),
+    "a fifth of the signs flipped": lambda w: w * torch.where(torch.rand_like(w) < 0.2, -1.0, 1.0),
+    "shifted by 1e-4": lambda w: w + 1e-4,
+    "infinite": lambda w: torch.full_like(w, math.inf),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("make", [base, dense_model], ids=["nf4", "dense"])
+def test_damaged_dense_weights_are_another_base(how: str, make: Callable[[], Any]) -> None:
+    """Of a quantized base only the head, embeddings and norms are changed here."""
+    result = compare(taken(make()), taken(damaged(make(), DAMAGE[how])))
+    assert result.verdict == "differs"
+    assert "lm_head.weight" in result.names
+
+
+def test_one_dense_value_that_differs_is_another_base() -> None:
+    model = dense_model()
+    before, weight = taken(model), model.model.layers[1].mlp.up_proj.weight.data.view(-1)
+    weight[positions(len(weight), 32)[20]] *= 1.0001
+    result = compare(before, taken(model))
+    assert (result.verdict, result.names) == ("differs", ("model.layers.1.mlp.up_proj.weight",))
+
+
+def test_models_of_many_tensors_have_fewer_values_of_each() -> None:
+    model = nn.ModuleList(nn.LayerNorm(64) for _ in range(512))
+    assert {len(tensor.values) for tensor in taken(model).dense.values()} == {16}
+
+
+def test_an_attribute_of_anothers_module_is_no_layer_of_ours() -> None:
+    model = dense_model()
+    model.model.norm._packed = 7
+    assert taken(model) == taken(dense_model())
+
+
 def test_what_only_one_side_has_of_dense_tensors_is_no_difference() -> None:
     """A base that is dense by choice has more of them."""
     quantized = taken(base())
@@ -467,12 +514,24 @@ def test_the_json_is_the_golden_one() -> None:
     assert Fingerprint.from_dict(json.loads(GOLDEN.read_text())) == taken(golden_base())
 
 
+def test_dense_values_without_a_dtype_are_compared_as_far_as_they_go() -> None:
+    """As fingerprints had them first: eight, and no word of what they are."""
+    values = json.loads(GOLDEN.read_text())
+    shape, _, numbers = values["dense"]["1.weight"].split()
+    values["dense"]["1.weight"] = f"{shape} {','.join(numbers.split(',')[:8])}"
+    old = Fingerprint.from_dict(values)
+    assert old.to_dict() == values
+    assert compare(replace(old, root=""), taken(golden_base())).verdict == "same"
+
+
 def test_numbers_that_are_not_finite_come_back() -> None:
     prints = {"a": DensePrint((3,), (math.inf, -math.inf, 1e-40))}
     given = Fingerprint("", "", False, {}, prints)
     assert Fingerprint.from_dict(json.loads(json.dumps(given.to_dict()))) == given
     broken = Fingerprint("", "", False, {}, {"a": DensePrint((3,), (math.nan,) * 3)})
     assert compare(broken, Fingerprint.from_dict(broken.to_dict())).verdict == "same"
+    whole = Fingerprint("", "", False, {}, {"a": DensePrint((3,), (1.0, -1.0, 1e-40))})
+    assert compare(given, whole).verdict == compare(whole, given).verdict == "differs"
 
 
 MALFORMED: dict[str, Callable[[dict[str, Any]], Any]] = {
