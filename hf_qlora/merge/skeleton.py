@@ -38,7 +38,8 @@ from hf_qlora.merge.names import first_sentence
 from hf_qlora.merge.tensors import TensorFiles
 from hf_qlora.merge.twin import tied_groups
 from hf_qlora.quant.base import take_over
-from hf_qlora.quant.linear4bit import NESTED_BLOCK_SIZE, become_linear4bit
+from hf_qlora.quant.linear4bit import become_linear4bit
+from hf_qlora.quant.scheme import NESTED_BLOCK_SIZE
 from hf_qlora.quant.selection import is_named, quantizable_layers
 
 
