@@ -20,7 +20,7 @@ from hf_qlora.validation import ConfigError
 
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[KMG]i?B|B|)", re.ASCII)
+_AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(%|[KMG]i?B|B|)")
 
 
 def bytes_of(budget: int | str, dense_bytes: int) -> int:
