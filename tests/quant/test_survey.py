@@ -137,6 +137,14 @@ def test_the_skip_list_leaves_just_the_suggested_layers_dense_at_its_cost(make: 
     assert report.budget_bytes == int(footprint(model).total_bytes * float(budget[:-1]) / 100)
 
 
+def test_the_skip_list_keeps_the_configs_own_names() -> None:
+    model, config = llama(), NF4Config(skip_modules=("lm_head", "k_proj"))
+    report = quantization_report(model, config, quant_types=("nf4",), budget="10%")
+    assert report.skip_modules == ["lm_head", "k_proj", *report.left_dense]
+    quantize_model(model, NF4Config(skip_modules=report.skip_modules))
+    assert not any(name.endswith("k_proj") for name in packed_names(model))
+
+
 class Stacks(nn.Module):
     """Names of which one is the end of another: leaving "h.0.up" dense leaves "encoder.h.0.up" dense, too."""
 
