@@ -14,6 +14,8 @@ from hf_qlora.layers.head import disable_chunked_loss, enable_chunked_loss
 from hf_qlora.merge import MergeReport, merge
 from hf_qlora.quant.base import quantize_model
 from hf_qlora.quant.generation import fast_generation
+from hf_qlora.quant.report import QuantizationReport
+from hf_qlora.quant.survey import quantization_report
 from hf_qlora.registration import register
 from hf_qlora.train.callbacks import DepthScaleCallback
 from hf_qlora.train.optimizer import create_optimizer
@@ -29,11 +31,13 @@ __all__ = [
     "NF4Config",
     "QLoRAConfig",
     "QLoRAModel",
+    "QuantizationReport",
     "create_optimizer",
     "disable_chunked_loss",
     "enable_chunked_loss",
     "fast_generation",
     "merge",
+    "quantization_report",
     "quantize_model",
 ]
 

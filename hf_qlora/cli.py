@@ -222,6 +222,32 @@ def bench_learning_curve(
     typer.echo(curves.markdown(results) or f"No runs to compare in {results} yet.")
 
 
+@bench.command("skip-list")
+def bench_skip_list(
+    budget: Annotated[str, typer.Option(help="For the layers that are left dense, as in quant-report.")] = "5%",
+    draws: Annotated[int, typer.Option(min=1, help="Random lists to compare with.")] = 3,
+    answers: Annotated[int, typer.Option(min=2, help="To take the perplexity of.")] = 160,
+    results: Annotated[Path, typer.Option(help="JSON.")] = Path("results/skip_list.json"),
+    report_only: Annotated[bool, typer.Option("--report", help="Do nothing; print the table of --results.")] = False,
+) -> None:
+    """Whether the layers that quant-report suggests to leave dense help SmolLM2 more than random ones.
+
+    Minutes on two cores.
+    """
+    from hf_qlora.bench import skip_list
+    from hf_qlora.bench.measure import write_whole
+
+    if report_only:
+        typer.echo(skip_list.markdown(_read_results(results)))
+        return
+    try:
+        found = skip_list.measure(budget, draws, answers)
+    except ValueError as error:
+        raise _misused(str(error)) from None
+    write_whole(results, found)
+    typer.echo(skip_list.markdown(found))
+
+
 @app.command("inspect")
 def inspect_adapter(
     adapter: Annotated[str, typer.Argument(help="A folder, or a Hub id.")],
@@ -234,6 +260,38 @@ def inspect_adapter(
         inspect_adapter.show(adapter, plot)
     except (ImportError, OSError, ValueError) as error:
         raise _misused(str(error)) from None
+
+
+@app.command("quant-report")
+def quant_report(
+    model: Annotated[str, typer.Argument(help="A folder, or a Hub id; dense, or in NF4.")],
+    block_size: Annotated[
+        list[int] | None,
+        typer.Option(help="Weights that share a scale; give it again to compare. Outliers go by the first."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Suggest layers to leave dense, for so many bytes: 50MiB, or 5% of what the model takes."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default what the model's config says.")
+    ] = None,
+    every_layer: Annotated[bool, typer.Option("--all", help="A row for each layer, not for each kind.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the whole report into this .json file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the errors by layer and module into this .png file.")] = None,
+) -> None:
+    """Measure what each layer of a model loses in NF4 and FP4, before it is quantized."""
+    from hf_qlora import quant_report
+
+    try:
+        quant_report.show(
+            model, block_size or [64], budget, dtype=dtype, every_layer=every_layer, json=json, plot=plot
+        )
+    except (ImportError, OSError, ValueError) as error:
+        raise _misused(str(error)) from None
+    except KeyboardInterrupt:
+        typer.echo("Stopped.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command("merge")

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_blockwise
+from bitsandbytes.functional import QuantState
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -31,7 +31,7 @@ from hf_qlora.config import NF4Config
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.layers.linear import Linear4bit
 from hf_qlora.quant.codebook import nf4_levels
-from hf_qlora.quant.dequantize import dequantize_weight
+from hf_qlora.quant.dequantize import block_scales, dequantize_weight
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
 from hf_qlora.quant.linear4bit import quantize_weight
 
@@ -130,14 +130,8 @@ def step_rms(packed: Tensor, state: QuantState) -> float:
     squares = _cell_widths(codes.device).square()
     cells = squares[torch.stack([codes >> 4, codes & 15], dim=-1).flatten()[:numel].int()]
     cells = nn.functional.pad(cells, (0, -numel % size)).reshape(-1, size).sum(1, dtype=torch.float64)
-    total = float((cells * absmax(state).double().square()).sum())
+    total = float((cells * block_scales(state).double().square()).sum())
     return math.sqrt(total / numel)
-
-
-def absmax(state: QuantState) -> Tensor:
-    """The scale of each block, (blocks,), float32."""
-    scales: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    return scales.float()
 
 
 def _cell_widths(device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,8 @@ from hf_qlora.merge.seen import record_of
 from hf_qlora.merge.tensors import TensorFiles
 from hf_qlora.merge.twin import tied_groups
 from hf_qlora.quant.base import take_over
-from hf_qlora.quant.linear4bit import NESTED_BLOCK_SIZE, become_linear4bit
+from hf_qlora.quant.linear4bit import become_linear4bit
+from hf_qlora.quant.scheme import NESTED_BLOCK_SIZE
 from hf_qlora.quant.selection import is_named, quantizable_layers
 
 
@@ -181,11 +182,19 @@ def model_class(config: LoraConfig, base_config: Any) -> Any:
     if config.task_type is not None:
         return getattr(transformers, CLASSES[str(getattr(config.task_type, "value", config.task_type))])
     mapping = config.auto_mapping or {}
-    for name in (mapping.get("base_model_class"), *(base_config.architectures or ())):
+    found = class_named((mapping.get("base_model_class"), *(base_config.architectures or ())))
+    if found is None:
+        raise MergeError("Neither the adapter's task_type nor the base's config names a model class of transformers.")
+    return found
+
+
+def class_named(names: Iterable[Any]) -> type[PreTrainedModel] | None:
+    """The first of transformers' model classes among names from a file."""
+    for name in names:
         found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
-    raise MergeError("Neither the adapter's task_type nor the base's config names a model class of transformers.")
+    return None
 
 
 def modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:

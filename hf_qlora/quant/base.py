@@ -121,9 +121,7 @@ def quantize_model(
             device cannot do.
         ConfigError: arguments of another type.
     """
-    config = NF4Config() if config is None else NF4Config.from_dict(config) if isinstance(config, Mapping) else config
-    if not isinstance(config, NF4Config):
-        raise ConfigError(f"config={config!r} must be an NF4Config, its dict, or None.")
+    config = checked_config(config)
     if isinstance(skip, str):
         raise ConfigError(f"skip={skip!r} must be a list of names, as [{skip!r}].")
     refuse_interrupted(model)
@@ -138,7 +136,7 @@ def quantize_model(
             "quantize it first."
         )
     layers, dense = quantizable_layers(model, config, skip)
-    _check(model, layers, config)
+    check_layers(model, layers, config)
     warn_of_unknown_names(model, config, skip)
     before = footprint(model)
     setattr(model, _INTERRUPTED, True)
@@ -153,6 +151,14 @@ def quantize_model(
         )
     name_dense_experts(model)
     return model
+
+
+def checked_config(config: Any) -> NF4Config:
+    """An NF4Config, of what may be one, its dict, or None for the default; else ConfigError."""
+    found = NF4Config() if config is None else NF4Config.from_dict(config) if isinstance(config, Mapping) else config
+    if not isinstance(found, NF4Config):
+        raise ConfigError(f"config={config!r} must be an NF4Config, its dict, or None.")
+    return found
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -234,7 +240,8 @@ def forget_quantization(model: nn.Module) -> None:
         _mark_4bit(model, False)
 
 
-def _check(model: nn.Module, layers: dict[str, nn.Linear | Conv1D], config: NF4Config) -> None:
+def check_layers(model: nn.Module, layers: dict[str, nn.Linear | Conv1D], config: NF4Config) -> None:
+    """Raise BaseModelError where the layers of a dense model cannot be quantized."""
     if not layers:
         kinds = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
         raise BaseModelError(
@@ -257,7 +264,7 @@ def _check(model: nn.Module, layers: dict[str, nn.Linear | Conv1D], config: NF4C
             )
         if not weight.numel():
             raise BaseModelError(f"{name}.weight has no values: its shape is {tuple(weight.shape)}.")
-        finite[name] = [piece.isfinite().all() for piece in weight.detach().reshape(-1).split(chunk_of(weight))]
+        finite[name] = [piece.isfinite().all() for piece in weight.detach().reshape(-1).split(chunk_of(weight.device))]
     for name, pieces in finite.items():
         if not all(pieces):
             raise BaseModelError(

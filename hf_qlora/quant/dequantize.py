@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, quantize_4bit
 from torch import Tensor
 
 from hf_qlora.quant.codebook import nf4_levels
@@ -50,6 +50,12 @@ def dequantize_weight(
     if impl == "triton" or (impl == "auto" and packed.is_cuda and _triton_serves(packed.device, state, dtype)):
         return _by_triton(packed, state, dtype)
     return _by_bitsandbytes(packed, state).to(dtype)
+
+
+def block_scales(state: QuantState) -> Tensor:
+    """The scale of each block, (blocks,), float32, of scales that are nested or not."""
+    scales: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    return scales.float()
 
 
 def _by_bitsandbytes(packed: Tensor, state: QuantState) -> Tensor:

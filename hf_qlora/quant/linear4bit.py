@@ -35,13 +35,13 @@ from hf_qlora.config import NF4Config
 from hf_qlora.kernels.functional import frozen_linear
 from hf_qlora.quant.dequantize import dequantize_weight
 from hf_qlora.quant.repacked import MAX_ROWS, Repacked
+from hf_qlora.quant.scheme import NESTED_BLOCK_SIZE, Scheme
 
 
 logger = logging.getLogger(__name__)
 
 # Weights handled at a time: on the CPU bitsandbytes compares each with all 16 levels, 128 bytes a weight.
 CHUNK = {"cpu": 2**16, "cuda": 2**26}
-NESTED_BLOCK_SIZE = 256
 
 # What a layer has beside what every linear layer has.
 _OWN_ATTRIBUTES = (
@@ -223,7 +223,7 @@ def unpacked(packed: Tensor, state: QuantState) -> tuple[Tensor, QuantState]:
     return codes, result
 
 
-def quantize_weight(weight: Tensor, config: NF4Config) -> tuple[Tensor, QuantState]:
+def quantize_weight(weight: Tensor, config: NF4Config | Scheme) -> tuple[Tensor, QuantState]:
     """Quantize as `bitsandbytes.functional.quantize_4bit` does, with a bounded workspace.
 
     Blocks run over the flat, row-major weight, so that pieces of whole blocks have the codes and scales of the whole;
@@ -239,7 +239,7 @@ def quantize_weight(weight: Tensor, config: NF4Config) -> tuple[Tensor, QuantSta
     packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-weight.numel() // config.block_size), dtype=torch.float32, device=weight.device)
     done = 0
-    for piece in weight.detach().split(_rows_at_a_time(weight, config.block_size)):
+    for piece in weight.detach().split(rows_at_a_time(weight.device, weight.shape[1], config.block_size)):
         codes, state = quantize_4bit(piece.reshape(-1), blocksize=config.block_size, quant_type=config.quant_type)
         packed[done // 2 : done // 2 + len(codes)] = codes
         absmax[done // config.block_size : done // config.block_size + len(state.absmax)] = state.absmax
@@ -253,23 +253,28 @@ def quantize_weight(weight: Tensor, config: NF4Config) -> tuple[Tensor, QuantSta
         quant_type=config.quant_type,
     )
     if config.double_quant:
-        result.offset = absmax.mean()
-        result.absmax, result.state2 = quantize_blockwise(absmax - result.offset, blocksize=NESTED_BLOCK_SIZE)
-        result.nested = True
+        nest_scales(result)
     share_tables(result)
     return packed, result
 
 
-def chunk_of(weight: Tensor) -> int:
-    """How many weights to handle at a time on the weight's device."""
-    return CHUNK.get(weight.device.type, CHUNK["cpu"])
+def nest_scales(state: QuantState) -> None:
+    """Double quantization: write the scales of a weight in 8 bits, in place."""
+    scales = state.absmax
+    state.offset = scales.mean()
+    state.absmax, state.state2 = quantize_blockwise(scales - state.offset, blocksize=NESTED_BLOCK_SIZE)
+    state.nested = True
 
 
-def _rows_at_a_time(weight: Tensor, block_size: int) -> int:
+def chunk_of(device: torch.device) -> int:
+    """How many weights to handle at a time on a device."""
+    return CHUNK.get(device.type, CHUNK["cpu"])
+
+
+def rows_at_a_time(device: torch.device, row_length: int, block_size: int) -> int:
     """Rows of about a chunk of weights in all that make whole blocks, and with them whole bytes."""
-    row_length = weight.shape[1]
     whole = block_size // math.gcd(row_length, block_size)
-    return max(chunk_of(weight) // row_length // whole, 1) * whole
+    return max(chunk_of(device) // row_length // whole, 1) * whole
 
 
 def share_tables(state: QuantState) -> None:

@@ -19,6 +19,7 @@ from hf_qlora import NF4Config, quantize_model
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge import measure
 from hf_qlora.quant.codebook import NF4_LEVELS
+from hf_qlora.quant.dequantize import block_scales
 from hf_qlora.quant.linear4bit import quantize_weight
 
 
@@ -38,7 +39,7 @@ def brute_force_step(packed: Tensor, absmax: list[float], block_size: int, numel
 @pytest.mark.parametrize("shape", [(8, 64), (3, 50)], ids=["whole blocks", "a short last block"])
 def test_the_step_is_the_width_of_each_weights_cell(shape: tuple[int, int], double_quant: bool) -> None:
     packed, state = quantize_weight(torch.randn(shape), NF4Config(double_quant=double_quant))
-    scales = measure.absmax(state).tolist()
+    scales = block_scales(state).tolist()
     expected = brute_force_step(packed, scales, 64, state.shape.numel())
     assert measure.step_rms(packed, state) == pytest.approx(expected, rel=1e-5)  # fp32 squares of widths
 
@@ -47,7 +48,7 @@ def test_the_scales_are_those_that_weights_are_read_with() -> None:
     weight = torch.randn(4, 64)
     packed, state = quantize_weight(weight, NF4Config())
     largest = measure.dequantize_weight(packed, state).abs().amax(1)  # the level ±1 in each block
-    torch.testing.assert_close(measure.absmax(state), largest, rtol=1e-6, atol=0)
+    torch.testing.assert_close(block_scales(state), largest, rtol=1e-6, atol=0)
 
 
 def layer_of(model: nn.Module, name: str, **settings: Any) -> LoraLayer:
