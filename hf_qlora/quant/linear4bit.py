@@ -57,7 +57,7 @@ _OWN_ATTRIBUTES = (
     "out_features",
 )
 
-_tables: dict[tuple[torch.device, bytes], Tensor] = {}
+_tables: dict[tuple[torch.device, torch.dtype, bytes], Tensor] = {}
 
 
 class Linear4bit(bnb.nn.Linear4bit):
@@ -240,7 +240,8 @@ def quantize_weight(weight: Tensor, config: NF4Config | Scheme) -> tuple[Tensor,
     absmax = torch.empty(-(-weight.numel() // config.block_size), dtype=torch.float32, device=weight.device)
     done = 0
     for piece in weight.detach().split(rows_at_a_time(weight.device, weight.shape[1], config.block_size)):
-        codes, state = quantize_4bit(piece.reshape(-1), blocksize=config.block_size, quant_type=config.quant_type)
+        with _float32_tables():
+            codes, state = quantize_4bit(piece.reshape(-1), blocksize=config.block_size, quant_type=config.quant_type)
         packed[done // 2 : done // 2 + len(codes)] = codes
         absmax[done // config.block_size : done // config.block_size + len(state.absmax)] = state.absmax
         done += piece.numel()
@@ -285,7 +286,22 @@ def share_tables(state: QuantState) -> None:
 
 
 def _shared(table: Tensor) -> Tensor:
-    return _tables.setdefault((table.device, table.cpu().numpy().tobytes()), table)
+    values = table.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return _tables.setdefault((table.device, table.dtype, values), table)
+
+
+@contextmanager
+def _float32_tables() -> Iterator[None]:
+    """bitsandbytes makes the table of levels in torch's default dtype, whatever that is."""
+    default = torch.get_default_dtype()
+    if default == torch.float32:
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _become(

@@ -35,6 +35,7 @@ from hf_qlora import NF4Config, QLoRAConfig, quantize_model
 from hf_qlora.config.nf4 import BLOCK_SIZES
 from hf_qlora.quant import base, linear4bit
 from hf_qlora.quant.base import BaseModelError, dequantize_layers, footprint
+from hf_qlora.quant.codebook import nf4_levels
 from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.validation import ConfigError
 
@@ -826,6 +827,31 @@ def test_layers_follow_the_model_to_another_dtype(dtype: torch.dtype, compute_dt
         assert layer.compute_dtype == (torch.float16 if compute_dtype else dtype)
     assert all(p.dtype == dtype for p in dequantize_layers(model).parameters())
     assert model(x).dtype == dtype
+
+
+@pytest.fixture
+def bfloat16_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_the_levels_do_not_depend_on_the_default_dtype(bfloat16_by_default: None) -> None:
+    """bitsandbytes makes their table in that dtype, which rounds it."""
+    model = quantize_model(nn.Sequential(nn.Linear(64, 64)), NF4Config())
+    assert torch.get_default_dtype() == torch.bfloat16
+    table = model[0].weight.quant_state.code
+    assert table.dtype == torch.float32
+    assert torch.equal(table, nf4_levels().to(table.dtype))
+
+
+def test_a_layer_whose_levels_were_rounded_is_taken_over(bfloat16_by_default: None) -> None:
+    packed = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16)
+    packed.to("cpu")  # quantizes
+    assert packed.weight.quant_state.code.dtype == torch.bfloat16
+    expected = dequantize_4bit(packed.weight.data, packed.weight.quant_state)
+    linear4bit.adopt_linear(packed, "it", None)
+    assert torch.equal(packed.dequantize(), expected)
 
 
 def test_tables_are_shared_again_after_a_move() -> None:
