@@ -557,18 +557,10 @@ def test_memory_is_bounded_by_the_largest_layer(smollm2: Path, saved: Saved, tmp
     tiny_base, tiny_adapter = saved(target_modules=["q_proj"])
     model = get_peft_model(llama_from(smollm2), QLoRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "smollm2-adapter")
-    arguments = [
-        tiny_adapter,
-        tiny_base,
-        "",
-        tmp_path / "a",
-        tmp_path / "smollm2-adapter",
-        smollm2,
-        "",
-        tmp_path / "b",
-    ]
+    first = [tiny_adapter, tiny_base, tmp_path / "a"]
+    second = [tmp_path / "smollm2-adapter", smollm2, tmp_path / "b"]
     found = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, arguments)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEASURE, *map(str, first + second)], capture_output=True, text=True, check=True
     )
     extra = int(found.stdout.split()[-1])
     tensors = load_file(smollm2 / "model.safetensors")
