@@ -365,8 +365,9 @@ def test_the_logits_are_compared_by_kl() -> None:
 
 
 def test_the_report_prints_and_goes_through_json() -> None:
-    model = adapted(llama())
-    report = merge(model, "original", llama(), texts=[[1, 2, 3]])
+    original = llama()
+    model = adapted(copy.deepcopy(original))
+    report = merge(model, "original", original, texts=[[1, 2, 3]])
     values = json.loads(report.to_json())
     assert values == report.to_dict()
     assert [layer["name"] for layer in values["layers"]] == [layer.name for layer in report.layers]
