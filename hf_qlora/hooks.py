@@ -176,25 +176,28 @@ def from_pretrained(
 
 def auto_from_pretrained(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
     """A classifier's base is made with the adapter's classes: their number is that of the head in the file."""
+    on_base_mismatch = kwargs.pop("on_base_mismatch", None)  # transformers' models would not take it
     given = inspect.signature(original).bind(cls, *args, **kwargs).arguments
     options = {**given.get("kwargs", {}), "revision": given.get("revision")}
     folder = files.adapter_folder(given["pretrained_model_name_or_path"], **options)
     if folder is not None and folder.record.get("labels") and not {"id2label", "num_labels"} & kwargs.keys():
         names = dict(enumerate(folder.record["labels"]))
         kwargs |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
-    return original(cls, *args, **kwargs)
+    with identity.asking(on_base_mismatch):
+        return original(cls, *args, **kwargs)
 
 
 def load_adapter(
     original: Callable[..., Any], model: PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    config = model.peft_config.get(adapter_name)
+    config, on_base_mismatch = model.peft_config.get(adapter_name), kwargs.pop("on_base_mismatch", None)
     if isinstance(config, QLoRAConfig) and not is_real_step():
         folder = files.adapter_folder(model_id, **kwargs)
         if folder is not None:
             _check_trained_alike(config, folder)
     try:
-        return original(model, model_id, adapter_name, *args, **kwargs)
+        with identity.asking(on_base_mismatch):
+            return original(model, model_id, adapter_name, *args, **kwargs)
     except Exception:  # whatever it is, it is raised again
         if config is None and isinstance(model.peft_config.get(adapter_name), QLoRAConfig):
             model.delete_adapter(adapter_name)

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch import nn
 
 from hf_qlora.config import QLoRAConfig
 from hf_qlora.config.fingerprint import Fingerprint
+from hf_qlora.config.qlora import check_on_base_mismatch
 from hf_qlora.quant.base import BaseModelError
 from hf_qlora.quant.comparison import Comparison, compare
 from hf_qlora.quant.fingerprint import identity_of, take_fingerprint
@@ -40,6 +43,25 @@ _IN_CACHE = re.compile(r"models--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]
 _NOTED = "_hf_qlora_noted"  # on a base: samples by the adapter's name
 _SAID = "_hf_qlora_said_to_have_changed"  # on a base: names by the adapter's name
 _HASHED = "_hf_qlora_hashed"  # on a base: where its bytes lay, and their fingerprint
+
+_asked: ContextVar[str | None] = ContextVar("on_base_mismatch", default=None)
+
+
+@contextmanager
+def asking(on_base_mismatch: str | None) -> Iterator[None]:
+    """Within it that is done, whatever the config says; None is the config's.
+
+    PEFT's `load_adapter` and its Auto classes pass no settings on to the config that they read.
+    """
+    if on_base_mismatch is None:
+        yield
+        return
+    check_on_base_mismatch(on_base_mismatch)
+    before = _asked.set(on_base_mismatch)
+    try:
+        yield
+    finally:
+        _asked.reset(before)
 
 
 def note(base: nn.Module, adapter: str) -> None:
@@ -83,13 +105,13 @@ def check(model: nn.Module, config: QLoRAConfig, adapter: str, record: dict[str,
     Raises:
         BaseModelError: the base is another one, and the config asks for an error.
     """
-    base = _base_of(model)
-    if not record or "fingerprint" not in record or config.on_base_mismatch == "ignore" or is_rehearsal(base):
+    base, on_mismatch = _base_of(model), _asked.get() or config.on_base_mismatch
+    if not record or "fingerprint" not in record or on_mismatch == "ignore" or is_rehearsal(base):
         return
     found = _hashed_as_noted(base, adapter)
     if found is None:
         logger.log(
-            logging.WARNING if config.on_base_mismatch == "error" else logging.DEBUG,
+            logging.WARNING if on_mismatch == "error" else logging.DEBUG,
             "%s: the base is not compared with the one trained on: its weights are not all here.",
             source,
         )
@@ -102,7 +124,7 @@ def check(model: nn.Module, config: QLoRAConfig, adapter: str, record: dict[str,
         _say_rounded(source, result)
     elif result.verdict == "differs":
         message = _message(source, result, record.get("base", {}), _description(base))
-        if config.on_base_mismatch == "error":
+        if on_mismatch == "error":
             raise BaseModelError(message)
         logger.warning("%s", message)
 

@@ -121,7 +121,7 @@ def swap_in_transformers(folder: Path, model: Model, **options: Any) -> Model:
 
 def auto_peft(folder: Path, model: Model, **options: Any) -> Model:
     named_base(folder, model)
-    return AutoPeftModelForCausalLM.from_pretrained(folder)
+    return AutoPeftModelForCausalLM.from_pretrained(folder, **options)
 
 
 def auto_model(folder: Path, model: Model, **options: Any) -> Model:
@@ -178,7 +178,7 @@ def test_another_base_is_a_warning_that_names_its_first_layers(
     assert torch.isfinite(logits(model)).all()
 
 
-NO_SETTINGS = ("load_adapter", "AutoPeftModel", "AutoModel")  # PEFT and transformers take none of a config's there
+NO_SETTINGS = ("AutoModel",)  # transformers takes none of a config's there
 
 
 def asked(way: str, folder: Path, setting: str) -> dict[str, str]:
@@ -194,7 +194,7 @@ def test_ignoring_is_silent(way: str, adapter: Path, caplog: pytest.LogCaptureFi
     assert said(caplog) == []
 
 
-@pytest.mark.parametrize("way", ["from_pretrained", *NO_SETTINGS])
+@pytest.mark.parametrize("way", ["from_pretrained", "load_adapter", "AutoPeftModel", "AutoModel"])
 def test_a_file_does_not_silence_its_reader(way: str, adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
     change_record(adapter, lambda record: record.update(on_base_mismatch="ignore"))
     WAYS[way](adapter, base(seed=1))
@@ -274,6 +274,12 @@ def test_the_adapters_own_setting_is_what_the_file_says(adapter: Path) -> None:
 def test_an_unknown_setting_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"on_base_mismatch=.*|wrong type"):
         config(on_base_mismatch=value)
+
+
+@pytest.mark.parametrize("way", ["load_adapter", "AutoPeftModel"])
+def test_an_unknown_setting_is_refused_where_it_is_loaded_with(way: str, adapter: Path) -> None:
+    with pytest.raises(ConfigError, match=r"on_base_mismatch='perhaps' is not known; choose one of"):
+        WAYS[way](adapter, base(), on_base_mismatch="perhaps")
 
 
 def test_rounding_is_an_information(adapter: Path, caplog: pytest.LogCaptureFixture) -> None:

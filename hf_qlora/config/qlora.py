@@ -78,10 +78,7 @@ class QLoRAConfig(LoraConfig):
             raise ConfigError(f"quantization={self.quantization!r} must be an NF4Config, its dict, or None.")
         check_values(self)
         check_types(self)
-        if self.on_base_mismatch not in ON_BASE_MISMATCH:
-            raise ConfigError(
-                f"on_base_mismatch={self.on_base_mismatch!r} is not known; choose one of {ON_BASE_MISMATCH}."
-            )
+        check_on_base_mismatch(self.on_base_mismatch)
         if isinstance(self.quantization, Mapping):
             self.quantization = NF4Config.from_dict(self.quantization)
         if self.quantization is None:
@@ -226,6 +223,12 @@ _STOCK_INIT: dict[str, Any] = {
     "corda_config": None,
     "lora_ga_config": None,
 }
+
+
+def check_on_base_mismatch(value: str) -> None:
+    """Raise ConfigError for anything but what `on_base_mismatch` may be."""
+    if value not in ON_BASE_MISMATCH:
+        raise ConfigError(f"on_base_mismatch={value!r} is not known; choose one of {ON_BASE_MISMATCH}.")
 
 
 def _classes() -> dict[str, type[QLoRAConfig]]:
