@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable
@@ -84,6 +85,34 @@ def test_a_folder_with_other_things_is_refused(
     with pytest.raises(MergeError, match=message), whole_folder(tmp_path / "merged", overwrite):
         pytest.fail("filled")
     assert all((tmp_path / "merged" / name).read_text() == content for name, content in start.items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "script.py", "data.csv", "notes.txt", "optimizer.pt", "extra.safetensors", "results.json", ".env"],
+)
+def test_a_file_that_is_no_models_keeps_its_folder(tmp_path: Path, name: str) -> None:
+    fill(tmp_path / "merged", {**OLD, name: "mine"})
+    with (
+        pytest.raises(MergeError, match=re.escape(f"one saved model ({name})")),
+        whole_folder(tmp_path / "merged", True),
+    ):
+        pytest.fail("filled")
+    assert contents(tmp_path / "merged") == {**OLD, name: "mine"}
+
+
+def test_what_a_merge_writes_can_be_overwritten(saved: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    """Also the base's own text files do not go along, which would then be in the way; and a report is a merge's."""
+    base, adapter = saved(target_modules=["q_proj"])
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "chat_template.jinja", "LICENSE.txt"):
+        (base / name).write_text("base")
+    (base / "notes.txt").write_text("the base's")
+    for _ in range(2):
+        report = merge_files(str(adapter), tmp_path / "merged", base=str(base), overwrite=True, max_shard_bytes=10**5)
+        (tmp_path / "merged" / "report.json").write_text(report.to_json())
+    found = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"model.safetensors.index.json", "LICENSE.txt", "spiece.model", "vocab.json"} < found
+    assert "notes.txt" not in found
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
