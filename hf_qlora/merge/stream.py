@@ -30,9 +30,11 @@ from hf_qlora.merge.skeleton import NotStreamable, build, labels, make_base, mod
 from hf_qlora.merge.tensors import TensorFiles
 from hf_qlora.quant.base import quantize_model
 from hf_qlora.quant.selection import quantizable_layers
+from hf_qlora.validation import CHANGES_BASE
 
 
 TrainedOn = Literal["auto", "nf4", "dense"]
+REPEATED = ("pissa", "olora")  # initializations that depend on the base's weights alone, not on chance or data
 MAX_SHARD_BYTES = 5 * 10**9
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -109,6 +111,7 @@ class _Job:
     nf4: NF4Config | None
 
     def stream(self) -> Stream:
+        self.check_initialization()
         files = TensorFiles(self.base_folder)
         skeleton = build(self.base_folder, self.adapter_folder, self.config, self.nf4, self.dtype, files)
         if self.onto == "original" and skeleton.packed_parts:
@@ -119,6 +122,25 @@ class _Job:
             chosen = quantizable_layers(fresh, skeleton.nf4 or NF4Config(), modules_to_save(fresh, self.config))[0]
             repacked = skeleton.packed or set(chosen)
         return Stream(skeleton, files, self.onto, repacked)
+
+    def check_initialization(self) -> None:
+        """Refuse, or leave to PEFT, an adapter whose initialization took a part out of the base's weights.
+
+        Raises:
+            NotStreamable: PEFT repeats it on loading.
+            MergeError: it cannot be repeated from files alone.
+        """
+        init = str(self.config.init_lora_weights).lower()
+        if not init.startswith(CHANGES_BASE) or init == "mica":  # which reads the base alone
+            return
+        stored = getattr(AutoConfig.from_pretrained(self.base_folder), "quantization_config", None)
+        if init not in REPEATED or self.nf4 is not None or stored is not None or self.onto == "original":
+            raise MergeError(
+                f"init_lora_weights={init!r} changed the weights of the base that the adapter was trained on. From "
+                f"files, that is repeated for {REPEATED} alone, on a dense base, and not with onto='original'. Merge "
+                "the trained model in Python: merge(model)."
+            )
+        raise NotStreamable(f"{init} changed the base when training began, which PEFT repeats on the whole model")
 
     def in_memory(self, note: str, force: bool) -> MergeReport:
         skeleton = make_base(self.base_folder, self.config, self.dtype)

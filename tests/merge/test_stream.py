@@ -180,6 +180,48 @@ def test_an_adapter_of_stock_peft(trained_on: Any, tmp_path: Path) -> None:
         assert relative(logits(llama_from(tmp_path / chosen), ids), logits(model, ids)) <= MERGED
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora", "mica"])
+@pytest.mark.parametrize("kind", [LoraConfig, QLoRAConfig])
+def test_an_initialization_that_changes_the_base_is_repeated(kind: Any, init: str, tmp_path: Path) -> None:
+    """Off by half of the logits where it is not, however little was trained."""
+    base, adapter, ids = tmp_path / "base", tmp_path / "adapter", tokens()
+    llama().save_pretrained(base)
+    settings = {"quantization": None} if kind is QLoRAConfig else {}
+    config = kind(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=init, **settings)
+    config.task_type = "CAUSAL_LM"
+    model = get_peft_model(llama_from(base), config)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            parameter.data += 0.01 * torch.randn_like(parameter)
+    model.save_pretrained(adapter)
+    report = merge_files(str(adapter), tmp_path / "merged", base=str(base))
+    assert streamed(report) == (init == "mica")
+    assert relative(logits(llama_from(tmp_path / "merged"), ids), logits(model, ids)) <= MERGED
+
+
+@pytest.mark.parametrize(
+    ("init", "arguments"),
+    [
+        ("pissa", {"trained_on": "nf4"}),
+        ("pissa", {"onto": "original"}),
+        ("pissa_niter_4", {}),
+        ("corda", {}),
+        ("lora_ga", {}),
+    ],
+)
+def test_an_initialization_that_cannot_be_repeated_is_refused(
+    init: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(llama_from(tmp_path / "base"), config).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": init}))
+    with pytest.raises(MergeError, match=rf"init_lora_weights='{init}' changed .* Merge the trained model in Python"):
+        merge_files(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "base"), **arguments)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_names_of_an_encoder_saved_alone_get_the_prefix_of_the_whole(tmp_path: Path) -> None:
     """A classifier trained on a base that has no head: its base's tensors are called otherwise."""
     torch.manual_seed(1)
