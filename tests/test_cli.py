@@ -118,7 +118,8 @@ def test_merge_writes_a_model_and_prints_what_it_lost(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(merged).config.model_type == "llama"
     again = invoke("merge", str(tmp_path / "adapter"), "--output", str(merged))
     assert again.exit_code == 2
-    assert again.output == (f"Error: {merged} is not empty; name a new folder, or ask to overwrite the model in it.\n")
+    assert again.output.startswith(f"Error: {merged} is not empty; name a new folder, or replace the model in it: ")
+    assert "overwrite=True (--overwrite)" in again.output
     assert invoke("merge", str(tmp_path / "adapter"), "--output", str(merged), "--overwrite").exit_code == 0
 
 

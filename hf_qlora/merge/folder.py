@@ -58,7 +58,9 @@ def check_folder(target: Path, overwrite: bool) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise MergeError(f"{target} is not empty; name a new folder, or ask to overwrite the model in it.")
+        raise MergeError(
+            f"{target} is not empty; name a new folder, or replace the model in it: overwrite=True (--overwrite)."
+        )
     foreign = next((path.name for path in sorted(target.iterdir()) if not _is_of_model(path)), None)
     if foreign is None and not (target / CONFIG_NAME).is_file():
         foreign = f"no {CONFIG_NAME}"

@@ -109,6 +109,7 @@ class _Job:
     dtype: torch.dtype | None
     dtype_of: str
     nf4: NF4Config | None
+    assumed: bool
 
     def stream(self) -> Stream:
         self.check_initialization()
@@ -165,6 +166,12 @@ class _Job:
         stored = AutoConfig.from_pretrained(self.base_folder).dtype
         if self.dtype is not None and stored is not None and self.dtype != stored:
             report.notes.append(f"In {report.dtype}, as {self.dtype_of}; the base's config says {_short(stored)}.")
+        if self.assumed:
+            report.assumed = True
+            report.notes.append(
+                "Stock adapters do not record what they were trained on. The base as it is stored was assumed, "
+                f"{'in NF4' if report.quantized else 'dense'}; if it was another, name it: --trained-on nf4 or dense."
+            )
         if sources.copy_beside(self.base_folder, self.adapter_folder, stage):
             report.notes.append("The tokenizer is the adapter's.")
 
@@ -189,6 +196,7 @@ def _job(adapter: str, onto: Onto, base: str | None, dtype: str | None, trained_
         dtype=COMPUTE_DTYPES.get(str(dtype or trained.get("dtype"))),
         dtype_of="asked" if dtype else "the adapter was trained",
         nf4=_quantization(config, trained_on),
+        assumed=trained_on == "auto" and not isinstance(config, QLoRAConfig),
     )
 
 

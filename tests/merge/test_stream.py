@@ -177,6 +177,11 @@ def test_an_adapter_of_stock_peft(trained_on: Any, tmp_path: Path) -> None:
     for chosen in {trained_on, "auto" if trained_on == "dense" else "nf4"}:
         report = merge_files(str(adapter), tmp_path / chosen, base=str(base), trained_on=chosen)
         assert streamed(report)
+        assert report.quantized == (trained_on == "nf4")
+        assert report.assumed == (chosen == "auto")
+        assert ("that the adapter was trained on" in str(report)) == (chosen != "auto")
+        assert ("base as it is stored was assumed, dense" in str(report)) == (chosen == "auto")
+        assert ("--trained-on nf4" in str(report)) == (chosen == "auto")
         assert relative(logits(llama_from(tmp_path / chosen), ids), logits(model, ids)) <= MERGED
 
 
