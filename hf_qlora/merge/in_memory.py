@@ -59,8 +59,8 @@ def merge(
         onto: "dequantized" adds ΔW to the base as it was trained on, made dense: the function that was trained.
             "original" adds it to the dense base that was quantized. "nf4" rounds the sum to NF4 again.
         original: for `onto="original"`: a folder, a Hub id, or a model of the base's class, which stays as it is.
-        texts: what to compare the logits on: a string, strings, or lists of token ids. By default two paragraphs of prose, or
-            random tokens where the base has no tokenizer.
+        texts: what to compare the logits on: a string, strings, or lists of token ids. By default two paragraphs of
+            prose, or random tokens where the base has no tokenizer.
         tokenizer: for strings; by default the one that lies with the base.
         force: merge although less than half of the adapter is left in NF4, or although the original is not what the
             base was made of.

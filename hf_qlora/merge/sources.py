@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
@@ -42,8 +42,8 @@ def adapter_source(adapter: str) -> tuple[Path, LoraConfig]:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise MergeError(f"{folder / ADAPTER_CONFIG} cannot be read: {first_sentence(error)}") from error
-    if not isinstance(config, LoraConfig):
-        raise MergeError(f"{adapter} is an adapter of kind {config.peft_type}; LORA alone is merged.")
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:  # AdaLoRA's is a LoraConfig
+        raise MergeError(f"{adapter} is an adapter of kind {PeftType(config.peft_type).value}; LORA alone is merged.")
     return folder, config
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,16 @@ def test_what_a_killed_process_moved_away_comes_back(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="stopped"):
         stopped(tmp_path / "merged")
     assert contents(tmp_path / "merged") == OLD
+
+
+def test_what_a_killed_process_left_is_removed_after_an_hour(tmp_path: Path) -> None:
+    now = time.time()
+    for name, age in ((".merged.merging-old", 3700), (".merged.merging-new", 3500), (".other.merging-old", 3700)):
+        fill(tmp_path / name, NEW)
+        os.utime(tmp_path / name, (now - age, now - age))
+    with whole_folder(tmp_path / "merged", overwrite=False) as stage:
+        fill(stage, NEW)
+    assert {path.name for path in tmp_path.iterdir()} == {"merged", ".merged.merging-new", ".other.merging-old"}
 
 
 @pytest.mark.parametrize("name", ["out[1]", "out*", "a?b"])

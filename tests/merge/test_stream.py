@@ -267,6 +267,29 @@ def test_a_classifier_keeps_its_classes(count: int, kind: dict[str, Any], tmp_pa
     assert relative(logits(merged, ids), expected) <= MERGED
 
 
+def test_a_classifier_keeps_its_classes_where_its_base_had_others(tmp_path: Path) -> None:
+    config = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tf.BertForSequenceClassification(tf.BertConfig(**config, num_labels=3)).save_pretrained(tmp_path / "base")
+    cls = tf.AutoModelForSequenceClassification
+    whole = cls.from_pretrained(tmp_path / "base", num_labels=5, ignore_mismatched_sizes=True)
+    model, ids = adapted(whole, task_type="SEQ_CLS", target_modules=["query"]), tokens()
+    model.save_pretrained(tmp_path / "adapter")
+    merge_files(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "base"))
+    merged = cls.from_pretrained(tmp_path / "merged")
+    assert merged.config.num_labels == 5
+    assert relative(logits(merged, ids), logits(model, ids)) <= MERGED
+
+
+def test_a_resized_base_is_named_with_the_way_out(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model = llama_from(tmp_path / "base")
+    model.resize_token_embeddings(model.config.vocab_size + 4)
+    kept = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    adapted(model, task_type="CAUSAL_LM", target_modules=["q_proj"], **kept).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"\(504, 128\).*resize_token_embeddings.*merge\(model\)"):
+        merge_files(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "base"))
+
+
 def test_old_names_are_read(saved: Saved, tmp_path: Path) -> None:
     """Checkpoints of old have LayerNorm.gamma, which transformers renames on loading."""
     family = next(family for family in ARCHITECTURES if family.name == "bert")
@@ -476,6 +499,12 @@ def of_another_kind(folder: Path) -> Path:
     return folder
 
 
+def of_adalora(folder: Path) -> Path:
+    peft_config = {"peft_type": "ADALORA", "target_modules": ["q_proj"], "total_step": 10}
+    (folder / "adapter_config.json").write_text(json.dumps(peft_config))
+    return folder
+
+
 def truncated(folder: Path) -> Path:
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
@@ -495,12 +524,13 @@ def with_nan(folder: Path) -> Path:
         (lambda adapter: adapter.parent / "nowhere", "nowhere is not there"),
         (lambda adapter: empty(adapter.parent / "empty"), r"it has no adapter_config\.json"),
         (lambda adapter: without(adapter, "adapter_model.safetensors"), r"adapter_model\.safetensors"),
-        (of_another_kind, "LORA"),
+        (of_another_kind, "is an adapter of kind IA3; LORA alone is merged"),
+        (of_adalora, "is an adapter of kind ADALORA; LORA alone is merged"),
         (truncated, "sha256 differs"),
         (with_nan, "NaN"),
         (lambda adapter: "nobody/nothing-of-this-name", "is no folder and not in the Hub's cache"),
     ],
-    ids=["not there", "no adapter", "no weights", "IA3", "truncated", "NaN", "an id, offline"],
+    ids=["not there", "no adapter", "no weights", "IA3", "AdaLoRA", "truncated", "NaN", "an id, offline"],
 )
 def test_an_adapter_that_cannot_be_merged_is_named(change: Any, message: str, saved: Saved, tmp_path: Path) -> None:
     base, adapter = saved(target_modules=["q_proj"])
@@ -533,7 +563,7 @@ def another_size(folder: Path) -> Path:
     [
         (lambda base: base.parent / "nowhere", "The base .*nowhere is not there"),
         (lambda base: empty(base.parent / "empty"), r"is no model: it has no config\.json"),
-        (lambda base: without(base, "model.safetensors"), "only safetensors are read"),
+        (lambda base: without(base, "model.safetensors"), r"only safetensors are read.*merge\(model\)"),
         (lacking, r"no weights|has weights for model\.layers\.1\.mlp\.up_proj\.weight"),
         (misshapen, r"model\.norm\.weight is \(3,\), and the model's \(128,\)"),
         (another_size, "does not fit"),
