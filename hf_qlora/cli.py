@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,6 +77,20 @@ def _make_place(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _misused(f"There is no place for {file}: {error}.") from None
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let a SIGTERM raise as Ctrl-C does, so that what is half done is removed."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 bench = typer.Typer(help="Measurements that can be run again.", no_args_is_help=True)
@@ -328,16 +344,17 @@ def merge_adapter(
     try:
         if report is not None:
             _make_place(report)
-        found = merge_files(
-            adapter,
-            output,
-            onto,
-            base,
-            dtype=dtype,
-            trained_on=trained_on,
-            force=force,
-            overwrite=overwrite,
-        )
+        with _terminated_as_interrupted():
+            found = merge_files(
+                adapter,
+                output,
+                onto,
+                base,
+                dtype=dtype,
+                trained_on=trained_on,
+                force=force,
+                overwrite=overwrite,
+            )
     except MergeRefused as error:
         typer.echo(str(error.report))
         raise _misused(str(error)) from None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from typer.testing import CliRunner, Result
 import hf_qlora
 from hf_qlora import cli, demo
 from hf_qlora.config import record
+from hf_qlora.merge import stream
+from hf_qlora.merge.folder import whole_folder
 
 
 def invoke(*arguments: str) -> Result:
@@ -118,8 +122,27 @@ def test_merge_writes_a_model_and_prints_what_it_lost(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(merged).config.model_type == "llama"
     again = invoke("merge", str(tmp_path / "adapter"), "--output", str(merged))
     assert again.exit_code == 2
-    assert again.output == (f"Error: {merged} is not empty; name a new folder, or ask to overwrite the model in it.\n")
+    assert again.output.startswith(f"Error: {merged} is not empty; name a new folder, or replace the model in it: ")
+    assert "overwrite=True (--overwrite)" in again.output
     assert invoke("merge", str(tmp_path / "adapter"), "--output", str(merged), "--overwrite").exit_code == 0
+
+
+def test_a_terminated_merge_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated(adapter: str, output: Path, *arguments: object, **options: object) -> None:
+        with whole_folder(output, overwrite=False) as stage:
+            (stage / "model.safetensors").write_text("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise ValueError("it went on")
+
+    monkeypatch.setattr(stream, "merge_files", terminated)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for this process to outlive it
+    try:
+        result = invoke("merge", "adapter", "--output", str(tmp_path / "merged"))
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (result.exit_code, result.output) == (cli.INTERRUPTED, f"Stopped; {tmp_path / 'merged'} is as it was.\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_place_of_a_merge_report_is_made_before_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

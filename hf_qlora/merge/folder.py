@@ -8,7 +8,9 @@ given one that lives the time for its second.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
+import json
 import os
 import shutil
 import tempfile
@@ -18,33 +20,54 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME
+from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.saving import LEFT_OVER_AFTER_S
 
 
 SECOND_RENAME_S = 1.0  # it follows at once
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "normalizer.json",
+    "vocab*.json",
+    "vocab*.txt",
+    "merges.txt",
+    "dict.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*.json",
+    "chat_template*.jinja",
+)
+BESIDE = ("generation_config.json", "*processor_config.json", "LICENSE*", *TOKENIZER_FILES)
+MODEL = (CONFIG_NAME, SAFE_WEIGHTS_NAME, "model-?????-of-?????.safetensors", SAFE_WEIGHTS_INDEX_NAME, *BESIDE)
+REPORT_KEYS = {"onto", "base", "adapters", "layers", "kept"}  # of `MergeReport.to_dict`
 
 
 def check_folder(target: Path, overwrite: bool) -> None:
     """Refuse an output folder that cannot be taken.
 
     Raises:
-        MergeError: a file; a folder with things in it, which are no model or not to be overwritten.
+        MergeError: a file; a folder with things in it, which are not to be overwritten, or not all of a saved model.
     """
     if target.is_file():
         raise MergeError(f"{target} is a file; name a folder that is new or empty.")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise MergeError(f"{target} is not empty; name a new folder, or ask to overwrite the model in it.")
-    if not (target / CONFIG_NAME).is_file() or any(
-        path.is_dir() and not _is_templates(path) for path in target.iterdir()
-    ):
         raise MergeError(
-            f"{target} is not overwritten: it holds other things than one saved model. Name a new folder, or empty "
-            "this one."
+            f"{target} is not empty; name a new folder, or replace the model in it: overwrite=True (--overwrite)."
+        )
+    foreign = next((path.name for path in sorted(target.iterdir()) if not _is_of_model(path)), None)
+    if foreign is None and not (target / CONFIG_NAME).is_file():
+        foreign = f"no {CONFIG_NAME}"
+    if foreign is not None:
+        raise MergeError(
+            f"{target} is not overwritten: it holds other things than one saved model ({foreign}). Name a new folder, "
+            "or empty this one."
         )
 
 
@@ -91,6 +114,23 @@ def _is_of_writing(error: OSError, stage: Path) -> bool:
     """Errors of files that are open have no name: a full disk, of which the system tells while it writes."""
     named = [str(name) for name in (error.filename, error.filename2) if name is not None]
     return error.errno is not None and (not named or any(name.startswith(str(stage)) for name in named))
+
+
+def _is_of_model(path: Path) -> bool:
+    """Whether a saved model has such a file, or a merge has left its report."""
+    if path.is_dir():
+        return _is_templates(path)
+    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in MODEL) or _is_report(path)
+
+
+def _is_report(path: Path) -> bool:
+    if path.suffix != ".json":
+        return False
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # not one that was written by a merge
+        return False
+    return isinstance(found, dict) and found.keys() >= REPORT_KEYS
 
 
 def _is_templates(path: Path) -> bool:

@@ -59,8 +59,8 @@ def merge(
         onto: "dequantized" adds ΔW to the base as it was trained on, made dense: the function that was trained.
             "original" adds it to the dense base that was quantized. "nf4" rounds the sum to NF4 again.
         original: for `onto="original"`: a folder, a Hub id, or a model of the base's class, which stays as it is.
-        texts: what to compare the logits on: strings, or lists of token ids. By default two paragraphs of prose, or
-            random tokens where the base has no tokenizer.
+        texts: what to compare the logits on: a string, strings, or lists of token ids. By default two paragraphs of
+            prose, or random tokens where the base has no tokenizer.
         tokenizer: for strings; by default the one that lies with the base.
         force: merge although less than half of the adapter is left in NF4, or although the original is not what the
             base was made of.
@@ -103,6 +103,7 @@ def merge(
         layers=layers,
         text=text,
         logits=logits,
+        quantized=is_quantized(base),
         notes=notes,
         model=merged,
     )
@@ -135,7 +136,11 @@ def refuse_lost(report: MergeReport, force: bool) -> None:
 def _check_model(model: Any) -> list[str]:
     """The names of the adapters to merge."""
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, nn.Module):
-        raise MergeError(f"{type(model).__name__} is not a PEFT model; merge takes what get_peft_model returns.")
+        files = "; for saved files, there is hf_qlora.merge.stream.merge_files, or `hf-qlora merge`"
+        raise MergeError(
+            f"{type(model).__name__} is not a PEFT model; merge takes what get_peft_model returns"
+            f"{files if isinstance(model, str | os.PathLike) else ''}."
+        )
     kinds = {config.peft_type for config in model.peft_config.values()}
     if kinds != {PeftType.LORA}:
         raise MergeError(f"The model has adapters of {sorted(kind.value for kind in kinds)}; merge takes LORA alone.")
@@ -146,6 +151,8 @@ def _check_model(model: Any) -> list[str]:
     names = [name for name in model.active_adapters if any(name in layer.r for _, layer in layers)]
     if not names:
         raise MergeError(f"No adapter is active; choose some of {sorted(model.peft_config)} with set_adapter().")
+    if all(layer.disable_adapters for _, layer in layers):
+        raise MergeError("The adapters are disabled; merge outside of disable_adapter().")
     for name, parameter in model.named_parameters():
         if ".lora_" in name and not parameter.isfinite().all():
             raise MergeError(f"{name} has NaN or infinite values: its training diverged. Go back to a checkpoint.")

@@ -87,6 +87,7 @@ class Stream:
             dtype=str(config.dtype).removeprefix("torch."),
             layers=self.layers,
             text=NOT_RUN,
+            quantized=bool(self.skeleton.packed),
             notes=notes,
         )
 

@@ -31,7 +31,7 @@ DEFAULT_TEXTS = (
     "so simple a beginning endless forms most beautiful and most wonderful have been, and are being, evolved.",
 )
 
-Texts = Sequence[str] | Sequence[Sequence[int]]
+Texts = str | Sequence[str] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,10 @@ def rows(model: nn.Module, texts: Texts | None, tokenizer: Any) -> tuple[list[Te
         return [], "not measured: the model reads no text"
     vocabulary, reader = _vocabulary(model), tokenizer or _tokenizer_of(model)
     if texts is not None:
+        texts = [texts] if isinstance(texts, str) else texts
         if not len(texts):
             raise MergeError("texts is empty; give strings or lists of token ids, or None for a built-in text.")
-        return [_ids(text, reader, vocabulary) for text in texts], f"{len(texts)} given texts"
+        return [_ids(text, reader, vocabulary) for text in texts], f"{len(texts)} given text{'s' * (len(texts) != 1)}"
     if reader is not None:
         try:
             found = [_ids(text, reader, vocabulary) for text in DEFAULT_TEXTS]

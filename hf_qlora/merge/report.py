@@ -23,11 +23,19 @@ from hf_qlora.merge.probe import Divergence
 WORST = 5
 UNCUT = 200  # columns where no terminal says how many
 
-MEANING = {
-    "dequantized": "the base that the adapter was trained on, dense, plus ΔW",
-    "original": "the original dense base plus ΔW: the quantization error comes back",
-    "nf4": "rounded to NF4 again, each weight to its nearest level",
+MEANING = {  # by onto, and by whether the adapter was trained on a base in NF4
+    ("dequantized", True): "the base that the adapter was trained on, dense, plus ΔW",
+    ("dequantized", False): "the dense base that the adapter was trained on, plus ΔW",
+    ("original", True): "the original dense base plus ΔW: the quantization error comes back",
+    ("original", False): "the original dense base plus ΔW",
+    ("nf4", True): "rounded to NF4 again, each weight to its nearest level",
+    ("nf4", False): "rounded to NF4, each weight to its nearest level",
 }
+ASSUMED = "the base as it is stored, plus ΔW"
+LEGEND = (
+    "ΔW/step: ΔW in steps between NF4's levels. error: of the merged weight, against W + ΔW. signal: the share of ΔW "
+    "that is in it."
+)
 
 
 class MergeRefused(MergeError):
@@ -50,6 +58,8 @@ class MergeReport:
         layers: one entry for each adapted layer, measured against the base as trained plus ΔW.
         text: what the logits were compared on, or why they were not.
         logits: KL to the unmerged model; None where it was not measured.
+        quantized: whether the adapter was trained on a base in NF4.
+        assumed: whether that is not known, and was taken from how the base is stored.
         notes: what else a reader must know.
         model: the merged model; None if it was written to files alone.
         output: the folder it was written to.
@@ -63,6 +73,8 @@ class MergeReport:
     text: str
     logits: Divergence | None = None
     original: str | None = None
+    quantized: bool = True
+    assumed: bool = False
     notes: list[str] = field(default_factory=list)
     model: Any = field(default=None, repr=False, compare=False)
     output: str | None = None
@@ -141,6 +153,7 @@ class MergeReport:
             rest = len(self.layers) - WORST
             if rest > 0:
                 to.print(f"… and {rest} layers whose error is no larger.", highlight=False, markup=False)
+            to.print(LEGEND, highlight=False, markup=False, soft_wrap=True)
 
     def __str__(self) -> str:
         console = Console(width=UNCUT, no_color=True)
@@ -150,9 +163,13 @@ class MergeReport:
 
     def _lines(self) -> Sequence[tuple[str, str]]:
         where = self.original or self.base
+        assumed = self.assumed and self.onto == "dequantized"
+        meaning = ASSUMED if assumed else MEANING[self.onto, self.quantized]
+        what = "with" if self.logits is not None else "as weights, with"
+        trained = "as stored, with the adapter" if self.assumed else "with the adapter as it was trained"
         lines = [
-            ("merged", f"{', '.join(self.adapters)} onto {where}, in {self.dtype}: {MEANING[self.onto]}"),
-            ("compared", f"with the unmerged model, {self.base} with the adapter as it was trained"),
+            ("merged", f"{', '.join(self.adapters)} onto {where}, in {self.dtype}: {meaning}"),
+            ("compared", f"{what} the unmerged model, {self.base} {trained}"),
         ]
         if self.logits is not None:
             found = f"KL {self.logits.merged:.2g} nats; without the adapter {self.logits.without:.2g}"

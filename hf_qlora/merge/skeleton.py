@@ -42,6 +42,7 @@ from hf_qlora.quant.base import take_over
 from hf_qlora.quant.linear4bit import become_linear4bit
 from hf_qlora.quant.scheme import NESTED_BLOCK_SIZE
 from hf_qlora.quant.selection import is_named, quantizable_layers
+from hf_qlora.tuner import AdapterError
 
 
 CLASSES = {
@@ -54,6 +55,10 @@ CLASSES = {
 }
 STREAMED = (LoraLinear, Linear4bit, Embedding, Conv2d)
 ADAPTER = "default"
+RESIZED = (
+    "If the base was changed before training, as by resize_token_embeddings, change it again, load the adapter on it, "
+    "and merge in Python: merge(model)."
+)
 _MOVE = "_move_adapter_to_device_of_base_layer"  # a method of PEFT's layers
 _PACKED_PART = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
 
@@ -297,8 +302,10 @@ def _attach(model: PreTrainedModel, adapter: Path, config: LoraConfig) -> PeftMo
         peft_model: PeftModel = get_peft_model(model, taken, ADAPTER, low_cpu_mem_usage=True)
         with _adapters_stay(peft_model):
             peft_model.load_adapter(str(adapter), ADAPTER, torch_device="cpu", low_cpu_mem_usage=True)
+    except AdapterError as error:
+        raise MergeError(f"{error} {RESIZED}") from error
     except (OSError, RuntimeError) as error:
-        raise MergeError(f"The adapter {adapter} does not fit the base: {first_sentence(error)}") from error
+        raise MergeError(f"The adapter {adapter} does not fit the base: {first_sentence(error)} {RESIZED}") from error
     adopt(peft_model)
     for name, parameter in peft_model.named_parameters():
         own = f".{ADAPTER}." in f".{name}."

@@ -8,29 +8,19 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from hf_qlora import files
 from hf_qlora.layers.errors import MergeError
+from hf_qlora.merge.folder import BESIDE, TOKENIZER_FILES
 from hf_qlora.merge.names import first_sentence
 
 
-BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")  # tokenizers, generation settings
 TOKENIZER = "tokenizer_config.json"
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "spiece*",
-    "chat_template*",
-    "additional_chat_templates/*",
-)
+TEMPLATES = f"{CHAT_TEMPLATE_DIR}/*.jinja"
 
 
 def adapter_source(adapter: str) -> tuple[Path, LoraConfig]:
@@ -40,7 +30,7 @@ def adapter_source(adapter: str) -> tuple[Path, LoraConfig]:
         MergeError: not there, no LoRA adapter, or without weights.
         AdapterFileError: an adapter of ours that is not whole.
     """
-    folder = _folder(adapter, None, (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *TOKENIZER_FILES), "The adapter")
+    folder = _folder(adapter, None, (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *TOKENIZER_FILES, TEMPLATES), "The adapter")
     if not (folder / ADAPTER_CONFIG).is_file():
         raise MergeError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}.")
     ours = files.adapter_folder(folder)
@@ -52,8 +42,8 @@ def adapter_source(adapter: str) -> tuple[Path, LoraConfig]:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise MergeError(f"{folder / ADAPTER_CONFIG} cannot be read: {first_sentence(error)}") from error
-    if not isinstance(config, LoraConfig):
-        raise MergeError(f"{adapter} is an adapter of kind {config.peft_type}; LORA alone is merged.")
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:  # AdaLoRA's is a LoraConfig
+        raise MergeError(f"{adapter} is an adapter of kind {PeftType(config.peft_type).value}; LORA alone is merged.")
     return folder, config
 
 
@@ -63,7 +53,7 @@ def base_source(base: str, revision: str | None) -> Path:
     Raises:
         MergeError: not there, or no model.
     """
-    folder = _folder(base, revision, ("*.safetensors", *BESIDE), "The base")
+    folder = _folder(base, revision, ("*.safetensors", CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, *BESIDE), "The base")
     if not (folder / CONFIG_NAME).is_file():
         raise MergeError(f"{base} is no model: it has no {CONFIG_NAME}.")
     return folder
@@ -71,14 +61,13 @@ def base_source(base: str, revision: str | None) -> Path:
 
 def copy_beside(base: Path, adapter: Path, output: Path) -> bool:
     """Copy what a model's folder has beside config and weights; whether the tokenizer is the adapter's."""
-    left_out = {CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_CONFIG}
     for pattern in BESIDE:
         for path in base.glob(pattern):
-            if path.is_file() and path.name not in left_out and not path.name.endswith(".index.json"):
+            if path.is_file():
                 shutil.copyfile(path, output / path.name)
     own = (adapter / TOKENIZER).is_file()
     if own:
-        for pattern in TOKENIZER_FILES:
+        for pattern in (*TOKENIZER_FILES, TEMPLATES):
             for path in adapter.glob(pattern):
                 (output / path.relative_to(adapter)).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, output / path.relative_to(adapter))

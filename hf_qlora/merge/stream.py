@@ -30,9 +30,11 @@ from hf_qlora.merge.skeleton import NotStreamable, build, labels, make_base, mod
 from hf_qlora.merge.tensors import TensorFiles
 from hf_qlora.quant.base import quantize_model
 from hf_qlora.quant.selection import quantizable_layers
+from hf_qlora.validation import CHANGES_BASE
 
 
 TrainedOn = Literal["auto", "nf4", "dense"]
+REPEATED = ("pissa", "olora")  # initializations that depend on the base's weights alone, not on chance or data
 MAX_SHARD_BYTES = 5 * 10**9
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -107,8 +109,10 @@ class _Job:
     dtype: torch.dtype | None
     dtype_of: str
     nf4: NF4Config | None
+    assumed: bool
 
     def stream(self) -> Stream:
+        self.check_initialization()
         files = TensorFiles(self.base_folder)
         skeleton = build(self.base_folder, self.adapter_folder, self.config, self.nf4, self.dtype, files)
         if self.onto == "original" and skeleton.packed_parts:
@@ -119,6 +123,25 @@ class _Job:
             chosen = quantizable_layers(fresh, skeleton.nf4 or NF4Config(), modules_to_save(fresh, self.config))[0]
             repacked = skeleton.packed or set(chosen)
         return Stream(skeleton, files, self.onto, repacked)
+
+    def check_initialization(self) -> None:
+        """Refuse, or leave to PEFT, an adapter whose initialization took a part out of the base's weights.
+
+        Raises:
+            NotStreamable: PEFT repeats it on loading.
+            MergeError: it cannot be repeated from files alone.
+        """
+        init = str(self.config.init_lora_weights).lower()
+        if not init.startswith(CHANGES_BASE) or init == "mica":  # which reads the base alone
+            return
+        stored = getattr(AutoConfig.from_pretrained(self.base_folder), "quantization_config", None)
+        if init not in REPEATED or self.nf4 is not None or stored is not None or self.onto == "original":
+            raise MergeError(
+                f"init_lora_weights={init!r} changed the weights of the base that the adapter was trained on. From "
+                f"files, that is repeated for {REPEATED} alone, on a dense base, and not with onto='original'. Merge "
+                "the trained model in Python: merge(model)."
+            )
+        raise NotStreamable(f"{init} changed the base when training began, which PEFT repeats on the whole model")
 
     def in_memory(self, note: str, force: bool) -> MergeReport:
         skeleton = make_base(self.base_folder, self.config, self.dtype)
@@ -143,6 +166,12 @@ class _Job:
         stored = AutoConfig.from_pretrained(self.base_folder).dtype
         if self.dtype is not None and stored is not None and self.dtype != stored:
             report.notes.append(f"In {report.dtype}, as {self.dtype_of}; the base's config says {_short(stored)}.")
+        if self.assumed:
+            report.assumed = True
+            report.notes.append(
+                "Stock adapters do not record what they were trained on. The base as it is stored was assumed, "
+                f"{'in NF4' if report.quantized else 'dense'}; if it was another, name it: --trained-on nf4 or dense."
+            )
         if sources.copy_beside(self.base_folder, self.adapter_folder, stage):
             report.notes.append("The tokenizer is the adapter's.")
 
@@ -167,6 +196,7 @@ def _job(adapter: str, onto: Onto, base: str | None, dtype: str | None, trained_
         dtype=COMPUTE_DTYPES.get(str(dtype or trained.get("dtype"))),
         dtype_of="asked" if dtype else "the adapter was trained",
         nf4=_quantization(config, trained_on),
+        assumed=trained_on == "auto" and not isinstance(config, QLoRAConfig),
     )
 
 

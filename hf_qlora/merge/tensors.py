@@ -78,7 +78,8 @@ def _paths(folder: Path) -> list[Path]:
         if whole.is_file():
             return [whole]
         raise MergeError(
-            f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; only safetensors are read."
+            f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; only safetensors are read. Save "
+            "the model again with save_pretrained, or load it with its adapter and merge in Python: merge(model)."
         )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +88,34 @@ def test_a_folder_with_other_things_is_refused(
     assert all((tmp_path / "merged" / name).read_text() == content for name, content in start.items())
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "script.py", "data.csv", "notes.txt", "optimizer.pt", "extra.safetensors", "results.json", ".env"],
+)
+def test_a_file_that_is_no_models_keeps_its_folder(tmp_path: Path, name: str) -> None:
+    fill(tmp_path / "merged", {**OLD, name: "mine"})
+    with (
+        pytest.raises(MergeError, match=re.escape(f"one saved model ({name})")),
+        whole_folder(tmp_path / "merged", True),
+    ):
+        pytest.fail("filled")
+    assert contents(tmp_path / "merged") == {**OLD, name: "mine"}
+
+
+def test_what_a_merge_writes_can_be_overwritten(saved: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    """Also the base's own text files do not go along, which would then be in the way; and a report is a merge's."""
+    base, adapter = saved(target_modules=["q_proj"])
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "chat_template.jinja", "LICENSE.txt"):
+        (base / name).write_text("base")
+    (base / "notes.txt").write_text("the base's")
+    for _ in range(2):
+        report = merge_files(str(adapter), tmp_path / "merged", base=str(base), overwrite=True, max_shard_bytes=10**5)
+        (tmp_path / "merged" / "report.json").write_text(report.to_json())
+    found = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"model.safetensors.index.json", "LICENSE.txt", "spiece.model", "vocab.json"} < found
+    assert "notes.txt" not in found
+
+
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "merged").write_text("mine")
     with pytest.raises(MergeError, match="is a file"), whole_folder(tmp_path / "merged", overwrite=True):
@@ -97,6 +127,16 @@ def test_what_a_killed_process_moved_away_comes_back(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="stopped"):
         stopped(tmp_path / "merged")
     assert contents(tmp_path / "merged") == OLD
+
+
+def test_what_a_killed_process_left_is_removed_after_an_hour(tmp_path: Path) -> None:
+    now = time.time()
+    for name, age in ((".merged.merging-old", 3700), (".merged.merging-new", 3500), (".other.merging-old", 3700)):
+        fill(tmp_path / name, NEW)
+        os.utime(tmp_path / name, (now - age, now - age))
+    with whole_folder(tmp_path / "merged", overwrite=False) as stage:
+        fill(stage, NEW)
+    assert {path.name for path in tmp_path.iterdir()} == {"merged", ".merged.merging-new", ".other.merging-old"}
 
 
 @pytest.mark.parametrize("name", ["out[1]", "out*", "a?b"])

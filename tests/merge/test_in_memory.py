@@ -366,8 +366,7 @@ def test_the_logits_are_compared_by_kl() -> None:
 
 def test_the_report_prints_and_goes_through_json() -> None:
     original = llama()
-    model = adapted(copy.deepcopy(original))
-    report = merge(model, "original", original, texts=[[1, 2, 3]])
+    report = merge(adapted(copy.deepcopy(original)), "original", original, texts=[[1, 2, 3]])
     values = json.loads(report.to_json())
     assert values == report.to_dict()
     assert [layer["name"] for layer in values["layers"]] == [layer.name for layer in report.layers]
@@ -378,6 +377,28 @@ def test_the_report_prints_and_goes_through_json() -> None:
     assert errors == sorted(errors, reverse=True)
     assert max(layer.error for layer in report.layers) == errors[0]
     assert "9 layers whose error is no larger" in text  # of 14
+    assert text.splitlines()[-1].startswith("ΔW/step: ΔW in steps between NF4's levels")
+
+
+def test_a_string_is_one_text() -> None:
+    def read(text: str) -> dict[str, list[int]]:
+        return {"input_ids": [len(word) for word in text.split()]}
+
+    report = merge(adapted(llama(), target_modules=["q_proj"]), texts="one string of words", tokenizer=read)
+    assert report.logits is not None
+    assert (report.logits.positions, report.text) == (4, "1 given text")
+
+
+@pytest.mark.parametrize("quantization", [NF4Config(), None], ids=["NF4", "dense"])
+def test_the_report_says_what_comes_back_and_what_was_compared(quantization: Any) -> None:
+    torch.manual_seed(0)
+    original = llama()
+    model = adapted(copy.deepcopy(original), target_modules=["q_proj"], quantization=quantization)
+    report = merge(model, "original", original)
+    assert ("the quantization error comes back" in str(report)) == (quantization is not None)
+    assert "compared   with the unmerged model" in str(report)
+    report.logits, report.text = None, "not compared"
+    assert "compared   as weights, with the unmerged model" in str(report)
 
 
 def test_without_a_tokenizer_random_tokens_are_used_and_said() -> None:
@@ -433,6 +454,12 @@ def inactive() -> PeftModel:
     return model
 
 
+def disabled() -> PeftModel:
+    model = with_adapter()
+    model.base_model.disable_adapter_layers()
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
@@ -448,6 +475,8 @@ def inactive() -> PeftModel:
         (diverged, {}, r"lora_A.*NaN"),
         (biased, {}, "lora_bias=True"),
         (inactive, {}, "No adapter is active"),
+        (disabled, {}, r"adapters are disabled; merge outside of disable_adapter\(\)"),
+        (lambda: "folder", {}, "str is not a PEFT model.* `hf-qlora merge`"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(make: Any, arguments: dict[str, Any], message: str) -> None:

@@ -177,7 +177,54 @@ def test_an_adapter_of_stock_peft(trained_on: Any, tmp_path: Path) -> None:
     for chosen in {trained_on, "auto" if trained_on == "dense" else "nf4"}:
         report = merge_files(str(adapter), tmp_path / chosen, base=str(base), trained_on=chosen)
         assert streamed(report)
+        assert report.quantized == (trained_on == "nf4")
+        assert report.assumed == (chosen == "auto")
+        assert ("that the adapter was trained on" in str(report)) == (chosen != "auto")
+        assert ("base as it is stored was assumed, dense" in str(report)) == (chosen == "auto")
+        assert ("--trained-on nf4" in str(report)) == (chosen == "auto")
         assert relative(logits(llama_from(tmp_path / chosen), ids), logits(model, ids)) <= MERGED
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "mica"])
+@pytest.mark.parametrize("kind", [LoraConfig, QLoRAConfig])
+def test_an_initialization_that_changes_the_base_is_repeated(kind: Any, init: str, tmp_path: Path) -> None:
+    """Off by half of the logits where it is not, however little was trained."""
+    base, adapter, ids = tmp_path / "base", tmp_path / "adapter", tokens()
+    llama().save_pretrained(base)
+    settings = {"quantization": None} if kind is QLoRAConfig else {}
+    config = kind(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=init, **settings)
+    config.task_type = "CAUSAL_LM"
+    model = get_peft_model(llama_from(base), config)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            parameter.data += 0.01 * torch.randn_like(parameter)
+    model.save_pretrained(adapter)
+    report = merge_files(str(adapter), tmp_path / "merged", base=str(base))
+    assert streamed(report) == (init == "mica")
+    assert relative(logits(llama_from(tmp_path / "merged"), ids), logits(model, ids)) <= MERGED
+
+
+@pytest.mark.parametrize(
+    ("init", "arguments"),
+    [
+        ("pissa", {"trained_on": "nf4"}),
+        ("pissa", {"onto": "original"}),
+        ("pissa_niter_4", {}),
+        ("corda", {}),
+        ("lora_ga", {}),
+    ],
+)
+def test_an_initialization_that_cannot_be_repeated_is_refused(
+    init: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(llama_from(tmp_path / "base"), config).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": init}))
+    with pytest.raises(MergeError, match=rf"init_lora_weights='{init}' changed .* Merge the trained model in Python"):
+        merge_files(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "base"), **arguments)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_names_of_an_encoder_saved_alone_get_the_prefix_of_the_whole(tmp_path: Path) -> None:
@@ -218,6 +265,29 @@ def test_a_classifier_keeps_its_classes(count: int, kind: dict[str, Any], tmp_pa
     assert merged.config.id2label == names
     assert merged.config.label2id == {name: i for i, name in names.items()}
     assert relative(logits(merged, ids), expected) <= MERGED
+
+
+def test_a_classifier_keeps_its_classes_where_its_base_had_others(tmp_path: Path) -> None:
+    config = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tf.BertForSequenceClassification(tf.BertConfig(**config, num_labels=3)).save_pretrained(tmp_path / "base")
+    cls = tf.AutoModelForSequenceClassification
+    whole = cls.from_pretrained(tmp_path / "base", num_labels=5, ignore_mismatched_sizes=True)
+    model, ids = adapted(whole, task_type="SEQ_CLS", target_modules=["query"]), tokens()
+    model.save_pretrained(tmp_path / "adapter")
+    merge_files(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "base"))
+    merged = cls.from_pretrained(tmp_path / "merged")
+    assert merged.config.num_labels == 5
+    assert relative(logits(merged, ids), logits(model, ids)) <= MERGED
+
+
+def test_a_resized_base_is_named_with_the_way_out(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model = llama_from(tmp_path / "base")
+    model.resize_token_embeddings(model.config.vocab_size + 4)
+    kept = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    adapted(model, task_type="CAUSAL_LM", target_modules=["q_proj"], **kept).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"\(504, 128\).*resize_token_embeddings.*merge\(model\)"):
+        merge_files(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "base"))
 
 
 def test_old_names_are_read(saved: Saved, tmp_path: Path) -> None:
@@ -429,6 +499,12 @@ def of_another_kind(folder: Path) -> Path:
     return folder
 
 
+def of_adalora(folder: Path) -> Path:
+    peft_config = {"peft_type": "ADALORA", "target_modules": ["q_proj"], "total_step": 10}
+    (folder / "adapter_config.json").write_text(json.dumps(peft_config))
+    return folder
+
+
 def truncated(folder: Path) -> Path:
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
@@ -448,12 +524,13 @@ def with_nan(folder: Path) -> Path:
         (lambda adapter: adapter.parent / "nowhere", "nowhere is not there"),
         (lambda adapter: empty(adapter.parent / "empty"), r"it has no adapter_config\.json"),
         (lambda adapter: without(adapter, "adapter_model.safetensors"), r"adapter_model\.safetensors"),
-        (of_another_kind, "LORA"),
+        (of_another_kind, "is an adapter of kind IA3; LORA alone is merged"),
+        (of_adalora, "is an adapter of kind ADALORA; LORA alone is merged"),
         (truncated, "sha256 differs"),
         (with_nan, "NaN"),
         (lambda adapter: "nobody/nothing-of-this-name", "is no folder and not in the Hub's cache"),
     ],
-    ids=["not there", "no adapter", "no weights", "IA3", "truncated", "NaN", "an id, offline"],
+    ids=["not there", "no adapter", "no weights", "IA3", "AdaLoRA", "truncated", "NaN", "an id, offline"],
 )
 def test_an_adapter_that_cannot_be_merged_is_named(change: Any, message: str, saved: Saved, tmp_path: Path) -> None:
     base, adapter = saved(target_modules=["q_proj"])
@@ -486,7 +563,7 @@ def another_size(folder: Path) -> Path:
     [
         (lambda base: base.parent / "nowhere", "The base .*nowhere is not there"),
         (lambda base: empty(base.parent / "empty"), r"is no model: it has no config\.json"),
-        (lambda base: without(base, "model.safetensors"), "only safetensors are read"),
+        (lambda base: without(base, "model.safetensors"), r"only safetensors are read.*merge\(model\)"),
         (lacking, r"no weights|has weights for model\.layers\.1\.mlp\.up_proj\.weight"),
         (misshapen, r"model\.norm\.weight is \(3,\), and the model's \(128,\)"),
         (another_size, "does not fit"),
