@@ -36,7 +36,7 @@ def brute_force_step(packed: Tensor, absmax: list[float], block_size: int, numel
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("shape", [(8, 64), (3, 50)], ids=["whole blocks", "a short last block"])
+@pytest.mark.parametrize("shape", [(8, 64), (3, 50), (3, 25)], ids=["whole blocks", "a short last block", "odd"])
 def test_the_step_is_the_width_of_each_weights_cell(shape: tuple[int, int], double_quant: bool) -> None:
     packed, state = quantize_weight(torch.randn(shape), NF4Config(double_quant=double_quant))
     scales = block_scales(state).tolist()
