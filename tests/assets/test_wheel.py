@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hf_qlora.assets.wheel import Wheel, extract
+from hf_qlora.assets.wheel import Wheel, _largest_wheel, extract
 
 
 def test_what_is_extracted_is_what_the_wheel_holds(tmp_path: Path, wheel: Wheel, content: bytes) -> None:
@@ -19,6 +21,29 @@ def test_what_is_extracted_is_what_the_wheel_holds(tmp_path: Path, wheel: Wheel,
 def test_nothing_is_printed(tmp_path: Path, wheel: Wheel, capfd: pytest.CaptureFixture[str]) -> None:
     wheel.download(tmp_path)
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_pip_removes_while_it_is_looked_at_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pip-unpack/gone.whl", "pip-removed/inside.whl", "there.whl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"12345678" if "there" not in name else b"1234")
+    size, scan = os.path.getsize, os.scandir
+
+    def vanishing(path: str) -> int:
+        if "gone" in path:
+            raise FileNotFoundError(path)
+        return size(path)
+
+    def vanished(path: str) -> Any:
+        if "removed" in str(path):
+            raise FileNotFoundError(path)
+        return scan(path)
+
+    monkeypatch.setattr(os.path, "getsize", vanishing)
+    monkeypatch.setattr(os, "scandir", vanished)
+    assert _largest_wheel(tmp_path) == 4
 
 
 def test_another_file_under_the_same_name_is_refused(tmp_path: Path, wheel: Wheel) -> None:

@@ -449,14 +449,15 @@ def test_another_base_is_refused_or_named(
     assert "another base" in caplog.text
 
 
-@pytest.mark.parametrize(("asked", "logged"), [("warn", True), ("ignore", False)])
-def test_another_base_is_merged_where_the_adapter_allows_it(
-    asked: str, logged: bool, saved: Saved, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("asked", ["warn", "ignore"])
+def test_another_base_is_merged_where_the_adapter_allows_it_and_said(
+    asked: str, saved: Saved, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A file does not silence its reader."""
     base, adapter = saved(on_base_mismatch=asked)
     of_another_model(base)
     report = merge_files(str(adapter), tmp_path / "merged", base=str(base))
-    assert ("another base" in caplog.text) == logged
+    assert "another base" in caplog.text
     assert any("another base" in note for note in report.notes)
 
 

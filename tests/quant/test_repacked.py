@@ -102,9 +102,9 @@ def test_a_weight_that_is_replaced_is_repacked_again(monkeypatch: pytest.MonkeyP
     (packed, state), (other, other_state) = quantized(32, 64), quantized(32, 64)
     form, x = Repacked(), torch.randn(1, 64).to(torch.bfloat16)
     first = form.multiply(x, packed, state)
-    kept = form._codes
+    kept = form._form
     assert torch.equal(form.multiply(x, packed, state), first)
-    assert form._codes is kept
+    assert form._form is kept
     assert form.nbytes == 32 * 64 // 2 + 32 * 2
     assert not torch.equal(form.multiply(x, other, other_state), first)
     packed.copy_(other)  # in place
