@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import stat
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 import transformers as tf
 from architectures import llama, tokens
+from dying import deaths
 from merging import logits
 
 from hf_qlora.layers.errors import MergeError
@@ -206,22 +206,6 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, saved: Callable[..., 
     assert not list(tmp_path.glob(".merged*"))
 
 
-WATCHED = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.copyfile", "os.chmod")
-
-
-def dies_at(number: int, under: Path) -> Callable[..., None]:
-    """An audit hook that ends the process at file operation `number` in a folder."""
-    seen = [0]
-
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
-        if event in WATCHED and str(arguments[0]).startswith(str(under)):
-            seen[0] += 1
-            if seen[0] == number:
-                os._exit(9)
-
-    return hook
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_process_that_is_killed_leaves_the_old_model_the_new_one_or_nothing(
@@ -232,27 +216,19 @@ def test_a_process_that_is_killed_leaves_the_old_model_the_new_one_or_nothing(
     place, ids = tmp_path / "out", tokens()
     target = place / "merged"
     old = llama()
-    results, number, deaths = [], 0, 0
-    while True:
-        number += 1
-        if not target.exists():
-            old.save_pretrained(target)
-        process = os.fork()
-        if process == 0:
-            try:
-                sys.addaudithook(dies_at(number, place))
-                merge_files(str(adapter), target, base=str(base), overwrite=True, max_shard_bytes=200_000)
-                os._exit(0)
-            finally:
-                os._exit(1)
-        ended = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        if ended == 0:
-            break
-        assert ended == 9
-        deaths += 1
+    results, killed = [], 0
+
+    def merged_over() -> None:
+        merge_files(str(adapter), target, base=str(base), overwrite=True, max_shard_bytes=200_000)
+
+    old.save_pretrained(target)
+    for number in deaths(merged_over, place):
+        killed = number
         if target.exists():  # a mixture would not load, or compute something else
             results.append(logits(tf.AutoModelForCausalLM.from_pretrained(target), ids))
+        else:
+            old.save_pretrained(target)
     new = logits(tf.AutoModelForCausalLM.from_pretrained(target), ids)
-    assert deaths >= 20
+    assert killed >= 20
     assert all(torch.equal(found, logits(old, ids)) or torch.equal(found, new) for found in results)
     assert any(torch.equal(found, logits(old, ids)) for found in results)
