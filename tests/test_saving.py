@@ -29,11 +29,10 @@ def base() -> nn.Module:
 
 
 def adapted(seed: int) -> Any:
-    config = QLoRAConfig(
-        r=4, use_rslora=True, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
-    )
+    """Each with a scaling of its own, so that the weights of one with the config of another are a mixture."""
+    own = {"r": 4, "lora_alpha": 8 * seed, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]}
     torch.manual_seed(seed)
-    return get_peft_model(base(), config).eval()
+    return get_peft_model(base(), QLoRAConfig(**own, task_type="CAUSAL_LM", init_lora_weights=False)).eval()
 
 
 def loaded(folder: Path) -> Tensor:
