@@ -31,8 +31,9 @@ def base() -> nn.Module:
 def adapted(seed: int) -> Any:
     """Each with a scaling of its own, so that the weights of one with the config of another are a mixture."""
     own = {"r": 4, "lora_alpha": 8 * seed, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]}
+    model = base()
     torch.manual_seed(seed)
-    return get_peft_model(base(), QLoRAConfig(**own, task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    return get_peft_model(model, QLoRAConfig(**own, task_type="CAUSAL_LM", init_lora_weights=False)).eval()
 
 
 def loaded(folder: Path) -> Tensor:
