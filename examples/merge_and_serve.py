@@ -144,8 +144,12 @@ def serve(base: Path, adapter: Path, reference: Reference, options: argparse.Nam
     convert_adapters(base, {adapter: adapter_file})
 
     question = reference.chat[:-1]
-    beside = Server(base_file, [adapter_file])
-    for way, server, index in (("merged", Server(merged_file), None), ("base and adapter", beside, 0)):
+    threads = torch.get_num_threads()
+    beside = Server(base_file, [adapter_file], threads)
+    for way, server, index in (
+        ("merged", Server(merged_file, threads=threads), None),
+        ("base and adapter", beside, 0),
+    ):
         print(f"  {way:<20}{one_line(server.answer(question, index, ANSWER_TOKENS))}")
         found = server.log_probabilities(reference.prompt, index, len(reference.answer), TOP)
         largest, places = compare(reference, *found)
