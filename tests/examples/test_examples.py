@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub.server import served
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(name: str, folder: Path, *arguments: str) -> str:
-    environment = {"OMP_NUM_THREADS": "2", **os.environ, "HF_HUB_OFFLINE": "1"}
+def run(name: str, folder: Path, *arguments: str, **variables: str) -> str:
+    environment = {"OMP_NUM_THREADS": "2", **os.environ, "HF_HUB_OFFLINE": "1", **variables}
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
 
@@ -45,3 +46,18 @@ def test_merge_and_serve(tmp_path: Path) -> None:
     answers = dict(re.findall(r"^(transformers|  merged|  base and adapter) +(.*)$", output, re.MULTILINE))
     assert answers["transformers"] == answers["  merged"] == answers["  base and adapter"]
     assert (tmp_path / "merge-and-serve" / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_merge_and_serve_by_way_of_the_hub(tmp_path: Path) -> None:
+    with served() as hub:
+        client = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+        login = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_alice_write"}
+        options = ("--steps", "2", "--repo", "alice/served")
+        output = run("merge_and_serve.py", tmp_path, *options, **client, **login)
+    pushed = hub.tree("alice/served")
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= pushed.keys()
+    assert any("/resolve/" in line and "adapter_model.safetensors" in line for line in hub.log)  # and pulled
+    assert "hf_alice_write" not in output
+    assert not any(b"hf_alice_write" in content for content in pushed.values())
+    assert re.search(r"^  merged +\S", output, re.MULTILINE)

@@ -21,6 +21,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from hf_qlora.hub.errors import explanation
+
 
 ALWAYS = 1000
 SECRETS = ("hf_alice_write", "hf_alice_read", "hf_bob_write")
@@ -351,3 +353,10 @@ def test_a_killed_push_leaves_the_old_adapter_or_the_new_one(
     push()
     assert adapter_of(hub) == new
     assert torch.equal(logits(pull(cache_dir=tmp_path / "fresh")), logits(model))
+
+
+def test_a_file_that_was_removed_while_it_was_pushed_is_named() -> None:
+    gone = FileNotFoundError(2, "No such file or directory", "run/checkpoint-2/adapter_config.json")
+    said = explanation(gone, "me/adapter")
+    assert "run/checkpoint-2/adapter_config.json was removed" in said
+    assert "cannot be reached" not in said
