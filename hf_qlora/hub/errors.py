@@ -36,7 +36,7 @@ def explanation(error: BaseException, repo_id: str) -> str:
         error = error.__cause__
     if isinstance(error, OfflineModeIsEnabled):
         cause = "HF_HUB_OFFLINE is set. Unset it"
-    elif isinstance(error, FileNotFoundError):
+    elif isinstance(error, FileNotFoundError) and error.filename:  # the client's own of that kind names no file
         cause = f"{error.filename} was removed while it was pushed (save_total_limit does that). Keep it longer"
     elif isinstance(error, HfHubHTTPError):
         cause = _cause(error.response.status_code, repo_id)

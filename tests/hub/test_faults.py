@@ -15,7 +15,7 @@ import torch
 from hub.conftest import BASE, Model, logits
 from hub.server import Fault, File, Hub
 from hub.test_push_and_pull import FILES, REPO, pull, trainer, with_adapter
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import close_session
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
@@ -360,3 +360,10 @@ def test_a_file_that_was_removed_while_it_was_pushed_is_named() -> None:
     said = explanation(gone, "me/adapter")
     assert "run/checkpoint-2/adapter_config.json was removed" in said
     assert "cannot be reached" not in said
+
+
+def test_what_the_client_could_not_look_up_is_no_removed_file() -> None:
+    """Its error is a `FileNotFoundError`, too."""
+    said = explanation(LocalEntryNotFoundError("The Hub was asked for it in vain."), "me/adapter")
+    assert "cannot be reached" in said
+    assert "removed" not in said
