@@ -104,6 +104,8 @@ def bench_adaptive_depth(
         Path, typer.Option(help="JSON lines, one for each run; runs that are there are not done again.")
     ] = Path("results/adaptive_depth.jsonl"),
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, to see that it works.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    workers: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
     report_only: Annotated[bool, typer.Option("--report", help="Do nothing; print the tables.")] = False,
 ) -> None:
     """Compare LoRA, DoRA and scales by depth on real models, at the best learning rate of each.
@@ -120,7 +122,7 @@ def bench_adaptive_depth(
     _check_choice("--task", names, tasks.TASKS)
     file = results.with_stem(f"{results.stem}_quick") if quick else results
     if not report_only:
-        run.perform(replace(run.QUICK if quick else run.Plan(), tasks=names), file)
+        run.perform(replace(run.QUICK if quick else run.Plan(), tasks=names), file, device, workers)
     typer.echo(report.markdown(file) or f"No test runs in {file} yet.")
 
 
@@ -225,6 +227,8 @@ def bench_learning_curve(
         Path, typer.Option(help="JSON lines, one for each run; runs that are there are not done again.")
     ] = Path("results/learning_curve.jsonl"),
     steps: Annotated[int, typer.Option(min=2)] = 200,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    workers: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
     report_only: Annotated[bool, typer.Option("--report", help="Do nothing; print the table.")] = False,
 ) -> None:
     """Loss curves of our step and of stock PEFT's, on real weights and data, over three seeds.
@@ -234,7 +238,7 @@ def bench_learning_curve(
     from hf_qlora.bench.train_step import curves
 
     if not report_only:
-        curves.perform(results, steps)
+        curves.perform(results, steps, device=device, workers=workers)
     typer.echo(curves.markdown(results) or f"No runs to compare in {results} yet.")
 
 

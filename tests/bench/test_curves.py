@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights and tokens in the place of real ones."""
     torch.set_num_threads(1)
-    monkeypatch.setattr(curves, "SmolLM2", lambda seed: Case("tiny", 2, 8, 2, learning_rate=1e-2, seed=seed))
+    tiny = functools.partial(Case, "tiny", 2, 8, 2, learning_rate=1e-2)
+    monkeypatch.setattr(curves, "SmolLM2", tiny)
     monkeypatch.setattr(curves.FourAnswers, "batches", lambda self, seed, n: [batch(seed, i) for i in range(n)])
 
 

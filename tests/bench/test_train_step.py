@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hf_qlora import NF4Config, disable_chunked_loss
 from hf_qlora.bench import measure
+from hf_qlora.bench.processes import apart
 from hf_qlora.bench.train_step import report, run
 from hf_qlora.bench.train_step.arms import ARMS, CHUNKED, DOCUMENTED, FLOOR, OURS, TUNED, Case, stock_base
 from hf_qlora.cli import app
@@ -118,7 +119,7 @@ def test_the_peak_is_seen_and_reset() -> None:
 
 
 def test_memory_is_measured_in_another_process() -> None:
-    found = run.apart(run.peak_memory, OURS, TINY)
+    found = apart(run.peak_memory, OURS, TINY)
     assert found["imports"] > 100 * 2**20
     assert 0 <= found["resting"] <= found["peak"] < 500 * 2**20
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from transformers import set_seed
 from hf_qlora.bench.depth.arms import ARMS, Arm
 from hf_qlora.bench.depth.tasks import TASKS, Task
 from hf_qlora.bench.measure import environment
+from hf_qlora.bench.processes import side_by_side
 
 
 SWEEP_SEEDS = (0, 100)  # one alone may take a rate just below a cliff
@@ -56,29 +58,51 @@ class Plan:
 QUICK = Plan(seeds=(1, 2), steps=2, rates=1, sweep_seeds=SWEEP_SEEDS[:1], rows=16)
 
 
-def perform(plan: Plan, results: Path) -> None:
-    """Do the runs of a plan that are not in the file `results`, and append each there."""
-    tasks = {name: TASKS[name]() for name in plan.tasks}
+def perform(plan: Plan, results: Path, device: str = "cpu", workers: int = 1) -> None:
+    """Do the runs of a plan that are not in the file `results`, and append each there.
+
+    Args:
+        workers: processes side by side.
+    """
+    tasks = [TASKS[name] for name in plan.tasks]
     swept = len(plan.sweep_seeds)
-    total = sum(len(ARMS) * (len(task.rates[: plan.rates]) * swept + len(plan.seeds)) for task in tasks.values())
+    total = sum(len(ARMS) * (len(task.rates[: plan.rates]) * swept + len(plan.seeds)) for task in tasks)
     with tqdm(total=total, desc="runs", unit="run") as bar:
-        for run in _runs(plan, results):
-            if run not in {done for done, _ in read(results)}:
+        for stage in (_sweeps, _tests):  # the tests' rates are what the sweeps found
+            runs = list(stage(plan, results))
+            done = {run for run, _ in read(results)}
+            todo = [(run, (run, device, plan.rows)) for run in runs if run not in done]
+            bar.update(len(runs) - len(todo))
+            for run, found in side_by_side(_do_here, todo, workers):
+                _append(results, run, found, device)
                 bar.set_postfix_str(f"{run.task}: {run.arm}, rate {run.lr:g}, seed {run.seed}")
-                _append(results, run, do(run, tasks[run.task], ARMS[run.arm], plan.rows))
-            bar.update()
+                bar.update()
 
 
-def _runs(plan: Plan, results: Path) -> Iterator[Run]:
+def _sweeps(plan: Plan, results: Path) -> Iterator[Run]:
     for name in plan.tasks:
-        task = TASKS[name]
-        steps = plan.steps or task.steps
-        rates = task.rates[: plan.rates]
         for arm in ARMS:
-            yield from (Run(name, arm, lr, seed, steps) for lr in rates for seed in plan.sweep_seeds)
+            for lr in TASKS[name].rates[: plan.rates]:
+                yield from (Run(name, arm, lr, seed, plan.steps or TASKS[name].steps) for seed in plan.sweep_seeds)
+
+
+def _tests(plan: Plan, results: Path) -> Iterator[Run]:
+    done = read(results)
+    for name in plan.tasks:
+        steps = plan.steps or TASKS[name].steps
+        rates = {arm: best_rate(done, TASKS[name], arm, steps) for arm in ARMS}
         for seed in plan.seeds:
-            for arm in ARMS:
-                yield Run(name, arm, best_rate(read(results), task, arm, steps), seed, steps)
+            yield from (Run(name, arm, rates[arm], seed, steps) for arm in ARMS)
+
+
+def _do_here(run: Run, device: str, rows: int | None) -> dict[str, Any]:
+    return do(run, _task(run.task, device), ARMS[run.arm], rows)
+
+
+@functools.cache
+def _task(name: str, device: str) -> Task:
+    """A process's own, with its model and data read once."""
+    return TASKS[name](device)
 
 
 def best_rate(done: list[tuple[Run, dict[str, Any]]], task: type[Task] | Task, arm: str, steps: int) -> float:
@@ -146,8 +170,8 @@ def rows_of(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]  # what follows the last line's end was cut off
 
 
-def _append(results: Path, run: Run, found: dict[str, Any]) -> None:
-    row = {"run": asdict(run), "found": found, "with": environment()}
+def _append(results: Path, run: Run, found: dict[str, Any], device: str) -> None:
+    row = {"run": asdict(run), "found": found, "with": environment(device)}
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a+", encoding="utf-8") as file:
         _cut_off_half_a_line(file)

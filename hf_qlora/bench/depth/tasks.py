@@ -27,7 +27,11 @@ class Task(ABC):
     Attributes:
         metric: its name; `better` is 1 if more of it is better, −1 if less.
         rates: the learning rates that are tried.
+        device: of the models and batches.
     """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
 
     name: ClassVar[str]
     metric: ClassVar[str]
@@ -81,7 +85,7 @@ class Headlines(Task):
         return AutoTokenizer.from_pretrained(assets.minilm_l6())
 
     def base(self) -> nn.Module:
-        return copy.deepcopy(self._model)
+        return copy.deepcopy(self._model).to(self.device)
 
     def batches(self, seed: int, steps: int) -> list[dict[str, Tensor]]:
         chosen = random.Random(seed).sample(self._splits["train"], steps * self.batch_size)
@@ -99,8 +103,8 @@ class Headlines(Task):
 
     def _batch(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         tokens = self._tokenizer([row["text"] for row in rows], padding=True, truncation=True, max_length=64)
-        batch = {name: torch.tensor(values) for name, values in tokens.items()}
-        return {**batch, "labels": torch.tensor([row["label"] for row in rows])}
+        values = {**tokens, "labels": [row["label"] for row in rows]}
+        return {name: torch.tensor(numbers, device=self.device) for name, numbers in values.items()}
 
 
 class Answers(Task):
@@ -141,14 +145,17 @@ class Answers(Task):
         return [example for example in examples if len(example.ids) <= self.max_length]
 
     def base(self) -> nn.Module:
-        return copy.deepcopy(self._model)
+        return copy.deepcopy(self._model).to(self.device)
 
     def batches(self, seed: int, steps: int) -> list[dict[str, Tensor]]:
         chosen = random.Random(seed).sample(self._splits["train"], steps * self.batch_size)
-        return [collate(chosen[i : i + self.batch_size]) for i in range(0, len(chosen), self.batch_size)]
+        return [self._batch(chosen[i : i + self.batch_size]) for i in range(0, len(chosen), self.batch_size)]
 
     def evaluate(self, model: nn.Module, split: str, limit: int | None = None) -> float:
         return perplexity(model, self._splits[split][:limit])
+
+    def _batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in collate(examples).items()}
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Headlines, Answers)}

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from hf_qlora import assets
 from hf_qlora.bench.depth.tasks import Answers
 from hf_qlora.bench.measure import environment
+from hf_qlora.bench.processes import side_by_side
 from hf_qlora.bench.train_step.arms import ARMS, CHUNKED, DOCUMENTED, TUNED, Case
 
 
@@ -45,32 +46,36 @@ class SmolLM2(Case):
     def dense(self) -> Any:
         model = AutoModelForCausalLM.from_pretrained(assets.smollm2_135m_instruct(), dtype=torch.bfloat16)
         model.config.use_cache = False
-        return model.requires_grad_(False)
+        return model.to(self.device).requires_grad_(False)
 
 
-def perform(results: Path, steps: int = STEPS, seeds: tuple[int, ...] = SEEDS) -> None:
-    """Do the runs that are not in the file `results`, and append each there."""
+def perform(
+    results: Path, steps: int = STEPS, seeds: tuple[int, ...] = SEEDS, device: str = "cpu", workers: int = 1
+) -> None:
+    """Do the runs that are not in the file `results`, and append each there.
+
+    Args:
+        workers: processes side by side.
+    """
     done = {(row["arm"], row["seed"], row["steps"]) for row in read(results)}
     todo = [(arm, seed) for seed in seeds for arm in COMPARED if (arm, seed, steps) not in done]
     results.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(todo) * steps, desc="curves", unit="step") as bar:
-        for arm, seed in todo:
-            bar.set_postfix_str(f"{arm}, seed {seed}")
-            row = {"arm": arm, "seed": seed, "steps": steps, **_run(arm, seed, steps, bar), "with": environment("cpu")}
-            with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+    jobs = [(job, (*job, steps, device, workers == 1)) for job in todo]
+    for (arm, seed), found in tqdm(side_by_side(_run, jobs, workers), total=len(jobs), desc="curves", unit="run"):
+        row = {"arm": arm, "seed": seed, "steps": steps, **found, "with": environment(device)}
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
-def _run(arm: str, seed: int, steps: int, bar: Any) -> dict[str, list[float]]:
-    batches = FourAnswers().batches(seed, steps)
+def _run(arm: str, seed: int, steps: int, device: str, shown: bool) -> dict[str, list[float]]:
+    batches = FourAnswers(device).batches(seed, steps)
     torch.manual_seed(seed)
-    step = ARMS[arm].start(SmolLM2(seed=seed))
+    step = ARMS[arm].start(SmolLM2(seed=seed, device=device))
     losses, norms = [], []
-    for batch in batches:
+    for batch in tqdm(batches, desc=f"{arm}, seed {seed}", unit="step", leave=False, disable=not shown):
         step(batch)
         losses.append(round(step.loss, 5))
         norms.append(round(step.gradient_norm, 5))
-        bar.update()
     return {"losses": losses, "gradient_norms": norms}
 
 

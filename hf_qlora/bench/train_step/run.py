@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_qlora.bench.measure import clock, environment, memory, reset_peak
+from hf_qlora.bench.processes import apart
 from hf_qlora.bench.train_step.arms import ARMS, Case, Step
 
 
@@ -96,17 +95,6 @@ def peak_memory(arm: str, case: Case) -> dict[str, int]:
         "peak": used.peak - imported,
         "reserved": used.held,
     }
-
-
-def apart(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a module's function in a process of its own, with as many threads."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_with_threads, torch.get_num_threads(), function, args).result()
-
-
-def _with_threads(threads: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    torch.set_num_threads(threads)
-    return function(*args)
 
 
 def saved_bytes(step: Step) -> int:
