@@ -156,7 +156,7 @@ def bench_train_step(
         typer.echo(report.markdown(_read_results(results)))
         return
     case = arms.Case(shape, batch_size, sequence_length, rank, checkpointing=checkpointing, device=device)
-    _measured(run.measure(case, rounds, arm or tuple(arms.ARMS)), results, report)
+    _measured(run.measure(case, rounds, arm or arms.arms_for(device)), results, report)
 
 
 @bench.command("growth")

@@ -9,14 +9,17 @@ logits fit a budget; what a chunk adds to dh, (T, K), and to the parameters' gra
 Backward multiplies by the incoming gradient. So there is no gradient of second order.
 
 A frozen dense head has its formulas written out, in place in one buffer: z becomes dz. The products are in the dtype
-of the model, all between them in float32, a block of rows at a time. Any other head goes through autograd, one chunk
-at a time.
+of the model, all between them in float32, a block of rows at a time; with Triton in registers alone. Any other head
+goes through autograd, one chunk at a time.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,9 +27,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-# Of float32 logits at a time: 1,024 rows x 576 -> 49,152 in bfloat16 on one AVX512-BF16 core took 0.67 of the time of
-# full logits with 16 MiB, 0.59 with 32, 0.58 with 64 and with 128.
-CHUNK_BYTES = 2**25
+logger = logging.getLogger(__name__)
+
+# Of float32 logits at a time. CPU: 1,024 rows x 576 -> 49,152 in bfloat16 on one AVX512-BF16 core took 0.67 of the
+# time of full logits with 16 MiB, 0.59 with 32, 0.58 with 64 and with 128.
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 # Of those, how many are in float32 at once: on a CPU what its cache holds (0.59; 0.66 with the whole chunk).
 BLOCK_BYTES = {"cpu": 2**21}
 
@@ -46,7 +51,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Cross entropy behind a frozen linear head.
 
@@ -57,6 +62,7 @@ def linear_cross_entropy(
         target (`torch.Tensor`, (T,), int64): a class for each row, or `ignore_index`.
         dtype: of the products; hidden's by default.
         reduction: "mean" over the rows kept, or "sum".
+        chunk_bytes: of float32 logits at a time; by default `CHUNK_BYTES`.
 
     Returns:
         `torch.Tensor`, (): in float32, or float64 where `dtype` is.
@@ -66,7 +72,8 @@ def linear_cross_entropy(
     def take(hidden: Tensor) -> Taken:
         index, h, t = _kept(hidden, target, ignore_index)
         W = unpack()
-        total, dh = _frozen_chunks(h, W, None if bias is None else bias.to(dtype), t, label_smoothing, chunk_bytes)
+        narrow_bias = None if bias is None else bias.to(dtype)
+        total, dh = _frozen_chunks(h, W, narrow_bias, t, label_smoothing, chunk_bytes or _chunk_bytes(h))
         return total, len(t) if reduction == "mean" else 1, index, dh, []
 
     loss: Tensor = _Chunked.apply(take, hidden)
@@ -84,7 +91,7 @@ def chunked_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Cross entropy behind any head that treats each row alike; arguments and result as for `linear_cross_entropy`.
 
@@ -100,7 +107,7 @@ def chunked_cross_entropy(
         dh = torch.empty_like(h) if hidden.requires_grad else None
         sums = [torch.zeros_like(p, dtype=_wide(p.dtype), memory_format=torch.contiguous_format) for p in parameters]
         total: Tensor | None = None
-        for rows in _chunks(len(t), classes * _wide(h.dtype).itemsize, chunk_bytes):
+        for rows in _chunks(len(t), classes * _wide(h.dtype).itemsize, chunk_bytes or _chunk_bytes(h)):
             with own_graph():
                 part = h[rows].detach().requires_grad_(dh is not None)
                 z = logits_of(part)
@@ -168,9 +175,7 @@ def _frozen_chunks(
             torch.mm(part, W.t(), out=z)
         else:
             torch.addmm(bias, part, W.t(), out=z)
-        block_bytes = BLOCK_BYTES.get(z.device.type, chunk_bytes)
-        for block in _chunks(len(z), len(W) * wide.itemsize, block_bytes):
-            total += _to_gradient(z[block], target[rows][block, None], smoothing)
+        total += _to_gradient(z, target[rows], smoothing, BLOCK_BYTES.get(z.device.type, chunk_bytes))
         if W.dtype == h.dtype:
             torch.mm(z, W, out=dh[rows])
         else:
@@ -178,8 +183,19 @@ def _frozen_chunks(
     return total, dh
 
 
-def _to_gradient(z: Tensor, target: Tensor, smoothing: float) -> Tensor:
+def _to_gradient(z: Tensor, target: Tensor, smoothing: float, block_bytes: int) -> Tensor:
     """Turn logits, (rows, V), into the gradient of the sum of their losses, which is returned."""
+    if z.is_cuda and _triton_is_right(z.device, z.dtype):
+        from hf_qlora.kernels.triton import logits_to_gradient
+
+        return logits_to_gradient(z, target, smoothing).sum()
+    total = z.new_zeros((), dtype=_wide(z.dtype))
+    for block in _chunks(len(z), z.shape[1] * total.itemsize, block_bytes):
+        total += _block_to_gradient(z[block], target[block, None], smoothing)
+    return total
+
+
+def _block_to_gradient(z: Tensor, target: Tensor, smoothing: float) -> Tensor:
     p = z.to(_wide(z.dtype))
     expected = p.gather(1, target).squeeze(1) * (1 - smoothing)  # Σ q z
     if smoothing:
@@ -193,6 +209,36 @@ def _to_gradient(z: Tensor, target: Tensor, smoothing: float) -> Tensor:
     if p is not z:
         z.copy_(p)
     return total
+
+
+@cache
+def _triton_is_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Compare the kernel with torch on a few logits: it may not compile where it was not tested."""
+    if torch.version.hip or find_spec("triton") is None or dtype == torch.float64:
+        return False
+    try:
+        from hf_qlora.kernels.triton import logits_to_gradient
+
+        z = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        target, expected = torch.tensor([0, 500, 999], device=device), z.clone()
+        total = _block_to_gradient(expected, target[:, None], 0.1)
+        losses = logits_to_gradient(z, target, 0.1)
+        torch.testing.assert_close(losses.sum(), total)
+        torch.testing.assert_close(z, expected)
+    except Exception as error:  # a compiler or a driver may raise anything, and torch serves as well
+        logger.warning(
+            "The Triton kernel for the loss does not work on %s (%s): %s: %s. torch is used.",
+            device,
+            dtype,
+            type(error).__name__,
+            error,
+        )
+        return False
+    return True
+
+
+def _chunk_bytes(tensor: Tensor) -> int:
+    return CHUNK_BYTES.get(tensor.device.type, CHUNK_BYTES["cuda"])
 
 
 def _chunks(rows: int, row_bytes: int, chunk_bytes: int) -> list[slice]:

@@ -1,4 +1,6 @@
-"""Nested NF4 to a dense weight in one launch, for NVIDIA GPUs; bit for bit what bitsandbytes' three launches give.
+"""Two kernels for NVIDIA GPUs: nested NF4 to a dense weight in one launch, and logits to their loss and gradient.
+
+NF4 comes out bit for bit as from bitsandbytes' three launches.
 
     absmax_b = table[code_b] · group[b / 256] + offset     or read as it is, where the scales are not nested
     weight_i = level[nibble_i] · absmax_b,  rounded once to the result's dtype
@@ -14,6 +16,9 @@ runs of bytes that make 16 bytes of weights, and writes these beside its neighbo
 
 Rejected: a tree of selects for the levels, 15 instructions a weight where the memory leaves time for about 20; a table
 of 256 pairs, which does not lie in one cache line; `tl.gather`, which exchanges them.
+
+The loss goes over a row of logits twice: for its maximum and sum of exponentials, and to put the gradient in its
+place. In between nothing but two numbers is kept, so logits in 16 bits are never there in float32.
 """
 
 from __future__ import annotations
@@ -41,6 +46,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 TILE = 2048
 WARPS = 4  # 16 weights a thread
+LOGITS = 8192  # of a row at a time
 
 _TILE = tl.constexpr(TILE)
 _ROW = tl.constexpr(BLOCK_SIZES[0])
@@ -120,6 +126,38 @@ def dequantize_nf4(
             enable_fp_fusion=False,
         )
     return out
+
+
+def logits_to_gradient(z: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Turn logits into the gradient of the sum of their cross entropies, in place.
+
+    Args:
+        z (`torch.Tensor`, (rows, V), float16, bfloat16 or float32): contiguous.
+        target (`torch.Tensor`, (rows,), int64): classes, all below V.
+        smoothing: of the labels, 0 to 1.
+
+    Returns:
+        `torch.Tensor`, (rows,), float32: the losses.
+    """
+    losses = z.new_empty(len(z), dtype=torch.float32)
+    if z.dtype not in DTYPES or not z.is_contiguous() or (target.dtype, len(target)) != (torch.int64, len(z)):
+        raise ValueError(
+            f"logits of {z.dtype}, shape {tuple(z.shape)}, strides {z.stride()}, with {len(target)} targets of "
+            f"{target.dtype}, are not supported: contiguous rows of one of {DTYPES}, and an int64 for each."
+        )
+    if len(z):
+        with torch.cuda.device_of(z):
+            _cross_entropy[(len(z),)](
+                z,
+                target.contiguous(),
+                losses,
+                smoothing,
+                V=z.shape[1],
+                TILE=min(LOGITS, triton.next_power_of_2(z.shape[1])),
+                NATIVE=not INTERPRETED,
+                num_warps=8,
+            )
+    return losses
 
 
 def _check(
@@ -213,6 +251,50 @@ def _dequantize(  # type: ignore[no-untyped-def]
     to = row[:, None] * _ROW + tl.arange(0, _ROW)[None, :]
     left = tl.minimum(numel - start, _TILE).to(tl.int32)
     tl.store(out + start + to, _rounded(weight, out.dtype.element_ty, NATIVE), mask=to < left)
+
+
+@triton.jit
+def _larger(a, b):  # type: ignore[no-untyped-def]
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _sum(a, b):  # type: ignore[no-untyped-def]
+    return a + b
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _cross_entropy(  # type: ignore[no-untyped-def]
+    z, target, losses, smoothing, V: tl.constexpr, TILE: tl.constexpr, NATIVE: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    z += row * V
+    wanted = tl.load(target + row)
+    # Before the reductions, which keep the warps together: no warp has written a gradient there yet.
+    expected = tl.load(z + wanted).to(tl.float32)
+    column = tl.arange(0, TILE)
+    # For each column of the tile, so that there is one reduction at the end.
+    highest = tl.full([TILE], -3e38, tl.float32)
+    total = tl.full([TILE], 0.0, tl.float32)
+    summed = tl.full([TILE], 0.0, tl.float32)
+    for start in range(0, V, TILE):
+        at = start + column
+        x = tl.load(z + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(highest, x)
+        total = total * tl.exp(highest - higher) + tl.exp(x - higher)
+        summed += tl.where(at < V, x, 0.0)
+        highest = higher
+    most = tl.reduce(highest, 0, _larger)
+    whole = most + tl.log(tl.reduce(total * tl.exp(highest - most), 0, _sum))
+    loss = whole - (1 - smoothing) * expected
+    if smoothing > 0:
+        loss -= smoothing * (tl.reduce(summed, 0, _sum) / V)
+    tl.store(losses + row, loss)
+    for start in range(0, V, TILE):
+        at = start + column
+        p = tl.exp(tl.load(z + at, mask=at < V, other=float("-inf")).to(tl.float32) - whole)
+        p -= tl.where(at == wanted, 1 - smoothing, 0.0) + smoothing / V
+        tl.store(z + at, _rounded(p, z.dtype.element_ty, NATIVE), mask=at < V)
 
 
 INTERPRETED = not isinstance(_dequantize, triton.JITFunction)

@@ -4,13 +4,17 @@ The node (`kernels/functional.py`) serves plain LoRA and depth scales, with any 
 adapters, and DoRA alone and without dropout, over a frozen base. In eval mode without gradients plain LoRA and depth
 scales are added to the base's result: when a model generates token by token, the products are so small that what
 counts is how many operations there are. All else (other variants, `lora_bias`, mixed batches, hooks on the parts, a
-base that is trained, inference under autocast, torch.compile) goes the way PEFT has it; which layers do so in training
-is logged at debug level, once each.
+base that is trained, inference under autocast) goes the way PEFT has it; which layers do so in training is logged at
+debug level, once each.
+
+Under torch.compile what the node serves, but for DoRA, is written in plain operations, which are fused there. PEFT's
+own would multiply in the adapters' float32.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -36,17 +40,20 @@ _SAID = "_hf_qlora_said_slow"  # on a layer whose way has been logged
 
 def step_adapters(layer: Any) -> list[Adapter] | None:
     """The active adapters as the node takes them; None where this forward is PEFT's."""
-    if layer.disable_adapters or layer.merged or torch.compiler.is_compiling():
+    if layer.disable_adapters or layer.merged:
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
+    compiling = torch.compiler.is_compiling()
     learns = layer.training or torch.is_grad_enabled()  # in training also without: what checkpointing does first
-    if not learns and not any(_is_dora(layer, name) for name in names):  # PEFT's DoRA multiplies by an identity matrix
+    dora = any(_is_dora(layer, name) for name in names)
+    if dora if compiling else not (learns or dora):  # PEFT's DoRA multiplies by an identity matrix
         return None
     found = []
     for name in names:
         why = _obstacle(layer, name, alone=len(names) == 1)
         if why:
-            _say_once(layer, why)
+            if not compiling:
+                _say_once(layer, why)
             return None
         found.append(_adapter(layer, name))
     return found or None
@@ -124,6 +131,20 @@ def step_forward(
         if adapters[0].magnitude is not None:
             return dora_linear(given, unpack, narrow, adapters[0], shared)
         return lora_linear(given, unpack, narrow, adapters, shared)
+
+
+def traced_forward(x: Tensor, dtype: torch.dtype, base: Callable[[Tensor], Tensor], adapters: list[Adapter]) -> Tensor:
+    """The same in plain operations, for torch.compile; `base` applies the frozen layer."""
+    kind = x.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        x = x.to(dtype)
+        y = base(x)
+        for adapter in adapters:
+            dropped = nn.functional.dropout(x, adapter.dropout) if adapter.dropout else x
+            s = nn.functional.linear(dropped, adapter.A.to(dtype))
+            c = adapter.scaling if adapter.gain is None else adapter.scaling * adapter.gain
+            y = y + nn.functional.linear((s * c).to(dtype), adapter.B.to(dtype))
+        return y
 
 
 def _obstacle(layer: LoraLayer, name: str, alone: bool) -> str:

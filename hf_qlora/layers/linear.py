@@ -11,6 +11,7 @@ the packed layer, the same object, back.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.kernels.functional import add_adapters
 from hf_qlora.layers.errors import MergeError
-from hf_qlora.layers.forward import inference_adapters, step_adapters, step_forward
+from hf_qlora.layers.forward import inference_adapters, step_adapters, step_forward, traced_forward
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
 
 
@@ -49,6 +50,8 @@ class Linear4bit(PeftLinear4bit):
             result = super().forward(x)
             return result
         dtype = base.product_dtype(x)
+        if torch.compiler.is_compiling():
+            return traced_forward(x, dtype, base, adapters).to(x.dtype)
         return step_forward(x, dtype, lambda: base.dequantize(dtype), base.bias, adapters).to(x.dtype)
 
     def merge(
@@ -157,6 +160,8 @@ class Linear(PeftLinear):
         if adapters is None:
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
+        if torch.compiler.is_compiling():
+            return traced_forward(x, dtype, partial(_dense, self.base_layer, dtype), adapters)
         transposed = isinstance(self.base_layer, Conv1D)
 
         def unpack() -> Tensor:
@@ -164,6 +169,13 @@ class Linear(PeftLinear):
             return dense.t() if transposed else dense
 
         return step_forward(x, dtype, unpack, self.base_layer.bias, adapters)
+
+
+def _dense(base: Any, dtype: torch.dtype, x: Tensor) -> Tensor:
+    """A frozen `nn.Linear` or `Conv1D`, in `dtype`."""
+    weight = base.weight.to(dtype)
+    bias = None if base.bias is None else base.bias.to(dtype)
+    return nn.functional.linear(x, weight.t() if isinstance(base, Conv1D) else weight, bias)
 
 
 def adopt(model: nn.Module) -> None:

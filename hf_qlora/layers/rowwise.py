@@ -121,7 +121,6 @@ def _cross_entropy(
         "ignore_index": ignore_index,
         "reduction": reduction,
         "label_smoothing": label_smoothing,
-        "chunk_bytes": chunked.CHUNK_BYTES,
     }
     recipe.call.loss_taken = True
     one = torch.empty(1, 1, dtype=logits.dtype, device=logits.device)

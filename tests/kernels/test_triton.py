@@ -450,3 +450,66 @@ def test_on_a_gpu(
         time = seconds(lambda impl=impl: dequantize_weight(packed, state, impl=impl))
         with capsys.disabled():
             print(f"\n{dtype}, nested={double_quant}, {impl}: {time * 1e6:.0f} µs, {moved / time / 1e9:.0f} GB/s")
+
+
+@pytest.mark.gpu
+def test_the_loss_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, NAME, load(interpret=False))
+    for dtype in WEIGHT_DTYPES:
+        for rows, V in ((1, 1), (3, 1000), (5, 8192), (7, 128_256)):
+            for smoothing in (0.0, 0.1):
+                check_loss(sys.modules[NAME], dtype, rows, V, smoothing, torch.device("cuda"))
+
+
+# Half a unit in the last place of the result's dtype. In float32 the interpreter adds thousands one after the other.
+ROUNDED = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-15}
+
+
+def check_loss(
+    module: ModuleType, dtype: torch.dtype, rows: int, V: int, smoothing: float, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(V)
+    z = (4 * torch.randn(rows, V, generator=generator)).to(dtype)
+    target = torch.randint(V, (rows,), generator=generator)
+    exact = z.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, target, reduction="none", label_smoothing=smoothing)
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    found = z.to(device)
+    losses = module.logits_to_gradient(found, target.to(device), smoothing)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double().cpu(), expected.detach(), rtol=1e-5, atol=1e-5)
+    # Absolutely: what float32 makes of p − q near 0, and float16's least number, 6e-8.
+    torch.testing.assert_close(found.double().cpu(), slope, rtol=2 * ROUNDED[dtype], atol=2e-7)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("size", [(1, 1), (3, 1000), (2, 64), (2, 9000)], ids=str)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_the_loss_is_that_of_torch(
+    dtype: torch.dtype, size: tuple[int, int], smoothing: float, interpreted: ModuleType
+) -> None:
+    check_loss(interpreted, dtype, *size, smoothing, torch.device("cpu"))
+
+
+def test_the_loss_of_nothing_and_of_impossible_classes(interpreted: ModuleType) -> None:
+    assert interpreted.logits_to_gradient(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    z = torch.tensor([[0.0, -math.inf, 1.0]])
+    expected = torch.nn.functional.cross_entropy(z.clone(), torch.tensor([2]))
+    assert interpreted.logits_to_gradient(z, torch.tensor([2])) == pytest.approx(float(expected))
+    assert z[0, 1] == 0
+    assert z.sum() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("z", "target"),
+    [
+        (torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(3, 2).t(), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32)),
+        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64)),
+    ],
+    ids=["float64", "strides", "int32", "targets"],
+)
+def test_logits_it_was_not_written_for_are_refused(z: Tensor, target: Tensor, interpreted: ModuleType) -> None:
+    with pytest.raises(ValueError, match="are not supported"):
+        interpreted.logits_to_gradient(z, target)

@@ -276,7 +276,9 @@ def test_reparametrized_layers_are_left_alone() -> None:
     assert torch.equal(new(x), expected[1])
 
 
-@pytest.mark.parametrize("family", [a for a in ARCHITECTURES if "mixtral" in a.name or "moe" in a.name], ids=str)
+@pytest.mark.parametrize(
+    "family", [a for a in ARCHITECTURES if "mixtral" in a.name or "moe" in a.name], ids=lambda a: a.name
+)
 def test_3d_experts_are_named_with_their_share(family: Architecture, caplog: pytest.LogCaptureFixture) -> None:
     model = family.make()
     experts = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 3}

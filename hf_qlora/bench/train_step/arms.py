@@ -150,6 +150,31 @@ def _with_trls_head(case: Case) -> Any:
     return model
 
 
+def _with_ligers_kernels(case: Case, build: Callable[..., Any]) -> Any:
+    """With Liger's fused norms and MLP in the base, as Trainer's `use_liger_kernel=True` puts them there.
+
+    Raises:
+        ImportError: without Liger.
+    """
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+    except ImportError as error:
+        raise ImportError("The arms with Liger's kernels need them: pip install liger-kernel") from error
+    model = build(case)
+    # Its rotary embedding would be in all arms of this process; the loss is ours or transformers'.
+    no = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    apply_liger_kernel_to_llama(model=model.get_base_model(), rms_norm=True, swiglu=True, **no)
+    return model
+
+
+def _compiled(case: Case) -> Any:
+    """Ours, each decoder layer compiled: the layers are alike, so one is compiled for all."""
+    model = _ours(case)
+    for layer in model.get_base_model().model.layers:
+        layer.compile()
+    return model
+
+
 def _floor(case: Case) -> Any:
     model = case.dense()
     enable_chunked_loss(model)
@@ -164,6 +189,7 @@ class Arm:
         build: makes the model; `settings` are passed to it.
         options: of the model's forward.
         autocast: whether the forward runs under autocast to bfloat16, as Trainer's does with `bf16=True`.
+        device: the only kind it is for.
     """
 
     name: str
@@ -171,6 +197,7 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     autocast: bool = False
+    device: str = ""
 
     def start(self, case: Case) -> Step:
         model = self.build(case, **self.settings)
@@ -227,9 +254,17 @@ ARMS = {
         Arm(OURS, _ours, {"chunked_loss": False}),
         Arm(CHUNKED, _ours),
         Arm("ours, autocast", _ours, autocast=True),
+        Arm("stock, all bfloat16, Liger's kernels", _with_ligers_kernels, {"build": _tuned}, device="cuda"),
+        Arm("ours, Liger's kernels", _with_ligers_kernels, {"build": _ours}, device="cuda"),
+        Arm("ours, compiled", _compiled, device="cuda"),
         Arm(TRL, _with_trls_head, options={"fused_lm_head": True}),
         Arm("ours, gain", _ours, {"config": AdaptiveDepthLoRAConfig}),
         Arm("ours, gain and concentration", _ours, {"config": AdaptiveDepthLoRAConfig, "attention": "concentration"}),
         Arm(FLOOR, _floor),
     )
 }
+
+
+def arms_for(device: str) -> tuple[str, ...]:
+    """The names of all arms that are for the device."""
+    return tuple(name for name, arm in ARMS.items() if arm.device in ("", torch.device(device).type))

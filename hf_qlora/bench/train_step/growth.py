@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from hf_qlora.bench.measure import environment
-from hf_qlora.bench.processes import apart
 from hf_qlora.bench.train_step.arms import CHUNKED, FLOOR, Case
 from hf_qlora.bench.train_step.report import described, mib
-from hf_qlora.bench.train_step.run import interleaved, peak_memory
+from hf_qlora.bench.train_step.run import interleaved, peak_alone
 from hf_qlora.plots import pyplot, save
 
 
@@ -83,7 +81,7 @@ def _at(case: Case, name: str, value: int) -> Case:
 def _point(case: Case, rounds: int, bar: Any) -> dict[str, dict[str, Any]]:
     peaks = {}
     for arm in ARMS:
-        peaks[arm] = _peak(arm, case)
+        peaks[arm] = peak_alone(arm, case)["peak"]
         bar.update()
     times, _, ends = interleaved(case, rounds, ARMS, lambda arm: bar.update())
     return {
@@ -94,12 +92,6 @@ def _point(case: Case, rounds: int, bar: Any) -> dict[str, dict[str, Any]]:
         }
         for arm in ARMS
     }
-
-
-def _peak(arm: str, case: Case) -> int:
-    """On CUDA the allocator counts exactly, so no process is needed for each."""
-    measured = peak_memory(arm, case) if torch.device(case.device).type == "cuda" else apart(peak_memory, arm, case)
-    return int(measured["peak"])
 
 
 @dataclass(frozen=True)
