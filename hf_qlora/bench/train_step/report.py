@@ -29,11 +29,14 @@ def markdown(result: dict[str, Any]) -> str:
         ratio = median / statistics.median(arms[reference]["step_s"])
         ratio_of_minima = least / min(arms[reference]["step_s"])
         tokens = case["batch_size"] * case["sequence_length"]
+        unseen = arm["trained_parameters"] and not arm["saved_bytes"]  # compiled layers show nothing of what they keep
+        saved = "not seen" if unseen else mib(arm["saved_bytes"])
         lines.append(
             f"| {name} | {median:.3f} | {ratio:.2f} | {ratio_of_minima:.2f} | {tokens / median:,.0f} "
-            f"| {mib(arm['memory']['peak'])} | {mib(arm['saved_bytes'])} "
+            f"| {mib(arm['memory']['peak'])} | {saved} "
             f"| {work / median / result['gemm_flops_per_s']:.0%} | {arm['loss']:.4f} | {arm['gradient_norm']:.4f} |"
         )
+    lines += ["", "Of attention's arithmetic only the half that a causal mask leaves is counted."]
     imports = max(arm["memory"]["imports"] for arm in arms.values())
     lines += ["", f"Peaks are less what the imports take by themselves, {mib(imports)} MiB."]
     return "\n".join(lines)
