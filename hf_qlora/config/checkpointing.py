@@ -48,8 +48,8 @@ class Checkpointing:
             raise ConfigError(f"mode={self.mode!r} needs use_reentrant=False; leave use_reentrant out.")
         if not self.options.get("preserve_rng_state", True):
             raise ConfigError(
-                "preserve_rng_state=False draws other dropout masks in backward than in forward, so that gradients are "
-                "wrong. Leave it out."
+                "preserve_rng_state=False draws other dropout masks in backward than in forward, so that gradients "
+                "are wrong. Leave it out."
             )
 
     @classmethod

@@ -60,8 +60,8 @@ class QLoRAConfig(LoraConfig):
     checkpointing: str | dict[str, Any] | None = field(
         default=None,
         metadata={
-            "help": "What layers keep for backward: 'full', 'offload', or a dict of `enable_checkpointing`'s arguments, "
-            "as {'mode': 'budget', 'budget_bytes': 4 * 2**30}. None: as the model has it."
+            "help": "What layers keep for backward: 'full', 'offload', or a dict of `enable_checkpointing`'s "
+            "arguments, as {'mode': 'budget', 'budget_bytes': 4 * 2**30}. None: as the model has it."
         },
     )
     on_base_mismatch: str = field(

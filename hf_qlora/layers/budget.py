@@ -63,7 +63,7 @@ class Budget:
         return {**self.__dict__, "held": 0}  # a copy of the model has no graph
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # what it does depends on what is held
-    def __call__(self, layer: int, function: Function, *args: Any) -> Any:
+    def call(self, layer: int, function: Function, *args: Any) -> Any:
         """Call a layer, as `torch.utils.checkpoint.checkpoint` does."""
         x = first_tensor(args)
         if x is None or not torch.is_grad_enabled():

@@ -3,9 +3,9 @@
 | mode | kept for backward | costs |
 | --- | --- | --- |
 | `"full"` | of each layer its input | each layer's forward again |
-| `"budget"` | of the last layers all, as many as fit; of the others their inputs (`budget.py`) | the others' forwards |
+| `"budget"` | of the last layers all, as many as fit; of the others their inputs (`budget.py`) | their forwards |
 | `"offload"` | the inputs in pinned host memory (`offload.py`) | as "full", and copies beside the computation |
-| `chunk_size=` | with any of them, or alone: an MLP's activations for so many rows at a time (`chunked_mlp.py`) | MLPs again |
+| `chunk_size=` | with any of them, or alone: MLPs for so many rows at a time (`chunked_mlp.py`) | MLPs again |
 
 All of it is non-reentrant and keeps the state of the random numbers, so that dropout draws the same masks in backward,
 and gradients are those without checkpointing.
@@ -67,9 +67,7 @@ def apply_checkpointing(model: nn.Module, wanted: Checkpointing) -> None:
     """As `enable_checkpointing`."""
     base = _transformers_model(model)
     if base is None:
-        raise ConfigError(
-            f"{type(model).__name__} has no transformers model in it: there are no layers to checkpoint."
-        )
+        raise ConfigError(f"{type(model).__name__} has no transformers model in it, and so no layers to checkpoint.")
     own = type(base)._set_gradient_checkpointing
     if not base.supports_gradient_checkpointing or inspect.unwrap(own) is not _stock():
         raise ConfigError(f"{type(base).__name__} does not support gradient checkpointing in transformers.")
@@ -103,7 +101,7 @@ def set_gradient_checkpointing(
         assert wanted.budget_bytes is not None
         budget = Budget(wanted.budget_bytes, len(layers), options)
         for number, layer in enumerate(layers):
-            layer._gradient_checkpointing_func = functools.partial(budget, number)
+            layer._gradient_checkpointing_func = functools.partial(budget.call, number)
 
 
 def _check(wanted: Checkpointing, function: Any, every_n_layers: int, layers: list[Any], model: str) -> None:
@@ -112,9 +110,7 @@ def _check(wanted: Checkpointing, function: Any, every_n_layers: int, layers: li
     if wanted.mode == "budget" and every_n_layers != 1:
         raise ConfigError(f"every_n_layers={every_n_layers} and mode='budget' both choose layers; leave one out.")
     if not layers and wanted.mode in ("budget", "offload"):
-        raise ConfigError(
-            f"mode={wanted.mode!r} needs layers of transformers' GradientCheckpointingLayer; use 'full'."
-        )
+        raise ConfigError(f"mode={wanted.mode!r} needs layers that are GradientCheckpointingLayers; use mode='full'.")
 
 
 def _transformers_model(model: nn.Module) -> Any:

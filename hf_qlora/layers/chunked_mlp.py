@@ -8,9 +8,9 @@ from dropout the result is that of the whole but for the rounding of other produ
 order.
 
 An MLP is found by its structure: a module within a layer that has two or more linear layers, adapted or not, beside
-activations, norms and dropout, no parameters of its own, and a forward of one tensor. That it treats each row by itself
-is tried on four rows of random numbers (an attention of one argument looks alike). A block of experts is none of it, but
-the MLPs in it, of each expert or shared by all tokens, are.
+activations, norms and dropout, no parameters of its own, and a forward of one tensor. That it treats each row by
+itself is tried on four rows of random numbers (an attention of one argument looks alike). A block of experts is none
+of it, but the MLPs in it, of each expert or shared by all tokens, are.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def chunkable(model: nn.Module, dtype: torch.dtype) -> list[Any]:
     chosen = [[mlp for mlp in of_layer if kinds[type(mlp)]] for of_layer in found]
     if not any(chosen):
         raise ConfigError(
-            f"chunk_size: {type(model).__name__} has no MLP that can be computed in chunks, which is a module with two "
-            "or more linear layers, of one tensor, that treats each token by itself. Blocks of experts are none, nor "
-            "are linear layers that stand in the layer itself (BERT). Leave chunk_size out."
+            f"chunk_size: {type(model).__name__} has no MLP that can be computed in chunks, which is a module with "
+            "two or more linear layers, of one tensor, that treats each token by itself. Blocks of experts are none, "
+            "nor are linear layers that stand in the layer itself (BERT). Leave chunk_size out."
         )
     without = sum(not of_layer for of_layer in chosen)
     if without:
@@ -132,11 +132,11 @@ def _takes_one_tensor(module: nn.Module) -> bool:
 def _is_rowwise(mlp: nn.Module, dtype: torch.dtype) -> bool:
     """Whether it gives four rows together what it gives them two by two; weights that are not there are believed."""
     first = next(child for child in mlp.children() if _is_linear(child))
-    base = first.get_base_layer() if isinstance(first, LoraLayer) else first
-    weight: Any = base.weight
+    base: Any = first.get_base_layer() if isinstance(first, LoraLayer) else first
+    weight = base.weight
     if weight.device.type == "meta":
         return True
-    width = base.in_features if isinstance(base, nn.Linear) else base.weight.shape[0]
+    width: int = base.in_features if isinstance(base, nn.Linear) else weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, _ROWS, width, generator=generator).to(weight.device, dtype)
     was_training = mlp.training

@@ -12,7 +12,7 @@ from torch import nn
 
 
 class Subclassed(nn.Module):
-    """What is put before a module's own class: a subclass of this, with a `forward` that may call `super().forward`."""
+    """What is put before a module's own class: its `forward` may call `super().forward`."""
 
     _own_class: ClassVar[type[nn.Module]]
     _before: ClassVar[type[Subclassed]]
