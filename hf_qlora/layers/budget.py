@@ -49,7 +49,7 @@ class Budget:
         rates: of each layer, in order, the bytes that it keeps for each byte of its input; None before its first.
         lengths: of each layer, the longest sequence that its rate was measured with.
         held: the bytes that are kept now.
-        started, keeps, warned: whether a forward has come to its end, a layer was kept, a warning given.
+        started, keeps: whether a forward has come to its end, and whether a layer was kept.
     """
 
     def __init__(self, limit: int, layers: int, options: Mapping[str, Any]) -> None:
@@ -57,7 +57,8 @@ class Budget:
         self.rates: list[float | None] = [None] * layers
         self.lengths = [0] * layers
         self.held = 0
-        self.started = self.keeps = self.warned = False
+        self.started = self.keeps = False
+        self.warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "held": 0}  # a copy of the model has no graph
@@ -108,17 +109,18 @@ class Budget:
             )
             if not self.started:
                 raise ConfigError(f"{message} Give at least those, or smaller batches, or use mode='offload'.")
-            self._warn_once(f"{message} They are all checkpointed, and the budget is exceeded.")
+            self._warn_once("exceeded", f"{message} They are all checkpointed, and the budget is exceeded.")
         elif is_last and not self.keeps:
             self._warn_once(
+                "none",
                 f"budget_bytes={self.limit:,} leaves no layer its activations for {of}, so that mode='budget' is "
-                f"mode='full'. From {self.held + self._cost(layer, x):,} bytes on it keeps a layer's."
+                f"mode='full'. From {self.held + self._cost(layer, x):,} bytes on it keeps a layer's.",
             )
         self.started = self.started or is_last
 
-    def _warn_once(self, message: str) -> None:
-        if not self.warned:
-            self.warned = True
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self.warned:
+            self.warned.add(what)
             logger.warning(message)
 
     def _holding(self, out: Any, size: int) -> Any:
@@ -159,7 +161,7 @@ def saved_bytes(function: Function, args: Sequence[Any]) -> Iterator[dict[int, i
         if storage.data_ptr() not in others:
             kept.append(tensor.detach())
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # with its history, a node's own result would keep the node
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _unpacked):
         yield saved
