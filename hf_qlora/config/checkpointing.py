@@ -41,7 +41,7 @@ class Checkpointing:
                 raise ConfigError(f"{name}={value!r} of checkpointing must be a positive integer, or None.")
         if (self.mode == "budget") != (self.budget_bytes is not None):
             raise ConfigError(
-                f"mode={self.mode!r} with budget_bytes={self.budget_bytes!r}: a budget needs both "
+                f"checkpointing with mode={self.mode!r} and budget_bytes={self.budget_bytes!r}: a budget needs both "
                 "mode='budget' and budget_bytes, the bytes that all layers together may keep for backward."
             )
         if self.mode != "full" and self.options.get("use_reentrant"):

@@ -139,15 +139,19 @@ def _is_rowwise(mlp: nn.Module, dtype: torch.dtype) -> bool:
     width: int = base.in_features if isinstance(base, nn.Linear) else weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, _ROWS, width, generator=generator).to(weight.device, dtype)
-    was_training = mlp.training
+    # Without dropout, but for linear layers no eval: bitsandbytes' repack their weights in it on some CPUs.
+    random = [module for module in mlp.modules() if module.training and not _is_linear(module)]
     try:
+        for module in random:
+            module.training = False
         with torch.no_grad():
-            whole = mlp.eval()(rows)
+            whole = mlp(rows)
             if not isinstance(whole, Tensor) or whole.shape != rows.shape:
                 return False
             halves = torch.cat([mlp(part) for part in rows.split(_ROWS // 2, dim=-2)], dim=-2)
     except (RuntimeError, TypeError, ValueError):  # another width, or more than a tensor: no MLP that we know
         return False
     finally:
-        mlp.train(was_training)
+        for module in random:
+            module.training = True
     return bool((whole - halves).abs().max() <= _EQUAL * whole.abs().max())
