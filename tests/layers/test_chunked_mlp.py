@@ -80,6 +80,8 @@ def test_chunks_equal_the_whole(kind: str, adapter: dict[str, Any], mode: str | 
     for size in (1, 5, LENGTH, 100):
         enable_checkpointing(model, mode, 10**6 if mode == "budget" else None, chunk_size=size)
         assert_close(step(model), expected)
+    enable_checkpointing(model, "full")  # ends what was enabled before
+    assert not any(isinstance(module, ChunkedMLP) for module in model.modules())
     disable_checkpointing(model)
     assert all(torch.equal(gradient, expected[name]) for name, gradient in step(model).items())
 
