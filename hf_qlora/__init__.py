@@ -10,6 +10,7 @@ configs behave as before.
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
 from hf_qlora.hub.callback import ModelCardCallback
+from hf_qlora.layers.checkpointing import disable_checkpointing, enable_checkpointing
 from hf_qlora.layers.head import disable_chunked_loss, enable_chunked_loss
 from hf_qlora.merge import MergeReport, merge
 from hf_qlora.quant.base import quantize_model
@@ -33,7 +34,9 @@ __all__ = [
     "QLoRAModel",
     "QuantizationReport",
     "create_optimizer",
+    "disable_checkpointing",
     "disable_chunked_loss",
+    "enable_checkpointing",
     "enable_chunked_loss",
     "fast_generation",
     "merge",

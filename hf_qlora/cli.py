@@ -185,6 +185,34 @@ def bench_growth(
     _measured(growth.measure(case, rounds, axis or tuple(growth.AXES)), results, growth)
 
 
+@bench.command("checkpointing")
+def bench_checkpointing(
+    device: Annotated[str, typer.Option(help="cpu (SmolLM2's shape) or cuda (Llama-3-8B's).")] = "cpu",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each mode's turn comes.")] = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model once, to see that it works.")] = False,
+    results: Annotated[Path, typer.Option(help="JSON; the picture goes beside it.")] = Path(
+        "results/checkpointing.json"
+    ),
+    report_only: Annotated[bool, typer.Option("--report", help="Do nothing; print the table of --results.")] = False,
+) -> None:
+    """Time and memory of a training step in each mode of checkpointing, with the same loss and gradients.
+
+    Minutes on two cores, or on a GPU with 80 GB.
+    """
+    from dataclasses import replace
+
+    from hf_qlora.bench.train_step import checkpointing
+
+    _check_choice("--device", [device], checkpointing.CASES)
+    if report_only:
+        typer.echo(checkpointing.markdown(_read_results(results)))
+        return
+    case, turns = checkpointing.CASES[device], rounds
+    if quick:
+        case, turns = replace(case, shape="tiny", batch_size=2, sequence_length=16), 1
+    _measured(checkpointing.measure(case, turns), results, checkpointing)
+
+
 @bench.command("generation")
 def bench_generation(
     shape: Annotated[

@@ -15,6 +15,7 @@ are wrapped. For a stock `LoraConfig` each of them does what PEFT did.
 | `PeftModel.__init__`, `from_pretrained` | what PEFT will refuse is refused before the base is quantized |
 | `_BaseAutoPeftModel.from_pretrained` | the base is made with the classes of the adapter |
 | `PeftModel.load_adapter` | an adapter whose file is refused does not stay, without its weights |
+| `PreTrainedModel._set_gradient_checkpointing` | the keywords of checkpointing include ours |
 | `PeftAdapterMixin.load_adapter` | transformers sets a file's tensors itself, so the adapter must be in their form |
 | `lora.dora.dequantize_module_weight` | bitsandbytes reads wrong scales on some CPUs (`quant/linear4bit.py`) |
 | `PeftModel.save_pretrained` | whole or not at all; hash and fold factors are written |
@@ -47,7 +48,7 @@ from peft import LoraConfig, PeftModel, PeftType
 from peft.auto import _BaseAutoPeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.integrations.peft import PeftAdapterMixin
 
 from hf_qlora import hooks
@@ -55,6 +56,7 @@ from hf_qlora.config import QLoRAConfig
 from hf_qlora.config.record import RECORD_KEY
 from hf_qlora.hub import facts, push
 from hf_qlora.hub import trainer as trainer_hooks
+from hf_qlora.layers.checkpointing import set_gradient_checkpointing
 from hf_qlora.tuner import QLoRAModel
 
 
@@ -103,6 +105,8 @@ PRIVATE = {
     "torch:ops.bitsandbytes.gemv_4bit.default": "quant.repacked",
     "transformers.quantizers.base:get_keys_to_not_convert": "quant.selection",
     "transformers.modeling_utils:AttentionInterface.get_interface": "layers.attention",
+    "transformers.modeling_utils:PreTrainedModel._set_gradient_checkpointing": "registration, layers.checkpointing",
+    "transformers.modeling_layers:GradientCheckpointingLayer": "layers.checkpointing, layers.chunked_mlp",
     "transformers.modeling_utils:PreTrainedModel._keep_in_fp32_modules": "quant.selection",
     "transformers.integrations.peft:PeftAdapterMixin.load_adapter": "registration",
     "transformers.integrations.peft:PeftAdapterMixin._hf_peft_config_loaded": "quant.base",
@@ -118,6 +122,7 @@ PRIVATE = {
     "torch._C:_current_graph_task_id": "kernels.functional",
     "torch:Tensor._make_wrapper_subclass": "layers.logits",
     "torch.utils._pytree:tree_map_only": "layers.logits",
+    "torch.utils._pytree:tree_iter": "layers.budget",
     "torch._C:_dispatch_tls_local_include_set": "layers.logits",
     "torch._C:DispatchKeySet.from_raw_repr": "layers.logits",
     "torch._C:_ForceDispatchKeyGuard": "layers.logits",
@@ -155,6 +160,7 @@ def register() -> None:
     _wrap(PeftModel, "create_or_update_model_card", facts.create_or_update_model_card)
     _wrap(PeftModel, "push_to_hub", push.push_to_hub)
     _wrap(peft.config.PeftConfigMixin, "push_to_hub", push.push_to_hub)
+    _wrap(PreTrainedModel, "_set_gradient_checkpointing", set_gradient_checkpointing)
     _wrap(Trainer, "_save", trainer_hooks.save)
     _wrap(Trainer, "init_hf_repo", trainer_hooks.init_hf_repo)
     _wrap(Trainer, "push_to_hub", trainer_hooks.push_to_hub)

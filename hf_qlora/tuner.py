@@ -22,7 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_qlora import identity
 from hf_qlora.config import AdaptiveDepthLoRAConfig, QLoRAConfig
+from hf_qlora.config.checkpointing import Checkpointing
 from hf_qlora.layers import attention, depth, fold, head
+from hf_qlora.layers.checkpointing import apply_checkpointing, disable_checkpointing
 from hf_qlora.layers.linear import Linear4bit, adopt
 from hf_qlora.prepare import Factors, prepare_base
 from hf_qlora.quant.base import dequantize_layers, forget_quantization, refuse_interrupted
@@ -79,6 +81,8 @@ class QLoRAModel(LoraModel):
                     depth.attach(model, config, adapter_name)
                     if config.attention == "concentration":
                         attention.watch(model, adapter_name, config.layers_pattern)
+                if config.checkpointing is not None and not config.inference_mode:
+                    apply_checkpointing(model, Checkpointing.of(config.checkpointing))
             self._start_from(factors, adapter_name)
             if config.quantization is not None and not config.inference_mode:
                 self._let_gradients_in(model)
@@ -126,6 +130,8 @@ class QLoRAModel(LoraModel):
             dequantize_layers(result)
             forget_quantization(result)
         attention.unwatch(result)
+        if any(isinstance(config, QLoRAConfig) and config.checkpointing for config in self.peft_config.values()):
+            disable_checkpointing(result)
         for hook in self._gradient_hooks:
             hook.remove()
         return result

@@ -1164,3 +1164,26 @@ def test_a_slow_pattern_of_ones_own_is_a_warning_and_in_a_file_refused(
     config.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"rank_pattern: the regular expression .* is refused"):
         PeftConfig.from_pretrained(tmp_path)
+
+
+# Checkpointing
+
+
+@pytest.mark.parametrize("value", [None, "full", "offload", {"mode": "budget", "budget_bytes": 10}, {"chunk_size": 4}])
+def test_checkpointing_is_under_our_key_and_comes_back(value: Any, tmp_path: Path) -> None:
+    config = QLoRAConfig(r=4, checkpointing=value)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "checkpointing" not in saved
+    assert saved["hf_qlora"]["checkpointing"] == value
+    assert PeftConfig.from_pretrained(tmp_path).checkpointing == value
+    assert QLoRAConfig(**config.to_dict()).checkpointing == value
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["ful", {"mode": "ful"}, {"mode": "budget"}, {"budget_bytes": 3}, {"chunk_size": 0}, {"rows": 3}, 4, ["full"]],
+)
+def test_checkpointing_that_is_none_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match="checkpointing"):
+        QLoRAConfig(r=4, checkpointing=value)

@@ -980,3 +980,90 @@ def test_what_a_packed_layer_returns_may_be_changed_in_place() -> None:
     model = get_peft_model(model, QLoRAConfig(r=2, target_modules=["q_proj", "v_proj"]))
     model.train()(input_values=torch.randn(2, 4000), labels=torch.randint(1, 8, (2, 4))).loss.backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_B" in n)
+
+
+# What torch does to whole models
+
+
+def trained_on(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """Gradients of a step of a model whose `lora_B` is not zero, and its loss."""
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return {**found, "loss": loss.detach()}
+
+
+def with_adapter(base: nn.Module, seed: int = 0, **options: Any) -> PeftModel:
+    torch.manual_seed(seed)
+    model = get_peft_model(copy.deepcopy(base), config(**options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+# A product of half precision is off by 2^-11 or 2^-8; through two layers and their backward a few of these add up.
+NEAR = {torch.float16: 2**-7, torch.bfloat16: 2**-4, torch.float32: 0.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_computes_narrow_and_keeps_masters(dtype: torch.dtype, ids: Tensor, base: nn.Module) -> None:
+    model = with_adapter(base)
+    expected = trained_on(model, ids)
+    with torch.autocast("cpu", dtype):
+        found = trained_on(model, ids)
+    assert any(not torch.equal(found[name], expected[name]) for name in expected)  # it was on
+    for name in expected:
+        assert found[name].dtype == torch.float32
+        assert relative(found[name], expected[name]) <= NEAR[dtype], name
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "to"])
+def test_a_cast_model_is_trained_in_that_dtype(cast: str, ids: Tensor, base: nn.Module) -> None:
+    """Adapters too, which is what was asked for; the codes stay, and cast back the model is near what it was."""
+    model = with_adapter(base)
+    expected = trained_on(model, ids)
+    dtype = {"half": torch.float16, "float": torch.float32}.get(cast, torch.bfloat16)
+    model.to(dtype) if cast == "to" else getattr(model, cast)()
+    found = trained_on(model, ids)
+    assert {p.dtype for p in model.parameters()} == {dtype, torch.uint8}
+    for name in expected:
+        assert relative(found[name].float(), expected[name]) <= NEAR[dtype], name
+    back = trained_on(model.float(), ids)
+    for name in expected:  # dense weights and adapters have been rounded
+        assert relative(back[name], expected[name]) <= NEAR[dtype], name
+
+
+def test_transformers_own_casts_stay_refused(base: nn.Module) -> None:
+    model = with_adapter(base)
+    with pytest.raises(ValueError, match="not supported"):
+        model.get_base_model().half()
+    with pytest.raises(TypeError, match="NF4 layers compute in"):
+        model.double()
+
+
+def test_a_deep_copy_trains_by_itself(ids: Tensor, base: nn.Module) -> None:
+    model = with_adapter(base)
+    expected = trained_on(model, ids)
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=1.0)
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in trained_on(twin, ids).items())
+    twin(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert trained_on(twin, ids)["loss"] < expected["loss"]
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in trained_on(model, ids).items())
+
+
+def test_a_whole_state_dict_is_the_whole_model(ids: Tensor, base: nn.Module, tmp_path: Path) -> None:
+    """Base and adapter, into a model that had others."""
+    model = with_adapter(base)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    torch.manual_seed(7)
+    other = with_adapter(type(base)(base.config), seed=7)
+    expected = trained_on(model, ids)
+    assert not torch.equal(trained_on(other, ids)["loss"], expected["loss"])
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in trained_on(other, ids).items())

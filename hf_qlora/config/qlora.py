@@ -15,6 +15,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
+from hf_qlora.config.checkpointing import Checkpointing
 from hf_qlora.config.nf4 import NF4Config
 from hf_qlora.config.record import FORMAT_VERSION, OF_THE_WEIGHTS, RECORD_KEY, checked_record, write_json
 from hf_qlora.validation import CHANGES_BASE, ConfigError, check_honoured_on_nf4, check_types, check_values
@@ -56,6 +57,13 @@ class QLoRAConfig(LoraConfig):
             "help": "Compute the cross entropy over a vocabulary in chunks while training; logits are made when read."
         },
     )
+    checkpointing: str | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "What layers keep for backward: 'full', 'offload', or a dict of `enable_checkpointing`'s "
+            "arguments, as {'mode': 'budget', 'budget_bytes': 4 * 2**30}. None: as the model has it."
+        },
+    )
     on_base_mismatch: str = field(
         default="warn",
         metadata={
@@ -79,6 +87,8 @@ class QLoRAConfig(LoraConfig):
         check_values(self)
         check_types(self)
         check_on_base_mismatch(self.on_base_mismatch)
+        if self.checkpointing is not None:
+            Checkpointing.of(self.checkpointing)
         if isinstance(self.quantization, Mapping):
             self.quantization = NF4Config.from_dict(self.quantization)
         if self.quantization is None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hf_qlora.layers import rowwise  # noqa: F401  # its rules
 from hf_qlora.layers.forward import is_hooked
 from hf_qlora.layers.logits import FrozenHead, HeadCall, Recipe, lazy_logits
+from hf_qlora.layers.subclassed import Subclassed, restore, subclass
 from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.validation import ConfigError
 
@@ -56,16 +57,13 @@ def try_chunked_loss(model: nn.Module) -> bool:
     disable_chunked_loss(model)
     layers = _linear_layers(output_head(model))
     for layer in layers:
-        layer.__class__ = _chunked(type(layer))
+        subclass(layer, ChunkedHead)
     return bool(layers)
 
 
 def disable_chunked_loss(model: nn.Module) -> bool:
     """Give heads their classes back; whether there were any to give."""
-    found: list[Any] = [module for module in model.modules() if isinstance(module, ChunkedHead)]
-    for module in found:
-        module.__class__ = module._own_class
-    return bool(found)
+    return restore(model, ChunkedHead)
 
 
 @contextmanager
@@ -111,13 +109,8 @@ def _is_linear(head: nn.Module | None) -> bool:
     return isinstance(head.get_base_layer() if isinstance(head, LoraLayer) else head, nn.Linear)
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-class ChunkedHead(nn.Module):
+class ChunkedHead(Subclassed):
     """What is put before a head's own class."""
-
-    _own_class: type[nn.Module]
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits, (..., V), of hidden, (..., K)."""
@@ -138,26 +131,6 @@ class ChunkedHead(nn.Module):
         frozen = None if parameters else _frozen_head(self, hidden, empty.dtype)
         call = HeadCall(self, apply, functools.partial(_adapters, self), frozen, parameters, autocast)
         return lazy_logits(Recipe(call), hidden, (*hidden.shape[:-1], empty.shape[-1]), empty.dtype)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        return _rebuilt, (reduced[0], self._own_class, *reduced[1][1:]), *reduced[2:]
-
-
-def _chunked(own_class: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a head's class, which goes by its name."""
-    if own_class not in _classes:
-        _classes[own_class] = _subclass(own_class)
-    return _classes[own_class]
-
-
-def _subclass(own_class: type[nn.Module]) -> type[nn.Module]:
-    names = {name: getattr(own_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(own_class.__name__, (ChunkedHead, own_class), {**names, "_own_class": own_class})
-
-
-def _rebuilt(rebuild: Any, own_class: type[nn.Module], *arguments: Any) -> Any:
-    return rebuild(_chunked(own_class), *arguments)
 
 
 def _is_bound(head: nn.Module) -> bool:

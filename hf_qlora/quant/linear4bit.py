@@ -35,6 +35,7 @@ from hf_qlora.config import NF4Config
 from hf_qlora.kernels.functional import frozen_linear
 from hf_qlora.quant.dequantize import dequantize_weight
 from hf_qlora.quant.repacked import MAX_ROWS, Repacked
+from hf_qlora.quant.scales import load_scales
 from hf_qlora.quant.scheme import NESTED_BLOCK_SIZE, Scheme
 
 
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 # Weights handled at a time: on the CPU bitsandbytes compares each with all 16 levels, 128 bytes a weight.
 CHUNK = {"cpu": 2**16, "cuda": 2**26}
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes unpacks weights to
 
 # What a layer has beside what every linear layer has.
 _OWN_ATTRIBUTES = (
@@ -114,10 +117,43 @@ class Linear4bit(bnb.nn.Linear4bit):
         if table in destination:  # not under FSDP
             destination[table] = destination[table].clone()  # shared in memory; safetensors takes no shared tensors
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take the scales with their codes; bitsandbytes leaves them, and other codes would get the layer's own."""
+        codes = f"{prefix}weight"
+        scales = {
+            name.removeprefix(f"{codes}."): state_dict[name] for name in state_dict if name.startswith(f"{codes}.")
+        }
+        rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(f"{codes}.")}
+        if scales and codes in rest:
+            try:
+                if local_metadata.get("assign_to_params_buffers"):
+                    raise ValueError("assign=True is not supported.")
+                load_scales(self.state, scales)
+                share_tables(self.state)
+            except (AssertionError, KeyError, ValueError) as error:
+                error_msgs.append(f"{codes} is not loaded: {error or 'unknown scales'}")
+                rest[codes] = self.weight
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
         """Follow the model to another device (`to`, `cuda`) or dtype (`float`, `half`, `to`); the codes stay."""
+        dtype = fn(torch.empty(0, dtype=self.state.dtype, device=self.weight.device)).dtype
+        if dtype not in DTYPES:
+            raise TypeError(
+                f"NF4 layers compute in {', '.join(map(str, DTYPES))}, not in {dtype}. What was cast before "
+                f"this layer stays so: cast the model to {self.state.dtype} to have it as it was."
+            )
         super()._apply(fn, recurse)
-        self.follow(fn(torch.empty(0, dtype=self.state.dtype, device=self.weight.device)).dtype)
+        self.follow(dtype)
         share_tables(self.state)
         return self
 

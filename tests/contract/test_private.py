@@ -14,6 +14,7 @@ import inspect
 import pickle
 import pkgutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ import hf_qlora
 from hf_qlora import QLoRAConfig, registration, saving
 from hf_qlora.hub import push
 from hf_qlora.hub import trainer as trainer_hooks
+from hf_qlora.layers.budget import layer_of
 from hf_qlora.layers.depth import SUPPORTED
 from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.registration import PRIVATE, resolve
@@ -184,6 +186,46 @@ def _() -> None:
 @contract("torch.utils._pytree:tree_map_only")
 def _() -> None:
     assert torch.utils._pytree.tree_map_only(int, lambda i: i + 1, ([1, "a"], {"b": (2,)})) == ([2, "a"], {"b": (3,)})
+
+
+@contract("torch.utils._pytree:tree_iter")
+def _() -> None:
+    assert list(torch.utils._pytree.tree_iter(([1, "a"], {"b": (2, None)}))) == [1, "a", 2, None]
+
+
+@contract("transformers.modeling_utils:PreTrainedModel._set_gradient_checkpointing")
+def _() -> None:
+    """Where transformers hands the keywords of checkpointing on, as those of a partial of torch's function."""
+    set_it = transformers.PreTrainedModel._set_gradient_checkpointing
+    assert parameters(set_it) == ["self", "enable", "gradient_checkpointing_func", "every_n_layers"]
+    model, given = llama(), []
+
+    def record(enable: bool, gradient_checkpointing_func: Any = None, every_n_layers: int = 1) -> None:
+        given.append((enable, gradient_checkpointing_func))
+
+    model._set_gradient_checkpointing = record
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": False, "ours": 1})
+        model.gradient_checkpointing_disable()
+    (on, function), (off, _) = given
+    assert (on, off) == (True, False)
+    assert function.func is torch.utils.checkpoint.checkpoint
+    assert function.keywords == {"use_reentrant": False, "ours": 1}
+
+
+@contract("transformers.modeling_layers:GradientCheckpointingLayer")
+def _() -> None:
+    """A layer that is trained hands its own forward, from which the layer can be had, and the hidden states."""
+    model, given = llama(), []
+    model._set_gradient_checkpointing(True, lambda function, *args: given.append((function, args)) or function(*args))
+    layers = list(model.model.layers)
+    assert all(isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer) for layer in layers)
+    model.eval()(torch.ones(1, 3, dtype=torch.long))
+    assert not given
+    model.train()(torch.ones(1, 3, dtype=torch.long))
+    assert [layer_of(function) for function, _ in given] == layers
+    assert all(args[0].shape == (1, 3, 128) for _, args in given)
 
 
 @contract("torch._C:_dispatch_tls_local_include_set")
@@ -811,7 +853,14 @@ def test_a_loaded_model_remembers_its_conversions_under_this_name(tmp_path: Path
     assert "_weight_conversions" in saving.__code__.co_consts
 
 
-AT_RUN_TIME = {"_commit_hash", "_hf_hook", "_is_quantized", "_require_grads_hooks", "_weight_conversions"}
+AT_RUN_TIME = {
+    "_commit_hash",
+    "_gradient_checkpointing_func",
+    "_hf_hook",
+    "_is_quantized",
+    "_require_grads_hooks",
+    "_weight_conversions",
+}
 
 
 # What no entry says: how the libraries' public functions reach us.

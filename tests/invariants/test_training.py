@@ -422,6 +422,53 @@ def test_trainer_with_gradient_checkpointing_is_the_same_training(tmp_path: Path
     assert_identical(outcome(checkpointed), outcome(plain))
 
 
+CHECKPOINTING: dict[str, dict[str, Any]] = {
+    "full": {"mode": "full"},
+    "budget": {"mode": "budget", "budget_bytes": 500_000},
+    "offload": {"mode": "offload"},
+}
+
+
+@pytest.mark.parametrize("settings", CHECKPOINTING.values(), ids=CHECKPOINTING)
+def test_trainer_with_a_mode_of_checkpointing_is_the_same_training(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """By Trainer's arguments and by the config, with accumulation, evaluation and sequences of any length."""
+    options = {"gradient_accumulation_steps": 2, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
+    data = [{name: ids[: 5 + i % 7] for name, ids in row.items()} for i, row in enumerate(rows(12))]
+
+    def run(model: nn.Module, **given: Any) -> dict[str, Any]:
+        training = trainer(model, tmp_path, **options, **given)
+        training.train_dataset, training.data_collator = data, padded
+        training.train()
+        return outcome(training)
+
+    plain = run(qlora())
+    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": settings}
+    assert_identical(run(qlora(), **arguments), plain)
+    assert_identical(run(qlora(checkpointing=settings)), plain)
+
+
+def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    columns = {"input_ids": 0, "labels": -100}
+    return {
+        name: nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
+        for name, value in columns.items()
+    }
+
+
+@pytest.mark.parametrize("mode", [None, "full"])
+def test_chunked_mlps_are_the_same_training(tmp_path: Path, mode: str | None) -> None:
+    """Without dropout, of which chunks draw other masks, and with SGD, as below."""
+    options = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 4}
+    chunked = {"mode": mode, "chunk_size": 5}
+    models = [qlora(lora_dropout=0.0, checkpointing=settings) for settings in (None, chunked)]
+    for model in models:
+        randomize(model)
+    started = adapters(models[0])
+    for model in models:
+        trainer(model, tmp_path, **options).train()
+    assert_trained_alike(models[1], models[0], started)
+
+
 def test_accumulation_equals_the_larger_batch(tmp_path: Path, packing: bool) -> None:
     """2 × 2 rows against 4 at once, without dropout, with SGD: Adam would blow up the rounding of small gradients."""
     options = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 1}
@@ -431,7 +478,29 @@ def test_accumulation_equals_the_larger_batch(tmp_path: Path, packing: bool) -> 
     started = adapters(models[0])
     trainer(models[0], tmp_path, per_device_train_batch_size=4, **options).train()
     trainer(models[1], tmp_path, gradient_accumulation_steps=2, **options).train()
-    expected, found = map(adapters, models)
+    assert_trained_alike(models[1], models[0], started)
+
+
+@pytest.mark.parametrize("chunked_loss", [True, False], ids=["chunked", "full-logits"])
+def test_every_token_counts_the_same_whichever_batch_it_is_in(tmp_path: Path, chunked_loss: bool) -> None:
+    """8 rows of 3 to 12 tokens at once, and one by one: a mean of their means would weigh short rows' tokens more."""
+    lengths = (3, 12, 5, 4, 12, 7, 3, 9)
+    data = [{name: ids[:n] for name, ids in row.items()} for row, n in zip(rows(), lengths, strict=True)]
+    models = [qlora(lora_dropout=0.0, chunked_loss=chunked_loss) for _ in range(2)]
+    for model in models:
+        randomize(model)
+    started = adapters(models[0])
+    for model, size in zip(models, (8, 1), strict=True):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "max_steps": 4}
+        training = trainer(model, tmp_path, optim="sgd", learning_rate=0.5, **options)
+        training.train_dataset, training.data_collator = data, padded
+        training.train()
+    assert_trained_alike(models[1], models[0], started)
+
+
+def assert_trained_alike(model: nn.Module, other: nn.Module, started: dict[str, Tensor]) -> None:
+    """Equal but for sums in another order, over four steps of SGD."""
+    found, expected = adapters(model), adapters(other)
     for name in expected:
         moved = (expected[name] - started[name]).abs().max().item()
         assert moved > 0

@@ -779,6 +779,56 @@ def test_state_dict_survives_torch_save() -> None:
     assert all(torch.equal(tensor, restored[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("config", [NF4Config(), NF4Config(double_quant=False), NF4Config(block_size=128)])
+def test_a_loaded_state_dict_is_that_model(config: NF4Config) -> None:
+    """Codes come with their scales; bitsandbytes' own layers keep theirs, and compute something else."""
+    (one, other), ids = [quantize_model(seeded(seed), config) for seed in (1, 2)], tokens()
+    before = [layer.weight for layer in quantized_layers(other).values()]
+    assert not torch.equal(logits(other, ids), logits(one, ids))
+    assert str(other.load_state_dict(one.state_dict())) == "<All keys matched successfully>"
+    assert torch.equal(logits(other, ids), logits(one, ids))
+    assert state_bytes(other) == state_bytes(one)
+    assert [layer.weight for layer in quantized_layers(other).values()] == before  # in place
+    for layer in quantized_layers(one).values():
+        layer.weight.quant_state.absmax.zero_()
+        layer.weight.data.zero_()
+    assert state_bytes(other) != state_bytes(one)  # and a copy
+    other.model.to(torch.float32)
+    assert len({layer.state.code.data_ptr() for layer in quantized_layers(other).values()}) == 1
+
+
+def seeded(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return llama()
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "said"),
+    [
+        (NF4Config(block_size=128), {}, r"blocksize is 128, and this layer's is 64"),
+        (NF4Config(double_quant=False), {}, r"nested is False, and this layer's is True"),
+        (NF4Config(), {"assign": True}, r"assign=True is not supported"),
+    ],
+)
+def test_a_state_dict_of_another_format_is_refused(config: NF4Config, options: dict[str, Any], said: str) -> None:
+    model, other = quantize_model(seeded(1)), quantize_model(seeded(2), config)
+    packed = {name: layer.weight.data.clone() for name, layer in quantized_layers(model).items()}
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=said):
+            model.load_state_dict(other.state_dict(), strict=strict, **options)
+    assert all(torch.equal(layer.weight.data, packed[name]) for name, layer in quantized_layers(model).items())
+
+
+def test_float64_is_refused_before_a_layer_is_cast() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    quantize_model(model)
+    x = torch.randn(3, 64)
+    expected = model(x)
+    with pytest.raises(TypeError, match=r"not in torch\.float64"):
+        model.double()
+    assert torch.equal(model(x), expected)
+
+
 def test_a_pickled_model_computes_the_same() -> None:
     model, ids, buffer = quantize_model(llama()), tokens(), io.BytesIO()
     torch.save(model, buffer)

@@ -1,0 +1,75 @@
+"""The settings of checkpointing: which layers keep their activations for backward, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_qlora.validation import ConfigError
+
+
+MODES = ("full", "budget", "offload")
+OURS = ("mode", "budget_bytes", "chunk_size")  # the rest are torch.utils.checkpoint's own
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """What `enable_checkpointing`, a config or `gradient_checkpointing_kwargs` ask for.
+
+    Attributes:
+        mode: of `MODES`, or None: layers keep what they keep.
+        budget_bytes: for mode "budget".
+        chunk_size: rows of an MLP at a time, or None.
+        options: for `torch.utils.checkpoint.checkpoint`.
+
+    Raises:
+        ConfigError: a mode or a number that is not allowed, or settings that do not go together.
+    """
+
+    mode: str | None = "full"
+    budget_bytes: int | None = None
+    chunk_size: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.mode is not None and self.mode not in MODES:
+            raise ConfigError(f"mode={self.mode!r} of checkpointing is not known; choose one of {(*MODES, None)}.")
+        for name in ("budget_bytes", "chunk_size"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name}={value!r} of checkpointing must be a positive integer, or None.")
+        if (self.mode == "budget") != (self.budget_bytes is not None):
+            raise ConfigError(
+                f"checkpointing with mode={self.mode!r} and budget_bytes={self.budget_bytes!r}: a budget needs both "
+                "mode='budget' and budget_bytes, the bytes that all layers together may keep for backward."
+            )
+        if self.mode != "full" and self.options.get("use_reentrant"):
+            raise ConfigError(f"mode={self.mode!r} needs use_reentrant=False; leave use_reentrant out.")
+        if not self.options.get("preserve_rng_state", True):
+            raise ConfigError(
+                "preserve_rng_state=False draws other dropout masks in backward than in forward, so that gradients "
+                "are wrong. Leave it out."
+            )
+
+    @classmethod
+    def of(cls, value: str | Mapping[str, Any]) -> Checkpointing:
+        """From a mode, or a dict of `mode`, `budget_bytes` and `chunk_size`, as a config has it."""
+        if isinstance(value, str):
+            return cls(value)
+        if not isinstance(value, Mapping) or not value.keys() <= set(OURS):
+            raise ConfigError(
+                f"checkpointing={value!r} must be one of {MODES}, or a dict of some of {OURS}, such as "
+                "{'mode': 'budget', 'budget_bytes': 4 * 2**30}."
+            )
+        return cls(**value)
+
+    @classmethod
+    def of_keywords(cls, keywords: Mapping[str, Any]) -> Checkpointing | None:
+        """From `gradient_checkpointing_kwargs`; None where they have nothing of ours."""
+        own = {name: keywords[name] for name in OURS if name in keywords}
+        return cls(**own, options={k: v for k, v in keywords.items() if k not in OURS}) if own else None
+
+    def keywords(self) -> dict[str, Any]:
+        """As `gradient_checkpointing_kwargs` have it."""
+        return {**{name: getattr(self, name) for name in OURS}, **self.options}

@@ -1,0 +1,121 @@
+"""Gradient checkpointing: what layers keep for backward, and where.
+
+| mode | kept for backward | costs |
+| --- | --- | --- |
+| `"full"` | of each layer its input | each layer's forward again |
+| `"budget"` | of the last layers all, as many as fit; of the others their inputs (`budget.py`) | their forwards |
+| `"offload"` | the inputs in pinned host memory (`offload.py`) | as "full", and copies beside the computation |
+| `chunk_size=` | with any of them, or alone: MLPs for so many rows at a time (`chunked_mlp.py`) | MLPs again |
+
+All of it is non-reentrant and keeps the state of the random numbers, so that dropout draws the same masks in backward,
+and gradients are those without checkpointing.
+
+transformers' layers call a function that `_set_gradient_checkpointing` gives them. That is where modes come in: on the
+way of `enable_checkpointing`, of a config's `checkpointing`, and of `gradient_checkpointing_kwargs`, which Trainer and
+`gradient_checkpointing_enable` turn into the keywords of that function. Keywords that have none of ours are
+transformers' own business, and `gradient_checkpointing_disable` ends ours as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_qlora.config.checkpointing import Checkpointing
+from hf_qlora.layers.budget import Budget
+from hf_qlora.layers.chunked_mlp import chunk, chunkable, unchunk
+from hf_qlora.layers.offload import Offload
+from hf_qlora.validation import ConfigError
+
+
+def enable_checkpointing(
+    model: nn.Module, mode: str | None = "full", budget_bytes: int | None = None, chunk_size: int | None = None
+) -> None:
+    """Let a model keep less for backward while it trains; what it computes stays the same.
+
+    Args:
+        model: a transformers model, or a `PeftModel` or other module around one. What was enabled before ends.
+        mode: "full": each layer keeps its input and is run again in backward. "budget": only as many layers as
+            `budget_bytes` make necessary. "offload": as "full", with the inputs in pinned host memory (CUDA; elsewhere
+            it is "full"). None: layers keep what they keep.
+        budget_bytes: for mode "budget": what all layers together may keep for backward. A batch whose layers' inputs
+            alone are more is an error in the first step, which says the least that works, and a warning later.
+        chunk_size: compute the MLPs for so many tokens of a sequence at a time, so that their intermediate activations
+            exist for those only.
+
+    Raises:
+        ConfigError: the model, or a layer of it, cannot be checkpointed in that way; the model is as it was.
+    """
+    apply_checkpointing(model, Checkpointing(mode, budget_bytes, chunk_size))
+
+
+def disable_checkpointing(model: nn.Module) -> None:
+    """Let layers keep their activations again, as `gradient_checkpointing_disable` does."""
+    base = _transformers_model(model)
+    if base is not None and base.supports_gradient_checkpointing:
+        base._set_gradient_checkpointing(enable=False)
+
+
+def apply_checkpointing(model: nn.Module, wanted: Checkpointing) -> None:
+    """As `enable_checkpointing`."""
+    base = _transformers_model(model)
+    if base is None:
+        raise ConfigError(f"{type(model).__name__} has no transformers model in it, and so no layers to checkpoint.")
+    own = type(base)._set_gradient_checkpointing
+    if not base.supports_gradient_checkpointing or inspect.unwrap(own) is not _stock():
+        raise ConfigError(f"{type(base).__name__} does not support gradient checkpointing in transformers.")
+    base._set_gradient_checkpointing(True, functools.partial(checkpoint, **wanted.keywords()))
+
+
+def set_gradient_checkpointing(
+    original: Callable[..., None],
+    model: Any,
+    enable: bool = True,
+    gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+    every_n_layers: int = 1,
+) -> None:
+    """`PreTrainedModel._set_gradient_checkpointing`, which also knows keywords of ours."""
+    keywords = getattr(gradient_checkpointing_func, "keywords", {}) if enable else {}
+    wanted = Checkpointing.of_keywords(keywords)
+    if wanted is None:
+        unchunk(model)
+        original(model, enable, gradient_checkpointing_func, every_n_layers)
+        return
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    _check(wanted, gradient_checkpointing_func, every_n_layers, layers, type(model).__name__)
+    mlps = [] if wanted.chunk_size is None else chunkable(model, model.dtype)
+    unchunk(model)
+    if wanted.chunk_size is not None:
+        chunk(mlps, wanted.chunk_size)
+    options = {"use_reentrant": False, **wanted.options}
+    whole = Offload(options) if wanted.mode == "offload" else functools.partial(checkpoint, **options)
+    original(model, wanted.mode is not None, whole, every_n_layers)
+    if wanted.mode == "budget":
+        assert wanted.budget_bytes is not None
+        budget = Budget(wanted.budget_bytes, len(layers), options)
+        for number, layer in enumerate(layers):
+            layer._gradient_checkpointing_func = functools.partial(budget.call, number)
+
+
+def _check(wanted: Checkpointing, function: Any, every_n_layers: int, layers: list[Any], model: str) -> None:
+    if function.func is not checkpoint:
+        raise ConfigError("offload=True is transformers' own and does not go with a mode; use mode='offload' instead.")
+    if wanted.mode == "budget" and every_n_layers != 1:
+        raise ConfigError(f"every_n_layers={every_n_layers} and mode='budget' both choose layers; leave one out.")
+    if not layers and wanted.mode in ("budget", "offload"):
+        raise ConfigError(f"mode={wanted.mode!r} needs layers that are GradientCheckpointingLayers; use mode='full'.")
+
+
+def _transformers_model(model: nn.Module) -> Any:
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+
+
+def _stock() -> Any:
+    return inspect.unwrap(PreTrainedModel._set_gradient_checkpointing)
