@@ -26,10 +26,11 @@ from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_qlora.bench.measure import clock, environment, memory, reset_peak
+from hf_qlora.bench.processes import apart
 from hf_qlora.bench.train_step import report
 from hf_qlora.bench.train_step.arms import Case, Step
 from hf_qlora.bench.train_step.report import described, mib
-from hf_qlora.bench.train_step.run import STEADY, WARMUP, apart
+from hf_qlora.bench.train_step.run import STEADY, WARMUP
 from hf_qlora.config import QLoRAConfig
 from hf_qlora.layers.checkpointing import enable_checkpointing
 
