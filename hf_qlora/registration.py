@@ -128,6 +128,7 @@ PRIVATE = {
     "transformers.modeling_utils:PreTrainedModel._get_dtype_plan": "merge.skeleton",
     "transformers.conversion_mapping:get_model_conversion_mapping": "merge.skeleton",
     "transformers.core_model_loading:rename_source_key": "merge.skeleton",
+    "torch:_foreach_norm": "train.gradients",
     "torch._C:_current_graph_task_id": "kernels.functional",
     "torch:Tensor._make_wrapper_subclass": "layers.logits",
     "torch.utils._pytree:tree_map_only": "layers.logits",
