@@ -94,7 +94,7 @@ PRIVATE = {
     "transformers:Trainer._get_output_dir": "trainer.resume",
     "transformers:Trainer._get_num_items_in_batch": "registration",
     "peft.optimizers.lorafa:LoraFAOptimizer.__init__": "registration",
-    "bitsandbytes.optim.optimizer:Optimizer8bit": "trainer.resume",
+    "bitsandbytes.optim.optimizer:Optimizer8bit._FSDP_WRAPPED_QUANT_STATE_KEY": "trainer.resume",
     "huggingface_hub.errors:HTTPError": "hub.errors",
     "peft.tuners.lora.dora:dequantize_module_weight": "registration",
     "peft.utils.hotswap:load_peft_weights": "registration",

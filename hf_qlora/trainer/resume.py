@@ -35,8 +35,9 @@ from hf_qlora.trainer.optimizers import check_optimizer
 
 logger = logging.getLogger(__name__)
 
+_BITSANDBYTES = {"state1", bnb.optim.optimizer.Optimizer8bit._FSDP_WRAPPED_QUANT_STATE_KEY}
 _STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2")  # of the parameter's shape
-_TORCHS_WRITER = "PytorchStreamWriter"  # in the RuntimeErrors of torch.save
+_TORCHS_WRITER = ("inline_container", "PytorchStreamWriter", "iostream")  # in the RuntimeErrors of torch.save
 
 
 def train(original: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
@@ -156,7 +157,8 @@ def _state_misfit(optimizer: Any, own: list[set[str]]) -> str | None:
             return f"it is of another optimizer than {type(inner).__name__}, and lacks {sorted(lacking)}"
     packs = isinstance(inner, bnb.optim.optimizer.Optimizer8bit)
     for parameter, state in optimizer.state.items():
-        if state and ("state1" in state) != packs and ("state1" in state or "exp_avg" in state):
+        is_packed = not _BITSANDBYTES.isdisjoint(state)
+        if is_packed != packs and (is_packed or "exp_avg" in state):
             return f"it is of another optimizer than {type(inner).__name__}, and has {sorted(map(str, state))}"
         for key in _STATES:
             found = state.get(key)
@@ -180,7 +182,7 @@ def save_checkpoint(original: Callable[..., None], trainer: Trainer, model: Any,
     try:
         original(trainer, model, trial, *args)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and _TORCHS_WRITER not in str(error):
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCHS_WRITER):
             raise
         if writes and not was_there:
             shutil.rmtree(folder, ignore_errors=True)
