@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import llama
+from architectures import ARCHITECTURES, Architecture, llama
 from peft import get_peft_model, prepare_model_for_kbit_training
 from runs import adapters, assert_identical, base, outcome, qlora, trainer
 from torch import Tensor, nn
@@ -88,6 +88,29 @@ def test_gains_dropout_and_attention_are_well(tmp_path: Path) -> None:
     assert health.problems == []
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
+def test_every_architecture_is_well(architecture: Architecture) -> None:
+    """Of Trainer's events those that matter, around a plain loop; lora_A has no gradient in the first step."""
+    torch.manual_seed(0)
+    config = QLoRAConfig(r=2, target_modules="all-linear", **architecture.options)
+    model = get_peft_model(architecture.make(), config).train()
+    health = AdapterHealthCallback(on_problem="error", idle_steps=3)
+    args = SimpleNamespace(logging_nan_inf_filter=True, torch_compile=False, world_size=1)
+    state, control = SimpleNamespace(global_step=0), SimpleNamespace(should_training_stop=False)
+    health.on_train_begin(args, state, control, model=model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(5):
+        health.on_step_begin(args, state, control)
+        model(**architecture.inputs()).logits.square().mean().backward()
+        health.on_pre_optimizer_step(args, state, control, model=model, optimizer=optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        state.global_step += 1
+        health.on_log(args, state, control, model=model)
+    health.on_train_end(args, state, control, model=model)
+    assert health.problems == []
+
+
 # NaN and infinity
 
 
@@ -153,6 +176,16 @@ def test_nan_is_found_where_it_arose_and_before_the_step(
     now = adapters(run.model)
     if kind != "adapter":
         assert_identical(now, before.kept)
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_nan_is_found_where_it_arose_with_gradient_checkpointing(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    do, words = NOT_FINITE[kind]
+    run, _ = watched(tmp_path, qlora(), Before(do), gradient_checkpointing=True)
+    assert run.state.global_step == AT
+    assert words in caplog.text
 
 
 def test_a_loss_alone_that_is_not_finite_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,25 +91,31 @@ def test_tokens_are_those_that_are_trained_on(
     assert speeds == pytest.approx([2 * 2 * 2 * tokens / 20] * 3)
 
 
-def test_evaluations_and_saves_take_no_time_from_the_speed(tmp_path: Path) -> None:
-    class Slow(TrainerCallback):
-        def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            time.sleep(2)
+def test_evaluations_and_saves_take_no_time_from_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes 100 s of the clock, and a step 10 s."""
+    now = [0.0]
 
-    run, reporter = watched(
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            now[0] += 10
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            now[0] += 100
+
+        on_save = on_evaluate
+
+    run = trainer(
+        qlora(),
         tmp_path,
-        logging_steps=1,
-        max_steps=3,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        per_device_eval_batch_size=4,
+        Clock(),
+        **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3},
     )
-    run.add_callback(Slow())
+    reporter = Reporter()
+    run.add_callback(reporter)
+    monkeypatch.setattr(memory, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    run.add_callback(MemoryCallback(run))
     run.train()
-    slowest = min(logs["tokens_per_second"] for logs in logged(reporter, "tokens_per_second"))
-    assert slowest > 2 * 12 / 2  # a step of 24 tokens in less than an evaluation
+    assert [logs["tokens_per_second"] for logs in logged(reporter, "tokens_per_second")] == [2.4] * 3
 
 
 def test_the_share_of_a_plan_is_of_its_peak(tmp_path: Path) -> None:
@@ -143,8 +148,9 @@ def test_the_progress_bar_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_watching_memory_changes_nothing(tmp_path: Path) -> None:
-    alone, (run, _) = trainer(qlora(), tmp_path), watched(tmp_path)
+    alone = trainer(qlora(), tmp_path)
     alone.train()
+    run, _ = watched(tmp_path)
     run.train()
     assert_identical(outcome(run), outcome(alone))
 
