@@ -23,6 +23,7 @@ are wrapped. For a stock `LoraConfig` each of them does what PEFT did.
 | `Trainer._save`, `init_hf_repo`, `push_to_hub` | the same; and Trainer saves its token |
 | `Trainer._push_from_checkpoint`, `_finish_current_push` | Trainer drops the errors of pushes in the background |
 | `Trainer.train`, `_load_optimizer_and_scheduler` | resumes whole checkpoints that fit (`trainer/resume.py`) |
+| `Trainer._run_epoch` | resumed at its end in the middle of an epoch, a run is trained one step more |
 | `Trainer._save_checkpoint` | a half-written checkpoint is known as one, and gone where the disk is full |
 | `Trainer._get_num_items_in_batch` | a batch without labels has the loss 0/0 (`trainer/batches.py`) |
 | `LoraFAOptimizer.__init__` | pairs a gain with the next layer's A (`trainer/optimizers.py`) |
@@ -89,12 +90,13 @@ PRIVATE = {
     "transformers:Trainer._push_from_checkpoint": "registration",
     "transformers:Trainer._finish_current_push": "registration",
     "transformers:Trainer.train": "registration",
+    "transformers:Trainer._run_epoch": "registration",
     "transformers:Trainer._load_optimizer_and_scheduler": "registration",
     "transformers:Trainer._save_checkpoint": "registration",
     "transformers:Trainer._get_output_dir": "trainer.resume",
     "transformers:Trainer._get_num_items_in_batch": "registration",
     "peft.optimizers.lorafa:LoraFAOptimizer.__init__": "registration",
-    "bitsandbytes.optim.optimizer:Optimizer8bit._FSDP_WRAPPED_QUANT_STATE_KEY": "trainer.resume",
+    "bitsandbytes.optim.optimizer:Optimizer8bit": "trainer.resume",
     "huggingface_hub.errors:HTTPError": "hub.errors",
     "peft.tuners.lora.dora:dequantize_module_weight": "registration",
     "peft.utils.hotswap:load_peft_weights": "registration",
@@ -175,6 +177,7 @@ def register() -> None:
     _wrap(Trainer, "_push_from_checkpoint", trainer_hooks.push_from_checkpoint)
     _wrap(Trainer, "_finish_current_push", trainer_hooks.finish_current_push)
     _wrap(Trainer, "train", resume.train)
+    _wrap(Trainer, "_run_epoch", resume.run_epoch)
     _wrap(Trainer, "_load_optimizer_and_scheduler", resume.load_optimizer_and_scheduler)
     _wrap(Trainer, "_save_checkpoint", resume.save_checkpoint)
     _wrap(Trainer, "_get_num_items_in_batch", batches.num_items_in_batch)

@@ -17,12 +17,13 @@ from hf_qlora.train.report import Problem, named
 
 
 SATURATED = 0.99  # of a gain's bound, where what it still learns is below 2 % of the start's
+TRAINED, MODULES = "trained tensors", "adapted modules"
 HALF = (torch.bfloat16, torch.float16)
 
 
 def not_finite(found: Found, of: int, where: str) -> Problem:
     """Gradients or a loss with NaN or infinity."""
-    what = f"the gradient of {named(found.not_finite, of)} trained tensors is NaN or infinite"
+    what = f"the gradient is NaN or infinite in {named(found.not_finite, of, TRAINED)}"
     return Problem(
         found.step,
         what if found.not_finite else "the loss is NaN or infinite, and the gradients are finite",
@@ -47,7 +48,7 @@ def idle(found: Found, of: int, steps: int) -> list[Problem]:
         problems.append(
             Problem(
                 found.step,
-                f"{named(names, of)} trained tensors have had {kind} for {steps} steps in a row",
+                f"{kind} for {steps} steps in a row in {named(names, of, TRAINED)}",
                 "no token reached these experts" if is_expert else "they learn nothing",
                 _remedy(is_expert, len(names) == of),
                 fatal=not is_expert,
@@ -86,7 +87,7 @@ def changed_dtypes(before: Mapping[str, torch.dtype], now: Mapping[str, torch.dt
     return [
         Problem(
             step,
-            f"{named(changed, len(now))} trained tensors are {now[changed[0]]} now and were {before[changed[0]]}",
+            f"the dtype is {now[changed[0]]} now and was {before[changed[0]]} in {named(changed, len(now), TRAINED)}",
             "something has cast the model while it trains; the optimizer still holds the state of the old dtype",
             "look for model.to(dtype), .half() or .bfloat16() in callbacks",
         )
@@ -101,7 +102,7 @@ def low_precision(trained: Mapping[str, nn.Parameter]) -> list[Problem]:
     return [
         Problem(
             0,
-            f"{named(low, len(trained))} trained tensors are in {trained[low[0]].dtype}",
+            f"the dtype is {trained[low[0]].dtype} in {named(low, len(trained), TRAINED)}",
             "steps smaller than 1/256 of a weight are rounded away (1/2048 in float16). TRL casts the adapters of a "
             "model that is in 4 bits already",
             "give TRL's trainers the dense model and peft_config=, or cast back: for p in model.parameters(): if "
@@ -159,7 +160,7 @@ def _scales_not_finite(names: list[str], of: int, step: int) -> list[Problem]:
     return [
         Problem(
             step,
-            f"the depth scales of {named(names, of)} modules are not finite, or out of range",
+            f"depth scales are not finite, or out of range, in {named(names, of, MODULES)}",
             "the adapters of these layers compute NaN, or something else than was trained",
             "lower gain_lr_ratio, and load the last good checkpoint",
         )
@@ -172,7 +173,7 @@ def _gains_at_bound(names: list[str], of: int, step: int) -> list[Problem]:
     return [
         Problem(
             step,
-            f"the gains of {named(names, of)} modules are at their bound",
+            f"gains are at their bound in {named(names, of, MODULES)}",
             "they hardly learn any more",
             "lower gain_lr_ratio or the learning rate, or raise gain_bound",
             fatal=False,
@@ -195,7 +196,7 @@ def absmax_not_finite(model: nn.Module) -> list[Problem]:
     return [
         Problem(
             0,
-            f"the scales (absmax) of {named(bad, len(whole))} 4-bit layers are not finite",
+            f"scales (absmax) are not finite in {named(bad, len(whole), '4-bit layers')}",
             "these layers give NaN",
             "load the base anew: its file is damaged, or its weights were not finite when it was quantized",
         )

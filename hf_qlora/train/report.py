@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
-SHOWN = 3  # names of tensors
+SHOWN = 2  # names of tensors
 
 
 class AdapterHealthError(RuntimeError):
@@ -38,8 +38,7 @@ class Problem:
         return "\n".join([when, *(f"  {key:<6} {text}" for key, text in rows.items() if text)])
 
 
-def named(names: Sequence[str], of: int) -> str:
-    """Some of the names, and how many there are."""
-    shown = ", ".join(names[:SHOWN])
+def named(names: Sequence[str], of: int, kind: str) -> str:
+    """How many of them, of which kind, and the names of some."""
     count = f"all {of}" if len(names) == of else f"{len(names)} of {of}"
-    return f"{count} ({shown}{', …' if len(names) > SHOWN else ''})"
+    return f"{count} {kind} ({', '.join(names[:SHOWN])}{', …' if len(names) > SHOWN else ''})"

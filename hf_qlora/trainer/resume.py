@@ -35,7 +35,7 @@ from hf_qlora.trainer.optimizers import check_optimizer
 
 logger = logging.getLogger(__name__)
 
-_BITSANDBYTES = {"state1", bnb.optim.optimizer.Optimizer8bit._FSDP_WRAPPED_QUANT_STATE_KEY}
+_BITSANDBYTES = {"state1", "__bnb_optimizer_quant_state__"}  # in a state of its optimizers: in memory, on disk
 _STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2")  # of the parameter's shape
 _TORCHS_WRITER = ("inline_container", "PytorchStreamWriter", "iostream")  # in the RuntimeErrors of torch.save
 
@@ -56,6 +56,14 @@ def train(original: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: 
         _check_scaling(model, Path(chosen))
         given.arguments["resume_from_checkpoint"] = str(chosen)
     return original(*given.args, **given.kwargs)
+
+
+def run_epoch(original: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    """Trainer asks after a step whether it was the last: resumed at its end, a run would be trained one step more."""
+    if adapted(trainer) is not None and trainer.state.global_step >= trainer.state.max_steps:
+        trainer.control.should_training_stop = True
+        return
+    original(trainer, *args, **kwargs)
 
 
 def _choose(run: Path) -> Path | bool:
@@ -188,8 +196,13 @@ def save_checkpoint(original: Callable[..., None], trainer: Trainer, model: Any,
             shutil.rmtree(folder, ignore_errors=True)
         whole = last_whole(run, before=folder)
         kept = f"{whole} is whole; make room and resume from it" if whole else "There is none before it; make room"
+        cause = _first_cause(error)
         raise OSError(
-            getattr(error, "errno", None) or errno.EIO,
-            f"Saving {folder} failed: {str(error).partition(chr(10))[0]}. What was written of it "
+            getattr(cause, "errno", None) or errno.EIO,
+            f"Saving {folder} failed: {str(cause).partition(chr(10))[0]}. What was written of it "
             f"{'stays, and is not resumed from' if was_there else 'is removed'}. {kept}.",
         ) from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else _first_cause(error.__cause__)

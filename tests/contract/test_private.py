@@ -432,6 +432,17 @@ def _() -> None:
     assert {"get_last_checkpoint", "_load_from_checkpoint"} <= set(stock(Trainer.train).__code__.co_names)
 
 
+@contract("transformers:Trainer._run_epoch")
+def _() -> None:
+    """It trains before it looks at what the callbacks want; whoever calls it looks after it."""
+    assert parameters(Trainer._run_epoch)[:3] == ["self", "model", "epoch"]
+    source = inspect.getsource(stock(Trainer._run_epoch))
+    assert "max_steps" not in source
+    assert source.index("self.training_step(") < source.index("should_training_stop")
+    assert calls_method(Trainer._inner_training_loop, "_run_epoch")
+    assert "should_training_stop" in stock(Trainer._inner_training_loop).__code__.co_names
+
+
 @contract("transformers:Trainer._load_optimizer_and_scheduler")
 def _() -> None:
     """It is called before the first step, and leaves it to torch whether the state fits."""
@@ -479,7 +490,7 @@ def _() -> None:
     assert {"params", "names", "scaling_factors", "weight_decay"} <= set(groups[0])
 
 
-@contract("bitsandbytes.optim.optimizer:Optimizer8bit._FSDP_WRAPPED_QUANT_STATE_KEY")
+@contract("bitsandbytes.optim.optimizer:Optimizer8bit")
 def _() -> None:
     """The base of its optimizers, whose state goes by a name that torch's does not have, and by another on disk."""
     assert issubclass(bnb.optim.PagedAdamW8bit, bnb.optim.optimizer.Optimizer8bit)
@@ -490,7 +501,7 @@ def _() -> None:
     assert "state1" in optimizer.state[parameter]
     assert "exp_avg" not in optimizer.state[parameter]
     (saved,) = optimizer.state_dict()["state"].values()
-    assert "state1" in saved[optimizer._FSDP_WRAPPED_QUANT_STATE_KEY]
+    assert "state1" in saved["__bnb_optimizer_quant_state__"]
 
 
 @contract("torch:_foreach_norm")

@@ -148,13 +148,13 @@ def test_a_run_killed_at_every_file_operation_ends_as_one_that_was_not(
         go_on(run)
         assert_identical(outcome(run), straight)
         operation += 3
-    assert operation > 100
+    assert operation > 90  # three saves
 
 
 @pytest.mark.slow
 def test_ten_kills_in_a_row(tmp_path: Path) -> None:
     """Processes of their own, each killed at a random time after a random step; as a machine that keeps failing."""
-    chance, steps = random.Random(11), 3 * KILLS
+    chance, steps = random.Random(11), 8 * KILLS
     kills = 0
     while kills < KILLS:
         worker = start(tmp_path / "cut", steps)

@@ -172,7 +172,7 @@ def test_nan_is_found_where_it_arose_and_before_the_step(
     assert run.state.global_step == AT
     assert words in caplog.text
     assert f"step {AT}\n" in caplog.text
-    assert "trained tensors is NaN or infinite" in caplog.text
+    assert "the gradient is NaN or infinite in " in caplog.text
     now = adapters(run.model)
     if kind != "adapter":
         assert_identical(now, before.kept)
@@ -369,7 +369,7 @@ def test_scales_that_are_not_finite_are_said_before_the_first_step(tmp_path: Pat
     scale.bias.data.fill_(float("inf"))
     run, health = watched(tmp_path, model)
     assert run.state.global_step <= 1
-    assert f"1 of 2 ({name} (default))" in health.problems[0].what
+    assert f"1 of 2 adapted modules ({name} (default))" in health.problems[0].what
     assert health.problems[0].step == 0
 
 
@@ -379,14 +379,17 @@ def test_a_gain_at_its_bound_is_said_and_stops_nothing(tmp_path: Path) -> None:
     scale.bias.data.fill_(5 * scale.bound)
     run, health = watched(tmp_path, model, logging_steps=100)
     assert run.state.global_step == run.state.max_steps
-    assert "at their bound" in health.problems[0].what
+    assert "at their bound in 1 of 2" in health.problems[0].what
 
 
 def test_absmax_that_is_not_finite_is_said(tmp_path: Path) -> None:
     model = qlora()
     layer(model, "model.layers.0.mlp.up_proj").base_layer.weight.quant_state.state2.absmax[0] = float("inf")
     _, health = watched(tmp_path, model)
-    assert "(absmax) of 1 of 14 (base_model.model.model.layers.0.mlp.up_proj" in health.problems[0].what
+    assert (
+        "(absmax) are not finite in 1 of 14 4-bit layers (base_model.model.model.layers.0.mlp.up_proj"
+        in health.problems[0].what
+    )
 
 
 def test_adapters_that_are_no_master_copies_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -408,7 +411,7 @@ def test_a_cast_in_the_middle_of_training_is_found(tmp_path: Path) -> None:
 
     run, health = watched(tmp_path, qlora(), Before(cast), optim="sgd")
     assert run.state.global_step == AT
-    assert "torch.float64 now and were torch.float32" in health.problems[0].what
+    assert "torch.float64 now and was torch.float32" in health.problems[0].what
 
 
 def test_a_base_that_was_cast_up_is_said() -> None:

@@ -139,6 +139,14 @@ def test_a_checkpoint_of_the_model_alone_is_resumed_with_a_warning(
     assert "saved without the optimizer" in caplog.text
 
 
+def test_a_finished_run_is_not_trained_on(run_folder: Path, finished: tuple[Path, Any]) -> None:
+    """It ends in the middle of an epoch, and was killed after its last save."""
+    run = trainer(qlora(), run_folder, **SAVING)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 6
+    assert_identical(outcome(run), finished[1])
+
+
 def test_without_a_checkpoint_trainer_says_so_itself(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(ValueError, match="No valid checkpoint found"):
