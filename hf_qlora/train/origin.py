@@ -66,21 +66,28 @@ class _Seen:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[_Seen]:
-    seen, handles = _Seen(), []
-    head = output_head(model)
-    named = dict(model.named_modules())
-    heads = [name for name, module in named.items() if module is head or isinstance(module, ChunkedHead)]
-    inner = tuple(f"{name}." for name, module in named.items() if isinstance(module, LoraLayer))
-    for path, module in named.items():
-        above = any(name.startswith(f"{path}." if path else "") for name in heads)  # it returns the loss
-        if path and path not in heads and not above and not path.startswith((*inner, *(f"{name}." for name in heads))):
-            name = f"{plain_name(path)} ({type(module).__name__})"
-            handles.append(module.register_forward_hook(_look_at(name, seen), with_kwargs=True))
+    seen = _Seen()
+    handles = [
+        module.register_forward_hook(_look_at(f"{plain_name(path)} ({type(module).__name__})", seen), with_kwargs=True)
+        for path, module in _looked_at(model)
+    ]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _looked_at(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules but parts of adapted layers, the head, and what it is in, which returns the loss."""
+    head, modules = output_head(model), dict(model.named_modules())
+    heads = [path for path, module in modules.items() if module is head or isinstance(module, ChunkedHead)]
+    closed = [*heads, *(path for path, module in modules.items() if isinstance(module, LoraLayer))]
+    inside = tuple(f"{path}." for path in closed)
+    for path, module in modules.items():
+        is_around = any(name.startswith(f"{path}.") for name in heads)
+        if path and path not in heads and not is_around and not path.startswith(inside or "\0"):
+            yield path, module
 
 
 def _look_at(name: str, seen: _Seen) -> Any:

@@ -31,14 +31,15 @@ TIMED = re.compile(r"_(runtime|per_second)$")
 KILLS = 10
 
 
-class Tell(TrainerCallback):
-    """Print the steps, for whoever waits for one to kill this process."""
+class InStep(TrainerCallback):
+    """Print each step, and wait for a line before going on, as long as there may be one: for whoever kills this."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         print(f"step {state.global_step}", flush=True)
+        sys.stdin.readline()
 
 
-def make(folder: Path, steps: int = 6) -> Trainer:
+def make(folder: Path, steps: int = 6, *callbacks: TrainerCallback) -> Trainer:
     """A run with all that has a state: dropout, gains, attention, a schedule, evaluation, accumulation, rotation."""
     torch.set_num_threads(1)
     set_seed(3)
@@ -70,9 +71,8 @@ def make(folder: Path, steps: int = 6) -> Trainer:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    return Trainer(
-        get_peft_model(base(), config), arguments, train_dataset=rows(12), eval_dataset=rows(4, 8), callbacks=[Tell()]
-    )
+    model = get_peft_model(base(), config)
+    return Trainer(model, arguments, train_dataset=rows(12), eval_dataset=rows(4, 8), callbacks=list(callbacks))
 
 
 def go_on(run: Trainer) -> None:
@@ -154,25 +154,23 @@ def test_a_run_killed_at_every_file_operation_ends_as_one_that_was_not(
 @pytest.mark.slow
 def test_ten_kills_in_a_row(tmp_path: Path) -> None:
     """Processes of their own, each killed at a random time after a random step; as a machine that keeps failing."""
-    chance, steps = random.Random(11), 8 * KILLS
-    kills = 0
-    while kills < KILLS:
-        worker = start(tmp_path / "cut", steps)
-        assert worker.stdout is not None
-        for _ in range(chance.randint(1, 4)):
-            line = worker.stdout.readline()
-            while line and not line.startswith("step"):
-                line = worker.stdout.readline()
-            assert line, "it ended too soon"
-        time.sleep(chance.uniform(0, 0.3))
-        worker.send_signal(signal.SIGKILL)
-        worker.stdout.close()
-        assert worker.wait() == -signal.SIGKILL
-        kills += 1
+    chance, steps = random.Random(11), 6 * KILLS
+    for _ in range(KILLS):
+        with start(tmp_path / "cut", steps) as worker:
+            assert worker.stdin is not None
+            assert worker.stdout is not None
+            for _ in range(chance.randint(1, 4)):
+                while not worker.stdout.readline().startswith("step"):
+                    assert worker.poll() is None, "it ended too soon"
+                worker.stdin.write("go on\n")
+                worker.stdin.flush()
+            time.sleep(chance.uniform(0, 0.15))  # an evaluation, a save, or the next step
+            worker.send_signal(signal.SIGKILL)
+        assert worker.returncode == -signal.SIGKILL
     for name in ("cut", "straight"):
         worker = start(tmp_path / name, steps)
-        out, _ = worker.communicate()
-        assert worker.returncode == 0, out
+        shown, _ = worker.communicate()
+        assert worker.returncode == 0, shown
     found, expected = (torch.load(tmp_path / f"{name}.outcome", weights_only=False) for name in ("cut", "straight"))
     assert_identical(found, expected)
     state = json.loads((tmp_path / "cut" / f"checkpoint-{steps}" / "trainer_state.json").read_text())
@@ -184,11 +182,12 @@ def start(folder: Path, steps: int) -> subprocess.Popen[str]:
     paths = [str(Path(__file__).parents[1]), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(folder), str(steps)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    run = make(place, int(sys.argv[2]))
+    run = make(place, int(sys.argv[2]), InStep())
     go_on(run)
     torch.save(outcome(run), f"{place}.outcome")

@@ -91,7 +91,12 @@ def test_tokens_are_those_that_are_trained_on(
     assert speeds == pytest.approx([2 * 2 * 2 * tokens / 20] * 3)
 
 
-def test_evaluations_and_saves_take_no_time_from_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "pause", [{"eval_strategy": "steps", "eval_steps": 1}, {"save_strategy": "steps", "save_steps": 1}], ids=str
+)
+def test_evaluations_and_saves_take_no_time_from_the_speed(
+    tmp_path: Path, pause: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each takes 100 s of the clock, and a step 10 s."""
     now = [0.0]
 
@@ -108,7 +113,7 @@ def test_evaluations_and_saves_take_no_time_from_the_speed(tmp_path: Path, monke
         qlora(),
         tmp_path,
         Clock(),
-        **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3},
+        **{**pause, "max_steps": 3},
     )
     reporter = Reporter()
     run.add_callback(reporter)
