@@ -18,15 +18,19 @@ from hf_qlora.quant.generation import fast_generation
 from hf_qlora.quant.report import QuantizationReport
 from hf_qlora.quant.survey import quantization_report
 from hf_qlora.registration import register
-from hf_qlora.train.callbacks import DepthScaleCallback
+from hf_qlora.train.depth import DepthScaleCallback
+from hf_qlora.train.health import AdapterHealthCallback
+from hf_qlora.train.memory import MemoryCallback
 from hf_qlora.train.optimizer import create_optimizer
 from hf_qlora.tuner import QLoRAModel
 
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterHealthCallback",
     "AdaptiveDepthLoRAConfig",
     "DepthScaleCallback",
+    "MemoryCallback",
     "MergeReport",
     "ModelCardCallback",
     "NF4Config",

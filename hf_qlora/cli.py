@@ -159,6 +159,36 @@ def bench_train_step(
     _measured(run.measure(case, rounds, arm or arms.arms_for(device)), results, report)
 
 
+@bench.command("callbacks")
+def bench_callbacks(
+    shape: Annotated[
+        str, typer.Option(help="The model's: smollm2, llama3-8b or tiny. Weights are random.")
+    ] = "smollm2",
+    batch_size: Annotated[int, typer.Option(min=1)] = 4,
+    sequence_length: Annotated[int, typer.Option(min=2)] = 256,
+    rank: Annotated[int, typer.Option(min=1)] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each arm's turn comes.")] = 20,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    results: Annotated[Path, typer.Option(help="JSON.")] = Path("results/callbacks.json"),
+    report_only: Annotated[bool, typer.Option("--report", help="Do nothing; print the table of --results.")] = False,
+) -> None:
+    """What AdapterHealthCallback and MemoryCallback cost a training step.
+
+    The arms take turns in one process, so that ratios hold on a noisy machine. Minutes on two cores.
+    """
+    from hf_qlora.bench import callbacks
+    from hf_qlora.bench.measure import write_whole
+    from hf_qlora.bench.train_step.arms import SHAPES, Case
+
+    _check_choice("--shape", [shape], SHAPES)
+    if report_only:
+        typer.echo(callbacks.markdown(_read_results(results)))
+        return
+    found = callbacks.measure(Case(shape, batch_size, sequence_length, rank, device=device), rounds)
+    write_whole(results, found)
+    typer.echo(callbacks.markdown(found))
+
+
 @bench.command("growth")
 def bench_growth(
     shape: Annotated[

@@ -23,6 +23,11 @@ are wrapped. For a stock `LoraConfig` each of them does what PEFT did.
 | `PeftModel.push_to_hub`, `PeftConfigMixin.push_to_hub` | one commit, with the adapter's card; errors say what to do |
 | `Trainer._save`, `init_hf_repo`, `push_to_hub` | the same; and Trainer saves its token |
 | `Trainer._push_from_checkpoint`, `_finish_current_push` | Trainer drops the errors of pushes in the background |
+| `Trainer.train`, `_load_optimizer_and_scheduler` | resumes whole checkpoints that fit (`trainer/resume.py`) |
+| `Trainer._run_epoch` | resumed at its end in the middle of an epoch, a run is trained one step more |
+| `Trainer._save_checkpoint` | a half-written checkpoint is known as one, and gone where the disk is full |
+| `Trainer._get_num_items_in_batch` | a batch without labels has the loss 0/0 (`trainer/batches.py`) |
+| `LoraFAOptimizer.__init__` | pairs a gain with the next layer's A (`trainer/optimizers.py`) |
 | `hotswap.check_hotswap_configs_compatible`, `hotswap_adapter_from_state_dict` | both sides in portable form |
 
 Everything private of PEFT, transformers, bitsandbytes and torch that the package leans on is in `PRIVATE`, each with a
@@ -47,6 +52,7 @@ from packaging.version import Version
 from peft import LoraConfig, PeftModel, PeftType
 from peft.auto import _BaseAutoPeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.tuners.tuners_utils import BaseTuner
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations.peft import PeftAdapterMixin
@@ -57,6 +63,7 @@ from hf_qlora.config.record import RECORD_KEY
 from hf_qlora.hub import facts, push
 from hf_qlora.hub import trainer as trainer_hooks
 from hf_qlora.layers.checkpointing import set_gradient_checkpointing
+from hf_qlora.trainer import batches, optimizers, resume
 from hf_qlora.tuner import QLoRAModel
 
 
@@ -84,6 +91,14 @@ PRIVATE = {
     "transformers:Trainer.push_to_hub": "registration",
     "transformers:Trainer._push_from_checkpoint": "registration",
     "transformers:Trainer._finish_current_push": "registration",
+    "transformers:Trainer.train": "registration",
+    "transformers:Trainer._run_epoch": "registration",
+    "transformers:Trainer._load_optimizer_and_scheduler": "registration",
+    "transformers:Trainer._save_checkpoint": "registration",
+    "transformers:Trainer._get_output_dir": "trainer.resume",
+    "transformers:Trainer._get_num_items_in_batch": "registration",
+    "peft.optimizers.lorafa:LoraFAOptimizer.__init__": "registration",
+    "bitsandbytes.optim.optimizer:Optimizer8bit": "trainer.resume",
     "huggingface_hub.errors:HTTPError": "hub.errors",
     "peft.tuners.lora.dora:dequantize_module_weight": "registration",
     "peft.utils.hotswap:load_peft_weights": "registration",
@@ -119,6 +134,7 @@ PRIVATE = {
     "transformers.modeling_utils:PreTrainedModel._get_dtype_plan": "merge.skeleton",
     "transformers.conversion_mapping:get_model_conversion_mapping": "merge.skeleton",
     "transformers.core_model_loading:rename_source_key": "merge.skeleton",
+    "torch:_foreach_norm": "train.gradients",
     "torch._C:_current_graph_task_id": "kernels.functional",
     "torch:Tensor._make_wrapper_subclass": "layers.logits",
     "torch.utils._pytree:tree_map_only": "layers.logits",
@@ -166,6 +182,12 @@ def register() -> None:
     _wrap(Trainer, "push_to_hub", trainer_hooks.push_to_hub)
     _wrap(Trainer, "_push_from_checkpoint", trainer_hooks.push_from_checkpoint)
     _wrap(Trainer, "_finish_current_push", trainer_hooks.finish_current_push)
+    _wrap(Trainer, "train", resume.train)
+    _wrap(Trainer, "_run_epoch", resume.run_epoch)
+    _wrap(Trainer, "_load_optimizer_and_scheduler", resume.load_optimizer_and_scheduler)
+    _wrap(Trainer, "_save_checkpoint", resume.save_checkpoint)
+    _wrap(Trainer, "_get_num_items_in_batch", batches.num_items_in_batch)
+    _wrap(LoraFAOptimizer, "__init__", optimizers.init_lorafa)
     _wrap(PeftAdapterMixin, "load_adapter", hooks.load_into_transformers)
     _wrap(peft.tuners.lora.dora, "dequantize_module_weight", hooks.dequantize_module_weight)
     _wrap(peft.utils.hotswap, "load_peft_weights", hooks.load_peft_weights)

@@ -69,7 +69,8 @@ class _DoraLinear(torch.autograd.Function):
         z = (flat @ W.t()).addmm_(s, B.to(flat.dtype).t(), alpha=adapter.scaling)
         norm = weight_norm(W, adapter.row_squares(W), A, B, adapter.scaling)
         ratio = magnitude.to(norm.dtype) / norm
-        ctx.save_for_backward(x, A, B, s, z, norm, ratio)
+        ctx.save_for_backward(x if ctx.needs_input_grad[5] else None, A, B, s, z, norm, ratio)
+        ctx.shape = x.shape
         ctx.magnitude_dtype = magnitude.dtype
         result = z.new_empty(*x.shape[:-1], z.shape[-1])
         y = torch.mul(z, ratio, out=result.view(z.shape))
@@ -81,7 +82,7 @@ class _DoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, s, z, norm, ratio = ctx.saved_tensors
-        flat = x.reshape(-1, x.shape[-1])
+        flat = None if x is None else x.reshape(-1, x.shape[-1])
         whole = grad.reshape(-1, grad.shape[-1])
         g = torch.mul(whole, ratio, out=torch.empty_like(whole))
         dx = None
@@ -94,4 +95,4 @@ class _DoraLinear(torch.autograd.Function):
         wanted = (*ctx.needs_input_grad[5:7], False)
         dA, dB, _ = adapter_backward(g, flat, (A, B, None, s), (ctx.scaling, 0.0), None, wanted, dx, ctx.shared)
         own = dx if ctx.shared is None else None
-        return (None if own is None else own.view(x.shape), dbias, None, None, None, dA, dB, dmagnitude)
+        return (None if own is None else own.view(ctx.shape), dbias, None, None, None, dA, dB, dmagnitude)

@@ -6,7 +6,8 @@
     dx = g W + Σ drop'(c · g B A)      dA = c · (g B)ᵀ drop(x)      dB = c · gᵀ s      dgain = scaling · Σ (g B) ⊙ s
 
 W is made for the product (dequantized, or taken as it is) and dropped; backward makes it again. What is kept for
-backward is x itself, not a copy, s and the adapters: the skinny products need no (T, N) or (T, K) tensor of their own.
+backward is s, the adapters, and x itself, not a copy, where an A learns (with LoRA-FA none does): the skinny products
+need no (T, N) or (T, K) tensor of their own.
 A dropout mask is not kept but drawn again from the same state of the random numbers. A and B are master copies,
 normally float32, and are cast to x's dtype in every step. There is no gradient for W, and none of second order.
 
@@ -216,7 +217,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.unpack, ctx.settings, ctx.shared = unpack, settings, shared
         result = _frozen_product(x, unpack(), bias)
         flat, y = x.reshape(-1, x.shape[-1]), result.view(-1, result.shape[-1])
-        kept: list[Tensor | None] = [x if settings else None]
+        kept: list[Tensor | None] = [x if any(ctx.needs_input_grad[5::3]) else None]
         ctx.random = []
         for (scaling, dropout), (A, B, gain) in zip(settings, _in_threes(tensors), strict=True):
             ctx.random.append(random_state(flat.device) if dropout else None)
@@ -264,7 +265,7 @@ def adapter_backward(
     alpha, gs = (scaling, gB) if gain is None else (1.0, _times(gB, scaling * gain))
     dA = dB = dgain = None
     if wanted[0]:
-        with random_again(state, flat.device):
+        with random_again(state, g.device):
             dA = _scaled(gs.t(), _dropped(flat, dropout), alpha).to(A.dtype)
     if wanted[1]:
         cs = s if gain is None else _times(s, scaling * gain)
@@ -274,7 +275,7 @@ def adapter_backward(
         dgain = (scaling * (_wide(gB) * _wide(s)).sum()).to(gain.dtype).reshape(gain.shape)
     if dx is not None:
         if dropout:
-            with random_again(state, flat.device):
+            with random_again(state, g.device):
                 dx += _dropped(_scaled(gs, A.to(g.dtype), alpha), dropout)
         elif shared is not None:
             shared.add_skinny(gs, A.to(g.dtype), alpha)

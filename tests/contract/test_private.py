@@ -26,6 +26,7 @@ import peft.auto
 import peft.config
 import peft.mapping
 import peft.mapping_func
+import peft.optimizers
 import peft.peft_model
 import peft.tuners.lora.bnb
 import peft.tuners.lora.layer
@@ -39,9 +40,11 @@ import pytest
 import torch
 import transformers
 import transformers.core_model_loading
+import transformers.loss.loss_utils
 from architectures import llama
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit, quantize_4bit
 from peft import LoraConfig, LoraModel, PeftConfig, PeftModel, get_peft_model
+from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
@@ -462,6 +465,92 @@ def _() -> None:
 def _() -> None:
     assert parameters(Trainer.init_hf_repo)[0] == "self"
     assert calls_method(Trainer.__init__, "init_hf_repo")
+
+
+@contract("transformers:Trainer.train")
+def _() -> None:
+    """It takes the checkpoint's folder, or True for the last one, and goes by its name alone."""
+    assert parameters(Trainer.train)[:2] == ["self", "resume_from_checkpoint"]
+    assert {"get_last_checkpoint", "_load_from_checkpoint"} <= set(stock(Trainer.train).__code__.co_names)
+
+
+@contract("transformers:Trainer._run_epoch")
+def _() -> None:
+    """It trains before it looks at what the callbacks want; whoever calls it looks after it."""
+    assert parameters(Trainer._run_epoch)[:3] == ["self", "model", "epoch"]
+    source = inspect.getsource(stock(Trainer._run_epoch))
+    assert source.index("self.training_step(") < source.index("should_training_stop")
+    assert calls_method(Trainer._inner_training_loop, "_run_epoch")
+    assert "should_training_stop" in stock(Trainer._inner_training_loop).__code__.co_names
+
+
+@contract("transformers:Trainer._load_optimizer_and_scheduler")
+def _() -> None:
+    """It is called before the first step, and leaves it to torch whether the state fits."""
+    assert parameters(Trainer._load_optimizer_and_scheduler) == ["self", "checkpoint"]
+    assert calls_method(Trainer._prepare_for_training, "_load_optimizer_and_scheduler")
+    names = stock(Trainer._load_optimizer_and_scheduler).__code__.co_names
+    assert "load_state_dict" in names
+    assert "shape" not in names
+
+
+@contract("transformers:Trainer._save_checkpoint")
+def _() -> None:
+    """trainer_state.json is written after all else that resuming reads, and older checkpoints are removed after it."""
+    assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
+    names = stock(Trainer._save_checkpoint).__code__.co_names
+    order = ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state", "save_to_json", "rotate_checkpoints"]
+    assert [name for name in names if name in order] == order
+
+
+@contract("transformers:Trainer._get_output_dir")
+def _() -> None:
+    assert parameters(Trainer._get_output_dir) == ["self", "trial"]
+    assert calls_method(Trainer._save_checkpoint, "_get_output_dir")
+
+
+@contract("transformers:Trainer._get_num_items_in_batch")
+def _() -> None:
+    """What losses are divided by, in training and in evaluation; it may be 0."""
+    assert parameters(Trainer._get_num_items_in_batch) == ["self", "batch_samples", "device"]
+    assert calls_method(Trainer.get_batch_samples, "_get_num_items_in_batch")
+    assert calls_method(Trainer.prediction_step, "_get_num_items_in_batch")
+    labels = torch.full((1, 3), -100)
+    loss = transformers.loss.loss_utils.fixed_cross_entropy(torch.zeros(3, 5), labels[0], torch.tensor(0))
+    assert loss.isnan()  # else there is nothing to do
+
+
+@contract("peft.optimizers.lorafa:LoraFAOptimizer.__init__")
+def _() -> None:
+    """It takes what has "lora" in its name in pairs, in the order of the names."""
+    assert parameters(LoraFAOptimizer.__init__)[:2] == ["self", "params"]
+    source = inspect.getsource(LoraFAOptimizer.step)
+    assert 'if "lora" in n:' in source
+    assert "len(param_list) == 2" in source
+    groups = peft.optimizers.create_lorafa_optimizer(get_peft_model(llama(), lora()), 4, 8, 1e-3).param_groups
+    assert {"params", "names", "scaling_factors", "weight_decay"} <= set(groups[0])
+
+
+@contract("bitsandbytes.optim.optimizer:Optimizer8bit")
+def _() -> None:
+    """The base of its optimizers, whose state goes by a name that torch's does not have, and by another on disk."""
+    assert issubclass(bnb.optim.PagedAdamW8bit, bnb.optim.optimizer.Optimizer8bit)
+    parameter = nn.Parameter(torch.ones(8))
+    parameter.grad = torch.ones(8)
+    optimizer = bnb.optim.AdamW8bit([parameter])
+    optimizer.step()
+    assert "state1" in optimizer.state[parameter]
+    assert "exp_avg" not in optimizer.state[parameter]
+    (saved,) = optimizer.state_dict()["state"].values()
+    assert "state1" in saved["__bnb_optimizer_quant_state__"]
+
+
+@contract("torch:_foreach_norm")
+def _() -> None:
+    """The norm of each tensor, NaN and infinity included, whatever their dtypes."""
+    tensors = [torch.ones(4), torch.zeros(3, 2, dtype=torch.bfloat16), torch.tensor([float("nan")])]
+    assert [float(norm) for norm in torch._foreach_norm(tensors)][:2] == [2.0, 0.0]
+    assert torch._foreach_norm(tensors)[2].isnan()
 
 
 @contract("transformers:Trainer.push_to_hub")

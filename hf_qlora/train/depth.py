@@ -1,4 +1,4 @@
-"""What Trainer can watch."""
+"""The scales of `AdaptiveDepthLoRAConfig`, as they move in training."""
 
 from __future__ import annotations
 
