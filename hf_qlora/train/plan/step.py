@@ -1,0 +1,269 @@
+"""One training step of a model without data: forward, backward and the optimizer's step, traced.
+
+What the device decides is said here. Which attention kernel runs decides whether a (tokens × tokens) matrix is made:
+the CPU is asked, for CUDA the rules of torch are written down. CUDA's allocator gives multiples of 512 bytes, and
+AdamW there takes all tensors at a time (`foreach`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hf_qlora.quant.linear4bit import Linear4bit
+from hf_qlora.train.plan.checkpointing import Stages
+from hf_qlora.train.plan.trace import Block, Peak, Trace
+from hf_qlora.validation import ConfigError
+
+
+GRANULE = {"cpu": 1, "cuda": 512}
+_FORWARD, _BACKWARD, _OPTIMIZER = "forward", "backward", "optimizer step"
+_ATEN = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a step took.
+
+    Attributes:
+        peaks: of each stage.
+        kept: the blocks that are there between forward and backward and were not before.
+        inputs: the blocks of the layers' inputs, in order.
+        host_bytes: on the host between forward and backward.
+    """
+
+    peaks: Mapping[str, Peak]
+    kept: tuple[Block, ...]
+    inputs: tuple[Block, ...]
+    host_bytes: int
+
+    @property
+    def peak(self) -> Peak:
+        return max(self.peaks.values(), key=lambda peak: peak.size)
+
+    def kept_by_layer(self) -> list[int]:
+        """Bytes that each layer keeps for backward, its input included; the input of the next is the next's."""
+        inputs = {id(block): i for i, block in enumerate(self.inputs)}
+        found = [0] * len(self.inputs)
+        for block in self.kept:
+            layer = inputs.get(id(block), _number(block.stage))
+            if layer is not None:
+                found[layer] += block.size
+        return found
+
+
+def _number(stage: str) -> int | None:
+    name, _, number = stage.partition(" ")
+    return int(number) if name == "layer" else None
+
+
+def run(
+    model: PeftModel,
+    inputs: Mapping[str, Tensor],
+    mode: FakeTensorMode,
+    *,
+    device: str,
+    optimizer: torch.optim.Optimizer | None,
+    autocast: torch.dtype | None = None,
+    offload: bool = False,
+    accumulate: bool = False,
+    resident: Mapping[str, int] | None = None,
+) -> Traced:
+    """Trace a step that is not the first: the optimizer has its state, and gradients are gone.
+
+    Args:
+        inputs: of the model's forward, fake.
+        optimizer: torch's over the trained parameters; None: its step is not run.
+        accumulate: whether gradients are there from a step before.
+        resident: bytes that are there all the time and are in no tensor of these, by what they are.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with ExitStack() as stack:
+        stack.enter_context(mode)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # that a tensor has no data
+        if optimizer is not None:
+            _take_first_step(trained, optimizer)
+        trace = stack.enter_context(Trace(GRANULE[device]))
+        note_model(trace, model, optimizer)
+        trace.note_all(inputs.values(), "inputs")
+        for kind, size in (resident or {}).items():
+            trace.hold(size, kind)
+        stages = Stages(model, trace, offload)
+        stack.callback(stages.close)
+        for parameter in trained:
+            handle = parameter.register_post_accumulate_grad_hook(partial(_note_gradient, trace))
+            stack.callback(handle.remove)
+        for _ in range(1 + accumulate):
+            stages.in_backward, stages.inputs[:] = False, []
+            before = set(map(id, trace.alive()))
+            trace.stage = _FORWARD
+            loss = _forward(model, inputs, device, autocast)
+            kept = tuple(block for block in trace.alive() if id(block) not in before)
+            host = sum(block.size for block in stages.inputs if block.away)
+            kept += tuple(block for block in stages.inputs if block.away)
+            trace.stage, stages.in_backward = _BACKWARD, True
+            loss.backward()
+            del loss
+        trace.stage = _OPTIMIZER
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        found = Traced(trace.peaks(), kept, tuple(stages.inputs), host)
+        model.zero_grad()
+    return found
+
+
+def note_model(trace: Trace, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Tell a trace what is there before the step."""
+    for parameter in model.parameters():
+        trace.note_all([parameter], "adapters" if parameter.requires_grad else "base")
+    trace.note_all(model.buffers(), "base")
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            for state in filter(None, (module.quant_state, module.quant_state.state2)):
+                trace.note_all((state.absmax, state.code), "base")
+    for state in optimizer.state.values() if optimizer is not None else ():
+        trace.note_all(state.values(), "optimizer")
+
+
+def _take_first_step(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _note_gradient(trace: Trace, parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        trace.note(parameter.grad).kind = "gradients"
+
+
+def _forward(
+    model: nn.Module, inputs: Mapping[str, Tensor], device: str, autocast: torch.dtype | None
+) -> Tensor:
+    with _Attention(device), torch.autocast("cpu", autocast) if autocast else nullcontext():
+        outputs = model(**inputs)
+    loss = getattr(outputs, "loss", None)
+    if loss is None:  # a model without a head: what is trained by somebody's own loss
+        loss = outputs[0].float().mean()
+    result: Tensor = loss
+    return result
+
+
+class _Attention(TorchFunctionMode):
+    """Calls the kernel of scaled dot-product attention that the device would choose."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        call = _SIGNATURE.bind(*args, **(kwargs or {}))
+        call.apply_defaults()
+        return _attention(self.device, **call.arguments)
+
+
+def _like_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    """For its signature."""
+
+
+_SIGNATURE = inspect.signature(_like_sdpa)
+
+
+def _attention(
+    device: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    if device == "cpu":
+        choice = SDPBackend.FLASH_ATTENTION if dropout_p == 0 else SDPBackend.MATH
+    else:
+        choice = _on_cuda(query, attn_mask, enable_gqa and query.shape[1] != key.shape[1])
+    if choice == SDPBackend.MATH:
+        with torch.nn.attention.sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+    mask = attn_mask
+    if mask is not None and mask.dtype == torch.bool:  # what torch does before it calls a kernel
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    if device == "cpu":
+        found = _ATEN._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale
+        )
+    elif choice == SDPBackend.FLASH_ATTENTION:
+        found = _ATEN._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)
+    else:
+        if mask is not None:
+            mask = mask.expand(*query.shape[:3], key.shape[2])
+        found = _ATEN._scaled_dot_product_efficient_attention(
+            query, key, value, mask, True, dropout_p, is_causal, scale=scale
+        )
+    result: Tensor = found[0]
+    return result
+
+
+def _on_cuda(query: Tensor, mask: Tensor | None, grouped: bool) -> SDPBackend:
+    """torch's order: flash for half precision without a mask, memory-efficient, and else the formula itself."""
+    if query.dtype in (torch.float16, torch.bfloat16) and mask is None and query.shape[-1] <= 256:
+        return SDPBackend.FLASH_ATTENTION
+    return SDPBackend.MATH if grouped else SDPBackend.EFFICIENT_ATTENTION
+
+
+def inputs_of(model: nn.Module, batch_size: int, seq_len: int) -> dict[str, Tensor]:
+    """Fake inputs for a model's forward, with labels; sequences are whole. Call within the mode.
+
+    Raises:
+        ConfigError: a model of something else than text or images.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    main, name, config = getattr(base, "main_input_name", None), type(base).__name__, getattr(base, "config", None)
+    ids = partial(torch.zeros, dtype=torch.int64)
+    if main == "input_ids":
+        found = {"input_ids": ids(batch_size, seq_len)}
+    elif main == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
+        size, channels = config.image_size, getattr(config, "num_channels", 3)  # type: ignore[union-attr]
+        found = {"pixel_values": torch.zeros(batch_size, channels, size, size, dtype=base.dtype)}
+    else:
+        raise ConfigError(
+            f"{name} takes {main or 'something unknown'}; memory is planned for models of text (input_ids) and of "
+            "square images (pixel_values) alone."
+        )
+    if "QuestionAnswering" in name:
+        return {**found, "start_positions": ids(batch_size), "end_positions": ids(batch_size)}
+    if "Classification" in name and "Token" not in name:
+        return {**found, "labels": ids(batch_size)}
+    if "labels" in inspect.signature(base.forward).parameters:
+        return {**found, "labels": ids(batch_size, seq_len)}
+    return found
