@@ -19,6 +19,7 @@ from hf_qlora.quant.survey import quantization_report
 from hf_qlora.registration import register
 from hf_qlora.train.callbacks import DepthScaleCallback
 from hf_qlora.train.optimizer import create_optimizer
+from hf_qlora.train.plan import MemoryPlan, plan_memory
 from hf_qlora.tuner import QLoRAModel
 
 
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveDepthLoRAConfig",
     "DepthScaleCallback",
+    "MemoryPlan",
     "MergeReport",
     "ModelCardCallback",
     "NF4Config",
@@ -37,6 +39,7 @@ __all__ = [
     "enable_chunked_loss",
     "fast_generation",
     "merge",
+    "plan_memory",
     "quantization_report",
     "quantize_model",
 ]

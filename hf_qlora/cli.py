@@ -264,6 +264,31 @@ def bench_skip_list(
     typer.echo(skip_list.markdown(found))
 
 
+@bench.command("memory-plan")
+def bench_memory_plan(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    results: Annotated[Path, typer.Option(help="JSON; the picture goes beside it.")] = Path("results/memory_plan.json"),
+    quick: Annotated[bool, typer.Option("--quick", help="Two tiny settings, to see that it works.")] = False,
+    report_only: Annotated[bool, typer.Option("--report", help="Do nothing; print the table of --results.")] = False,
+) -> None:
+    """Peaks of memory as `hf-qlora plan` has them, beside measured ones: families, batches and ways to train.
+
+    Each setting is measured in a process of its own. Minutes on two cores.
+    """
+    from dataclasses import replace
+
+    from hf_qlora.bench.memory_plan import report, run, settings
+
+    _check_choice("--device", [device], ("cpu", "cuda"))
+    if report_only:
+        typer.echo(report.markdown(_read_results(results)))
+        return
+    chosen = settings.CUDA if device == "cuda" else settings.CPU
+    if quick:
+        chosen = tuple(replace(setting, device=device) for setting in settings.QUICK)
+    _measured(run.measure(chosen), results, report)
+
+
 @app.command("inspect")
 def inspect_adapter(
     adapter: Annotated[str, typer.Argument(help="A folder, or a Hub id.")],

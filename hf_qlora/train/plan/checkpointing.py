@@ -8,6 +8,7 @@ with the inputs on the host but for those of the last `IN_FLIGHT` and of the one
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_qlora.quant.skip_list import bytes_of
+from hf_qlora.train.plan.attention import AttentionOf
 from hf_qlora.train.plan.trace import Block, Trace
 from hf_qlora.validation import ConfigError
 
@@ -100,7 +103,7 @@ def number_to_checkpoint(asked: Checkpointing, kept: list[int], inputs: list[int
     )
 
 
-def enable(model: nn.Module, number: int) -> None:
+def enable(model: nn.Module, number: int, device: str) -> None:
     """Checkpoint the first so many layers.
 
     Raises:
@@ -109,9 +112,14 @@ def enable(model: nn.Module, number: int) -> None:
     layers = layers_of(model)
     if not layers:
         raise ConfigError(f"{type(model).__name__} has no layers that transformers can checkpoint.")
+    for module in model.modules():
+        if number and isinstance(module, PreTrainedModel):
+            module.config.use_cache = False  # which such layers would say, one by one
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = i < number
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = partial(
+            checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), AttentionOf(device))
+        )
 
 
 def chunk_mlps(model: nn.Module, chunk_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,11 +95,16 @@ def plan_memory(
     if allowed is None:
         raise ConfigError(f"largest={largest!r} needs a budget, such as budget='24GiB'.")
 
+    plans: dict[int, MemoryPlan] = {}
+
     def peak(number: int) -> int:
-        return planner.plan(**{**sizes, largest: number}).peak_bytes
+        plans[number] = planner.plan(**{**sizes, largest: number})
+        return plans[number].peak_bytes
 
     number = largest_that_fits(peak, allowed, largest, planner.limit(largest))
-    return planner.plan(**{**sizes, largest: number}, budget=allowed, compare=compare)
+    if compare:
+        return planner.plan(**{**sizes, largest: number}, budget=allowed, compare=True)
+    return dataclasses.replace(plans[number], budget_bytes=allowed)
 
 
 @dataclass
@@ -149,7 +155,7 @@ class _Planner:
         run = _Run(self, laid, batch_size, seq_len)
         traced = run.traced(self.checkpointing)
         modes: dict[str, dict[str, int]] = {}
-        for mode in (None, "full", "offload") if compare else ():
+        for mode in (None, "full", "offload") if compare and ckpt.layers_of(laid.model) else ():
             other = run.traced(ckpt.Checkpointing(mode, None, self.checkpointing.chunk_size))
             modes[str(mode or "none")] = {"layers": sum(other.kept_by_layer()), "peak": other.peak.size}
         state, paged = run.state_bytes()
@@ -232,18 +238,19 @@ class _Run:
         return per_tensor * sum(p.nbytes for p in self.trained), 0
 
     def traced(self, wanted: ckpt.Checkpointing) -> step.Traced:
-        layers = ckpt.layers_of(self.laid.model)
         if wanted.mode is None:
-            ckpt.enable(self.laid.model, 0) if layers else None
-            return self._trace(offload=False)
-        number = len(layers)
+            return self._checkpointed(0)
+        number = len(ckpt.layers_of(self.laid.model)) or 1
         if wanted.mode == "budget":
-            ckpt.enable(self.laid.model, 0)
-            free = self._trace(offload=False)
+            free = self._checkpointed(0)
             inputs = [block.size for block in free.inputs]
             number = ckpt.number_to_checkpoint(wanted, free.kept_by_layer(), inputs)
-        ckpt.enable(self.laid.model, number)
-        return self._trace(offload=wanted.mode == "offload" and self.planner.device == "cuda")
+        return self._checkpointed(number, offload=wanted.mode == "offload" and self.planner.device == "cuda")
+
+    def _checkpointed(self, number: int, offload: bool = False) -> step.Traced:
+        if number or ckpt.layers_of(self.laid.model):
+            ckpt.enable(self.laid.model, number, self.planner.device)
+        return self._trace(offload)
 
     def _trace(self, offload: bool) -> step.Traced:
         planner, laid = self.planner, self.laid

@@ -1,8 +1,8 @@
 """The largest number whose peak fits a budget.
 
-The peak grows with batch, sequence and rank, and nearly in a straight line: between one that fits and one that does
-not, the next guess is where the line meets the budget, and the middle where that has not helped. The answer is exact:
-it was seen to fit, and the next number was seen not to.
+The peak grows with batch, sequence and rank, nearly in a straight line: the next guess is where the line through the two
+points nearest to the budget meets it, or the middle, where lines have not helped. The answer is exact: it was seen to
+fit, and the next number was seen not to.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hf_qlora.validation import ConfigError
+
+
+PATIENCE = 4  # guesses by a line between two that halve
 
 
 def largest_that_fits(peak: Callable[[int], int], budget: int, name: str, limit: int) -> int:
@@ -22,44 +25,28 @@ def largest_that_fits(peak: Callable[[int], int], budget: int, name: str, limit:
     Raises:
         ConfigError: not even 1 fits; with the smallest budget that works.
     """
-    lowest = peak(1)
-    if lowest > budget:
+    points = {1: peak(1)}
+    if points[1] > budget:
         raise ConfigError(
-            f"budget={budget:,} bytes is too small: with {name}=1 the peak is {lowest:,} bytes, which is the smallest "
+            f"budget={budget:,} bytes is too small: with {name}=1 the peak is {points[1]:,} bytes, which is the smallest "
             "budget that works with these settings. Checkpointing, a lower rank or a shorter batch need less."
         )
-    low, low_peak = 1, lowest
-    high, high_peak = _too_large(peak, budget, limit, lowest)
-    if high > limit:
-        return limit
-    by_line = True
+    low, high, guess, tries = 1, limit + 1, 2, 0
     while high - low > 1:
-        guess = low + int((high - low) * (budget - low_peak) / (high_peak - low_peak)) if by_line else (low + high) // 2
+        tries += 1
+        if tries % PATIENCE == 0:
+            guess = (low + high) // 2
         guess = min(max(guess, low + 1), high - 1)
-        width, found = high - low, peak(guess)
-        if found <= budget:
-            low, low_peak = guess, found
-            # The line is nearly right: what is above the guess is mostly the next.
-            if high - low > 1 and by_line:
-                above = peak(low + 1)
-                if above > budget:
-                    return low
-                low, low_peak = low + 1, above
+        points[guess] = peak(guess)
+        if points[guess] <= budget:
+            low = guess
         else:
-            high, high_peak = guess, found
-        by_line = high - low < width / 2
+            high = guess
+        guess = _by_line(points, budget)
     return low
 
 
-def _too_large(peak: Callable[[int], int], budget: int, limit: int, lowest: int) -> tuple[int, int]:
-    """A number that does not fit, with its peak; one above `limit` if all do."""
-    number = 2
-    while number <= limit:
-        found = peak(number)
-        if found > budget:
-            return number, found
-        per_number = max((found - lowest) / (number - 1), 1)
-        number = min(max(2 * number, int((budget - lowest) / per_number) + 2), max(limit, number + 1))
-        if number == limit and peak(limit) <= budget:
-            break
-    return limit + 1, budget + 1
+def _by_line(points: dict[int, int], budget: int) -> int:
+    one, other = sorted(points, key=lambda number: abs(points[number] - budget))[:2]
+    rise = (points[other] - points[one]) / (other - one)
+    return one + int((budget - points[one]) // rise) if rise > 0 else max(points) * 2

@@ -1,8 +1,6 @@
 """One training step of a model without data: forward, backward and the optimizer's step, traced.
 
-What the device decides is said here. Which attention kernel runs decides whether a (tokens × tokens) matrix is made:
-the CPU is asked, for CUDA the rules of torch are written down. CUDA's allocator gives multiples of 512 bytes, and
-AdamW there takes all tensors at a time (`foreach`).
+CUDA's allocator gives multiples of 512 bytes; what else the device decides is in `attention.py` and `optimizers.py`.
 """
 
 from __future__ import annotations
@@ -19,11 +17,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from hf_qlora.quant.linear4bit import Linear4bit
+from hf_qlora.train.plan.attention import AttentionOf
 from hf_qlora.train.plan.checkpointing import Stages
 from hf_qlora.train.plan.trace import Block, Peak, Trace
 from hf_qlora.validation import ConfigError
@@ -31,7 +27,6 @@ from hf_qlora.validation import ConfigError
 
 GRANULE = {"cpu": 1, "cuda": 512}
 _FORWARD, _BACKWARD, _OPTIMIZER = "forward", "backward", "optimizer step"
-_ATEN = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -39,20 +34,16 @@ class Traced:
     """What a step took.
 
     Attributes:
-        peaks: of each stage.
+        peak: its highest moment.
         kept: the blocks that are there between forward and backward and were not before.
         inputs: the blocks of the layers' inputs, in order.
         host_bytes: on the host between forward and backward.
     """
 
-    peaks: Mapping[str, Peak]
+    peak: Peak
     kept: tuple[Block, ...]
     inputs: tuple[Block, ...]
     host_bytes: int
-
-    @property
-    def peak(self) -> Peak:
-        return max(self.peaks.values(), key=lambda peak: peak.size)
 
     def kept_by_layer(self) -> list[int]:
         """Bytes that each layer keeps for backward, its input included; the input of the next is the next's."""
@@ -96,7 +87,8 @@ def run(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # that a tensor has no data
         if optimizer is not None:
-            _take_first_step(trained, optimizer)
+            with Trace():
+                _take_first_step(trained, optimizer)
         trace = stack.enter_context(Trace(GRANULE[device]))
         note_model(trace, model, optimizer)
         trace.note_all(inputs.values(), "inputs")
@@ -122,7 +114,7 @@ def run(
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
-        found = Traced(trace.peaks(), kept, tuple(stages.inputs), host)
+        found = Traced(trace.peak(), kept, tuple(stages.inputs), host)
         model.zero_grad()
     return found
 
@@ -155,90 +147,13 @@ def _note_gradient(trace: Trace, parameter: Tensor) -> None:
 def _forward(
     model: nn.Module, inputs: Mapping[str, Tensor], device: str, autocast: torch.dtype | None
 ) -> Tensor:
-    with _Attention(device), torch.autocast("cpu", autocast) if autocast else nullcontext():
+    with AttentionOf(device), torch.autocast("cpu", autocast) if autocast else nullcontext():
         outputs = model(**inputs)
     loss = getattr(outputs, "loss", None)
     if loss is None:  # a model without a head: what is trained by somebody's own loss
         loss = outputs[0].float().mean()
     result: Tensor = loss
     return result
-
-
-class _Attention(TorchFunctionMode):
-    """Calls the kernel of scaled dot-product attention that the device would choose."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device = device
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        call = _SIGNATURE.bind(*args, **(kwargs or {}))
-        call.apply_defaults()
-        return _attention(self.device, **call.arguments)
-
-
-def _like_sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> None:
-    """For its signature."""
-
-
-_SIGNATURE = inspect.signature(_like_sdpa)
-
-
-def _attention(
-    device: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    if device == "cpu":
-        choice = SDPBackend.FLASH_ATTENTION if dropout_p == 0 else SDPBackend.MATH
-    else:
-        choice = _on_cuda(query, attn_mask, enable_gqa and query.shape[1] != key.shape[1])
-    if choice == SDPBackend.MATH:
-        with torch.nn.attention.sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-    mask = attn_mask
-    if mask is not None and mask.dtype == torch.bool:  # what torch does before it calls a kernel
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
-    if device == "cpu":
-        found = _ATEN._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale
-        )
-    elif choice == SDPBackend.FLASH_ATTENTION:
-        found = _ATEN._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)
-    else:
-        if mask is not None:
-            mask = mask.expand(*query.shape[:3], key.shape[2])
-        found = _ATEN._scaled_dot_product_efficient_attention(
-            query, key, value, mask, True, dropout_p, is_causal, scale=scale
-        )
-    result: Tensor = found[0]
-    return result
-
-
-def _on_cuda(query: Tensor, mask: Tensor | None, grouped: bool) -> SDPBackend:
-    """torch's order: flash for half precision without a mask, memory-efficient, and else the formula itself."""
-    if query.dtype in (torch.float16, torch.bfloat16) and mask is None and query.shape[-1] <= 256:
-        return SDPBackend.FLASH_ATTENTION
-    return SDPBackend.MATH if grouped else SDPBackend.EFFICIENT_ATTENTION
 
 
 def inputs_of(model: nn.Module, batch_size: int, seq_len: int) -> dict[str, Tensor]:
@@ -252,6 +167,8 @@ def inputs_of(model: nn.Module, batch_size: int, seq_len: int) -> dict[str, Tens
     ids = partial(torch.zeros, dtype=torch.int64)
     if main == "input_ids":
         found = {"input_ids": ids(batch_size, seq_len)}
+        if getattr(config, "is_encoder_decoder", False):
+            found["decoder_input_ids"] = ids(batch_size, seq_len)
     elif main == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
         size, channels = config.image_size, getattr(config, "num_channels", 3)  # type: ignore[union-attr]
         found = {"pixel_values": torch.zeros(batch_size, channels, size, size, dtype=base.dtype)}

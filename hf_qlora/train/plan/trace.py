@@ -111,14 +111,14 @@ class Trace(TorchDispatchMode):
         """What is there now, in the order in which it was made."""
         return [block for block, _ in self._known.values() if not block.away]
 
-    def peaks(self) -> dict[str, Peak]:
-        """The highest moment of each stage."""
-        now, highest = 0, dict[str, tuple[int, int]]()
-        for position, (_, change, stage) in enumerate(self._events):
+    def peak(self) -> Peak:
+        """The highest moment."""
+        now, highest, position = 0, -1, 0
+        for i, (_, change, _) in enumerate(self._events):
             now += change
-            if now > highest.get(stage, (-1, 0))[0]:
-                highest[stage] = now, position
-        return {stage: Peak(size, stage, self._alive_at(position)) for stage, (size, position) in highest.items()}
+            if now > highest:
+                highest, position = now, i
+        return Peak(highest, self._events[position][2], self._alive_at(position))
 
     def _alive_at(self, position: int) -> tuple[Block, ...]:
         alive: dict[int, Block] = {}
