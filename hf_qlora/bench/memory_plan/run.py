@@ -29,7 +29,7 @@ from hf_qlora.train.plan import plan_memory
 from hf_qlora.train.plan.optimizers import OPTIMIZERS
 
 
-AT_A_TIME = {"cpu": 1, "cuda": 4}  # processes; memory is counted for each
+AT_A_TIME = {"cpu": 2, "cuda": 4}  # processes; memory is counted for each
 STEPS = 2  # whose peak is taken, after a first one
 _M_MMAP_THRESHOLD = -3  # malloc.h
 MAPPED = 2**16  # bytes from which glibc maps, if that is fixed

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,8 @@ def base_of(model: Any, config: LoraConfig | None, dtype: str | torch.dtype | No
     Raises:
         ConfigError: none of these, or not to be made into a model.
     """
+    if config is not None and not isinstance(config, LoraConfig):
+        raise ConfigError(f"config={config!r:.100} must be a QLoRAConfig, or a LoraConfig of PEFT.")
     if isinstance(model, nn.Module):
         if dtype is not None:
             raise ConfigError("dtype= is for a folder or a Hub id; the model that was given has one.")
@@ -103,8 +106,11 @@ def _config_of(model: Any) -> tuple[Any, str]:
         raise ConfigError(
             f"model={model!r:.100} must be a folder, a Hub id, a model or a config of transformers."
         )
+    name = str(model)
+    if (name.startswith(".") or os.path.isabs(name)) and not os.path.isdir(name):
+        raise ConfigError(f"The model {name} is not there.")
     try:
-        return AutoConfig.from_pretrained(model), str(model)
+        return AutoConfig.from_pretrained(model), name
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"The config of {model} cannot be read: {first_sentence(error)}") from error
 
@@ -131,8 +137,8 @@ def adapted(base: nn.Module, config: LoraConfig | None) -> PeftModel:
         if config is not None:
             raise ConfigError("The model has adapters already; pass config=None to plan with these.")
         return base
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"config={config!r:.100} must be a QLoRAConfig, or a LoraConfig of PEFT.")
+    if config is None:
+        raise ConfigError("The model has no adapters; give a QLoRAConfig, or a LoraConfig of PEFT.")
     given = copy.deepcopy(config)
     if isinstance(given, QLoRAConfig):
         # An initialization changes no shape, and what it would change them by is not there.

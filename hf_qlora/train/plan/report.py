@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,11 @@ def text(plan: MemoryPlan) -> str:
     with console.capture() as captured:
         show(plan, console)
     return captured.get().rstrip("\n")
+
+
+def print_plan(plan: MemoryPlan) -> None:
+    """Print a plan to the terminal, or as it is into a file."""
+    show(plan, Console(width=None if sys.stdout.isatty() else UNCUT))
 
 
 def show(plan: MemoryPlan, console: Console) -> None:
