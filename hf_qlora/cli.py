@@ -267,7 +267,9 @@ def bench_skip_list(
 @bench.command("memory-plan")
 def bench_memory_plan(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    results: Annotated[Path, typer.Option(help="JSON; the picture goes beside it.")] = Path("results/memory_plan.json"),
+    results: Annotated[Path, typer.Option(help="JSON; the picture goes beside it.")] = Path(
+        "results/memory_plan.json"
+    ),
     quick: Annotated[bool, typer.Option("--quick", help="Two tiny settings, to see that it works.")] = False,
     report_only: Annotated[bool, typer.Option("--report", help="Do nothing; print the table of --results.")] = False,
 ) -> None:

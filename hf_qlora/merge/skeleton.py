@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 import transformers
 from bitsandbytes.functional import QuantState

@@ -1,4 +1,4 @@
-"""Plans are held against real bytes: those of real quantized models, of torch's allocator in a real step, of bitsandbytes."""
+"""Plans are held against real bytes: of quantized models, of torch's allocator in a real step, of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from typer.testing import CliRunner
 
 from hf_qlora import MemoryPlan, NF4Config, QLoRAConfig, plan_memory, quantize_model
 from hf_qlora.cli import app
-from hf_qlora.train.plan.checkpointing import number_to_checkpoint
-from hf_qlora.train.plan.checkpointing import Checkpointing
+from hf_qlora.train.plan.checkpointing import Checkpointing, number_to_checkpoint
 from hf_qlora.train.plan.optimizers import OPTIMIZERS
 from hf_qlora.train.plan.solve import largest_that_fits
 from hf_qlora.validation import ConfigError
@@ -74,7 +73,9 @@ def allocated_in_a_step(model: Any, inputs: dict[str, Tensor]) -> int:
 # --- what is there all the time --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [f for f in ARCHITECTURES if f.name in ("llama", "gpt2", "bert")], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "family", [f for f in ARCHITECTURES if f.name in ("llama", "gpt2", "bert")], ids=lambda f: f.name
+)
 def test_base_and_adapters_are_the_bytes_of_the_real_model(family: Any) -> None:
     given = config(task_type=family.task_type, **family.options)
     found = plan(family.make(), given)
@@ -356,9 +357,7 @@ def test_the_command_says_and_draws_what_python_finds(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["plan", str(tmp_path / "model"), *options, *files])
     assert done.exit_code == 0, done.output
     found = MemoryPlan.from_dict(json.loads((tmp_path / "p.json").read_text()))
-    expected = plan_memory(
-        tmp_path / "model", config(), 2, 16, dtype="float32", device="cpu", budget="1GiB"
-    )
+    expected = plan_memory(tmp_path / "model", config(), 2, 16, dtype="float32", device="cpu", budget="1GiB")
     assert found == expected
     assert str(expected) in done.output
     assert struct.unpack(">4s", (tmp_path / "new" / "p.png").read_bytes()[:4]) == (b"\x89PNG",)

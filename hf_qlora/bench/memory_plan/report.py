@@ -29,13 +29,16 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {_pair(plan['step_peak_bytes'], measured['step'])} |"
             + (f" {_mib(row['heap']['step'])} |" if on_cpu else "")
         )
-    for what, key, found in (("converting", "conversion_peak_bytes", "conversion"), ("a step", "step_peak_bytes", "step")):
+    for what, key, found in (
+        ("converting", "conversion_peak_bytes", "conversion"),
+        ("a step", "step_peak_bytes", "step"),
+    ):
         ratios = [row["plan"][key] / row["measured"][found] for row in result["settings"]]
         close = sum(abs(ratio - 1) <= CLOSE for ratio in ratios)
         lines += [
             "",
-            f"{what}: {close} of {len(ratios)} within {CLOSE:.0%}; from {min(ratios):.3f} to {max(ratios):.3f} of what "
-            "was measured.",
+            f"{what}: {close} of {len(ratios)} within {CLOSE:.0%}; from {min(ratios):.3f} to {max(ratios):.3f} of "
+            "what was measured.",
         ]
     return "\n".join(lines)
 
@@ -57,7 +60,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
         (-0.2, "#4c72b0", "planned", [row["plan"]["step_peak_bytes"] for row in rows]),
         (0.2, "#dd8452", "measured", [row["measured"]["step"] for row in rows]),
     ):
-        axis.barh([place + shift for place in range(len(rows))], [size / 2**20 for size in sizes], 0.4, color=color, label=label)
+        axis.barh(
+            [place + shift for place in range(len(rows))],
+            [size / 2**20 for size in sizes],
+            0.4,
+            color=color,
+            label=label,
+        )
     axis.set_yticks(range(len(rows)), [row["setting"]["name"] for row in rows])
     axis.invert_yaxis()
     axis.set_xlabel("peak of a step, MiB")

@@ -1,9 +1,9 @@
 """Each setting planned, and measured in a process of its own.
 
 On CUDA what is measured is what torch's allocator gave, on the CPU the resident memory beyond that of a process which
-has trained a tiny model. The CPU is measured twice. glibc keeps what a process frees for itself, unless it was a mapping
-of its own, and lets the size that gets one grow to 32 MiB; with that size fixed (`M_MMAP_THRESHOLD`), what is resident
-is what is in use, which is what a plan counts. Without, it is what a user sees.
+has trained a tiny model. The CPU is measured twice. glibc keeps what a process frees, unless it was a mapping of its
+own, and lets the size that gets one grow to 32 MiB; with that size fixed (`M_MMAP_THRESHOLD`), what is resident is
+what is in use, which is what a plan counts. Without, it is what a user sees.
 """
 
 from __future__ import annotations

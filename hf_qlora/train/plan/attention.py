@@ -1,8 +1,8 @@
 """Scaled dot-product attention as a device would choose it: whether a (tokens × tokens) matrix is made hangs on that.
 
-torch chooses by device, and tensors without data are on none that it knows. On the CPU it takes its flash kernel, which
-has no dropout. On CUDA it takes flash attention for half precision without a mask, else the memory-efficient kernel,
-which has no grouped queries, else the formula itself. What these keep for backward, their own operators say.
+torch chooses by device, and tensors without data are on none that it knows. On the CPU it takes its flash kernel,
+which has no dropout. On CUDA it takes flash attention for half precision without a mask, else the memory-efficient
+kernel, which has no grouped queries, else the formula itself. What these keep for backward, their own operators say.
 """
 
 from __future__ import annotations

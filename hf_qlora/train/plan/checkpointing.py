@@ -1,8 +1,8 @@
 """Checkpointing as the trace runs it: which layers keep their input alone, and what waits on the host.
 
-Layers are transformers' `GradientCheckpointingLayer`s, in the order in which they are called. "full" checkpoints all of
-them, "budget" the first ones (backward has used up what the others keep before it runs these again), "offload" all,
-with the inputs on the host but for those of the last `IN_FLIGHT` and of the one that backward comes to next.
+Layers are transformers' `GradientCheckpointingLayer`s, in the order in which they are called. "full" checkpoints all,
+"budget" the first ones (backward has used up what the others keep before it runs these again), "offload" all, with the
+inputs on the host but for those of the last `IN_FLIGHT` and of the one that backward comes to next.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class Checkpointing:
             return cls(value)
         known = set(cls.__dataclass_fields__)
         if not isinstance(value, Mapping) or not value.keys() <= known:
-            raise ConfigError(f"checkpointing={value!r} must be one of {(*MODES, None)}, or a dict of {sorted(known)}.")
+            raise ConfigError(
+                f"checkpointing={value!r} must be one of {(*MODES, None)}, or a dict of {sorted(known)}."
+            )
         given = dict(value)
         if given.get("budget_bytes") is not None:
             given["budget_bytes"] = bytes_of(given["budget_bytes"], 0)

@@ -80,12 +80,13 @@ def _copied(model: nn.Module) -> nn.Module:
     packed = {name: m for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     copied = without_weights(model)
     make_dense(copied)
+    packers: dict[NF4Config, WithoutBytes] = {}
     for name, layer in packed.items():
         scheme, dtype = Scheme.of(layer.quant_state), layer.compute_dtype
         if scheme.quant_type != "nf4":
             raise ConfigError(f"{name} is in {scheme.quant_type}; memory is planned for nf4 and dense bases alone.")
         nf4 = NF4Config(block_size=scheme.block_size, double_quant=scheme.double_quant, compute_dtype=dtype)
-        WithoutBytes(nf4).pack(copied.get_submodule(name))
+        packers.setdefault(nf4, WithoutBytes(nf4)).pack(copied.get_submodule(name))
     if packed:
         take_over(copied.get_base_model() if isinstance(copied, PeftModel) else copied, None)
     return copied
@@ -103,9 +104,7 @@ def _config_of(model: Any) -> tuple[Any, str]:
     if isinstance(model, transformers.PreTrainedConfig):
         return copy.deepcopy(model), str(model.model_type)
     if not isinstance(model, str) and not hasattr(model, "__fspath__"):
-        raise ConfigError(
-            f"model={model!r:.100} must be a folder, a Hub id, a model or a config of transformers."
-        )
+        raise ConfigError(f"model={model!r:.100} must be a folder, a Hub id, a model or a config of transformers.")
     name = str(model)
     if (name.startswith(".") or os.path.isabs(name)) and not os.path.isdir(name):
         raise ConfigError(f"The model {name} is not there.")
@@ -149,7 +148,7 @@ def adapted(base: nn.Module, config: LoraConfig | None) -> PeftModel:
 
 
 def pack(base: nn.Module, config: QLoRAConfig) -> tuple[dict[str, torch.Size], torch.dtype]:
-    """Pack the layers that `config` quantizes, in place; the shapes of their dense weights by name, and their dtype."""
+    """Pack the layers that `config` quantizes, in place; the shapes of their weights by name, and their dtype."""
     assert isinstance(config.quantization, NF4Config)
     layers, _ = quantizable_layers(base, config.quantization, modules_to_save(base, config))
     if not layers:

@@ -15,7 +15,6 @@ from peft import LoraConfig, PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_qlora.config import NF4Config, QLoRAConfig
-from hf_qlora.config.nf4 import COMPUTE_DTYPES
 from hf_qlora.quant.base import is_quantized
 from hf_qlora.quant.footprint import footprint
 from hf_qlora.quant.skip_list import bytes_of
@@ -315,4 +314,3 @@ PARTS = (
     "temporary",
     "libraries",
 )
-

@@ -1,8 +1,8 @@
 """The largest number whose peak fits a budget.
 
-The peak grows with batch, sequence and rank, nearly in a straight line: the next guess is where the line through the two
-points nearest to the budget meets it, or the middle, where lines have not helped. The answer is exact: it was seen to
-fit, and the next number was seen not to.
+The peak grows with batch, sequence and rank, nearly in a straight line: the next guess is where the line through the
+two points nearest to the budget meets it, or the middle, where lines have not helped. The answer is exact: it was seen
+to fit, and the next number was seen not to.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def largest_that_fits(peak: Callable[[int], int], budget: int, name: str, limit:
     points = {1: peak(1)}
     if points[1] > budget:
         raise ConfigError(
-            f"budget={budget:,} bytes is too small: with {name}=1 the peak is {points[1]:,} bytes, which is the smallest "
-            "budget that works with these settings. Checkpointing, a lower rank or a shorter batch need less."
+            f"budget={budget:,} bytes is too small: with {name}=1 the peak is {points[1]:,} bytes, which is the "
+            "smallest budget that works with these settings. Checkpointing, a lower rank or a shorter batch need less."
         )
     low, high, guess, tries = 1, limit + 1, 2, 0
     while high - low > 1:

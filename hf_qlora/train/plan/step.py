@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.utils import import_utils
 
 from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.train.plan.attention import AttentionOf
@@ -25,6 +25,7 @@ from hf_qlora.train.plan.trace import Block, Peak, Trace
 from hf_qlora.validation import ConfigError
 
 
+_IS_FAKE = "is_fake_tensor"  # what `transformers.utils.is_tracing` asks
 GRANULE = {"cpu": 1, "cuda": 512}
 _FORWARD, _BACKWARD, _OPTIMIZER = "forward", "backward", "optimizer step"
 
@@ -84,6 +85,7 @@ def run(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as stack:
         stack.enter_context(mode)
+        stack.enter_context(_as_in_a_real_run())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # that a tensor has no data
         if optimizer is not None:
@@ -119,6 +121,20 @@ def run(
     return found
 
 
+@contextmanager
+def _as_in_a_real_run() -> Iterator[None]:
+    """transformers takes tensors without data for an export, in which it makes masks that a run has no need of."""
+    found = getattr(import_utils, _IS_FAKE, None)
+    if found is None:
+        yield
+        return
+    setattr(import_utils, _IS_FAKE, lambda tensor: False)
+    try:
+        yield
+    finally:
+        setattr(import_utils, _IS_FAKE, found)
+
+
 def note_model(trace: Trace, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Tell a trace what is there before the step."""
     for parameter in model.parameters():
@@ -144,9 +160,7 @@ def _note_gradient(trace: Trace, parameter: Tensor) -> None:
         trace.note(parameter.grad).kind = "gradients"
 
 
-def _forward(
-    model: nn.Module, inputs: Mapping[str, Tensor], device: str, autocast: torch.dtype | None
-) -> Tensor:
+def _forward(model: nn.Module, inputs: Mapping[str, Tensor], device: str, autocast: torch.dtype | None) -> Tensor:
     with AttentionOf(device), torch.autocast("cpu", autocast) if autocast else nullcontext():
         outputs = model(**inputs)
     loss = getattr(outputs, "loss", None)
