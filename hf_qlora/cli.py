@@ -285,7 +285,7 @@ def bench_memory_plan(
     if report_only:
         typer.echo(report.markdown(_read_results(results)))
         return
-    chosen = settings.CUDA if device == "cuda" else settings.CPU
+    chosen: tuple[settings.Setting, ...] = settings.CUDA if device == "cuda" else settings.CPU
     if quick:
         chosen = tuple(replace(setting, device=device) for setting in settings.QUICK)
     _measured(run.measure(chosen), results, report)

