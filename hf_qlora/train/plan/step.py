@@ -26,7 +26,6 @@ from hf_qlora.train.plan.trace import Block, Peak, Trace
 from hf_qlora.validation import ConfigError
 
 
-_IS_FAKE = "is_fake_tensor"  # what `transformers.utils.is_tracing` asks
 GRANULE = {"cpu": 1, "cuda": 512}
 _FORWARD, _BACKWARD, _OPTIMIZER = "forward", "backward", "optimizer step"
 
@@ -128,15 +127,12 @@ def run(
 @contextmanager
 def _as_in_a_real_run() -> Iterator[None]:
     """transformers takes tensors without data for an export, in which it makes masks that a run has no need of."""
-    found = getattr(import_utils, _IS_FAKE, None)
-    if found is None:
-        yield
-        return
-    setattr(import_utils, _IS_FAKE, lambda tensor: False)
+    found = import_utils.is_fake_tensor
+    import_utils.is_fake_tensor = lambda tensor: False  # what its `is_tracing` asks
     try:
         yield
     finally:
-        setattr(import_utils, _IS_FAKE, found)
+        import_utils.is_fake_tensor = found
 
 
 def note_model(trace: Trace, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
