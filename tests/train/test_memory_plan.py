@@ -14,13 +14,16 @@ import torch
 from architectures import ARCHITECTURES, gpt2, llama
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 from hf_qlora import MemoryPlan, NF4Config, QLoRAConfig, plan_memory, quantize_model
 from hf_qlora.cli import app
+from hf_qlora.kernels import loss
 from hf_qlora.train.plan.checkpointing import Checkpointing, number_to_checkpoint
 from hf_qlora.train.plan.optimizers import OPTIMIZERS
 from hf_qlora.train.plan.solve import largest_that_fits
+from hf_qlora.train.plan.trace import Trace
 from hf_qlora.validation import ConfigError
 
 
@@ -137,8 +140,29 @@ def test_the_state_of_bitsandbytes_optimizers_is_theirs(name: str, monkeypatch: 
 
 # --- a step ----------------------------------------------------------------------------------------------------------
 
+
+def test_a_trace_counts_what_is_alive_at_once() -> None:
+    """Views are no bytes of their own, nor is what is on the meta device, nor what is away."""
+    with FakeTensorMode(), Trace(granule=512) as trace:
+        a = torch.zeros(1000)  # 4,000 bytes, of which the allocator makes 4,096
+        b = a + a
+        view = b[1:]
+        del b
+        c = torch.empty(10**9, device="meta")
+        trace.move(trace.note(a), away=True)
+        d = torch.zeros(1000)
+        del view
+        e = torch.zeros(100)
+        trace.move(trace.note(a), away=False)
+    peak = trace.peak()
+    assert (peak.size, len(peak.blocks)) == (2 * 4096 + 512, 3)
+    assert [block.size for block in trace.alive()] == [4096, 4096, 512]
+    assert (c.numel(), len(d), len(e)) == (10**9, 1000, 100)
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "many chunks": {"chunk_bytes": 2**16},
     "full logits": {"chunked_loss": False},
     "DoRA": {"use_dora": True},
     "dropout": {"lora_dropout": 0.1},
@@ -149,10 +173,13 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_step_takes_what_the_allocator_gave(way: str, make: Callable[..., Any]) -> None:
+def test_a_step_takes_what_the_allocator_gave(
+    way: str, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What operations take and give back within themselves is not in the plan: so up to 5 % are let pass."""
     settings = dict(WAYS[way])
     checkpointing = settings.pop("checkpointing", None)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", settings.pop("chunk_bytes", loss.CHUNK_BYTES))
     sizes = {"n_positions": LENGTH} if make is gpt2 else {}
     real: Any = get_peft_model(make(**sizes), config(**settings)).train()
     real.config.use_cache = False
