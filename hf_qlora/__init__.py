@@ -22,6 +22,7 @@ from hf_qlora.train.depth import DepthScaleCallback
 from hf_qlora.train.health import AdapterHealthCallback
 from hf_qlora.train.memory import MemoryCallback
 from hf_qlora.train.optimizer import create_optimizer
+from hf_qlora.train.plan import MemoryPlan, plan_memory
 from hf_qlora.tuner import QLoRAModel
 
 
@@ -31,6 +32,7 @@ __all__ = [
     "AdaptiveDepthLoRAConfig",
     "DepthScaleCallback",
     "MemoryCallback",
+    "MemoryPlan",
     "MergeReport",
     "ModelCardCallback",
     "NF4Config",
@@ -44,6 +46,7 @@ __all__ = [
     "enable_chunked_loss",
     "fast_generation",
     "merge",
+    "plan_memory",
     "quantization_report",
     "quantize_model",
 ]

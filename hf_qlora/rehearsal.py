@@ -66,14 +66,13 @@ def rehearse(model: nn.Module, adapter_name: str, step: Callable[[nn.Module], ob
     Raises:
         Exception: what `step` raises, other than errors that come from the missing weights.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    if any(tensor.device.type == "meta" for tensor in tensors):
+    if any(tensor.device.type == "meta" for tensor in [*model.parameters(), *model.buffers()]):
         return None
     if any(getattr(module, "merged", False) is True for module in model.modules()):
         return None  # what is put aside then would be copied with its data
     try:
-        shadow = copy.deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in tensors})
-        _make_dense(shadow)
+        shadow = without_weights(model)
+        make_dense(shadow)
     except Exception as error:  # a module's own __deepcopy__ may raise anything
         logger.warning(
             "%s cannot be copied (%s), so that mistakes are not found before the base is quantized.",
@@ -92,6 +91,12 @@ def rehearse(model: nn.Module, adapter_name: str, step: Callable[[nn.Module], ob
         return None
     check_tokens(shadow, adapter_name)
     return shadow
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model on the meta device; packed layers are packed in the copy too, and have dense weights."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in tensors})
 
 
 @contextmanager
@@ -147,7 +152,7 @@ def _warn_of_unmatched(shadow: nn.Module, config: QLoRAConfig, trial: QLoRAConfi
             logger.warning("%s: %s match nothing in %s.", field, sorted(unmatched), type(shadow).__name__)
 
 
-def _make_dense(shadow: nn.Module) -> None:
+def make_dense(shadow: nn.Module) -> None:
     """Packed layers without their bytes could not be read; PEFT treats dense ones alike."""
     for module in shadow.modules():
         if isinstance(module, Linear4bit):

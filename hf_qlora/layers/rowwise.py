@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from hf_qlora.kernels import loss as chunked
@@ -109,7 +110,7 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    index_targets = target.ndim == 1 and target.dtype == torch.int64 and type(target) is Tensor
+    index_targets = target.ndim == 1 and target.dtype == torch.int64 and type(target) in (Tensor, FakeTensor)
     fits = isinstance(logits, LazyLogits) and logits.ndim == 2 and index_targets and len(target) == len(logits)
     constant = weight is None or not weight.requires_grad
     if not fits or not constant or reduction not in ("mean", "sum") or (size_average, reduce) != (None, None):

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 import transformers
 from bitsandbytes.functional import QuantState
@@ -39,9 +38,8 @@ from hf_qlora.merge.seen import record_of
 from hf_qlora.merge.tensors import TensorFiles
 from hf_qlora.merge.twin import tied_groups
 from hf_qlora.quant.base import take_over
-from hf_qlora.quant.linear4bit import become_linear4bit
-from hf_qlora.quant.scheme import NESTED_BLOCK_SIZE
 from hf_qlora.quant.selection import is_named, quantizable_layers
+from hf_qlora.quant.without_bytes import WithoutBytes
 from hf_qlora.tuner import AdapterError
 
 
@@ -138,8 +136,9 @@ def build(
     else:
         packed = set(quantizable_layers(model, nf4, modules_to_save(model, config))[0]) if nf4 else set()
     own_dtype, kept_dtypes = model.dtype, model._get_dtype_plan(model.dtype)
+    packer = WithoutBytes(nf4 or NF4Config())
     for name in packed:
-        _pack_without_bytes(model.get_submodule(name), nf4 or NF4Config())
+        packer.pack(model.get_submodule(name))
     if packed:
         take_over(model, None)
     found = Skeleton(
@@ -263,36 +262,6 @@ def read_state(files: TensorFiles, keys: list[str]) -> QuantState:
         return QuantState.from_dict(found, torch.device("cpu"))
     except (ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
         raise MergeError(f"{prefix[1]} has no whole NF4 weight in the base's files ({error}).") from error
-
-
-class _WithoutBytes(bnb.nn.Params4bit):
-    """A packed weight on the meta device, which bitsandbytes' copying cannot make; PEFT copies it for DoRA."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _WithoutBytes:
-        return self
-
-
-def _pack_without_bytes(layer: Any, nf4: NF4Config) -> None:
-    weight = layer.weight
-    shape = torch.Size(weight.shape if isinstance(layer, nn.Linear) else weight.shape[::-1])
-    blocks = -(-weight.numel() // nf4.block_size)
-    state = QuantState(
-        absmax=torch.empty(blocks, device="meta", dtype=torch.uint8 if nf4.double_quant else torch.float32),
-        shape=shape,
-        dtype=weight.dtype,
-        blocksize=nf4.block_size,
-        code=torch.empty(16, device="meta"),
-        quant_type=nf4.quant_type,
-    )
-    if nf4.double_quant:
-        state.offset, state.nested = torch.zeros(()), True  # real, because naming a layer's tensors reads it
-        groups = torch.empty(-(-blocks // NESTED_BLOCK_SIZE), device="meta")
-        state.state2 = QuantState(
-            absmax=groups, blocksize=NESTED_BLOCK_SIZE, code=torch.empty(256, device="meta"), dtype=torch.float32
-        )
-    packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
-    become_linear4bit(layer, packed, state, nf4.compute_dtype)
-    layer.weight.__class__ = _WithoutBytes
 
 
 def _attach(model: PreTrainedModel, adapter: Path, config: LoraConfig) -> PeftModel:

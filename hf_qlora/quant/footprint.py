@@ -53,7 +53,7 @@ def footprint(model: nn.Module) -> Footprint:
     params = {"code": 0, "dense": 0}
 
     def count(kind: str, tensor: Tensor, numel: int = 0) -> None:
-        key = (tensor.device, tensor.data_ptr())
+        key = (tensor.device, tensor.data_ptr() or tensor.untyped_storage()._cdata)  # those on meta have no address
         if tensor.numel() and key not in seen:
             seen.add(key)
             sizes[kind] += tensor.numel() * tensor.element_size()

@@ -15,6 +15,7 @@ import pickle
 import pkgutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Trainer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
@@ -161,6 +165,81 @@ def _() -> None:
 
 
 # torch
+
+
+@contract("transformers.utils.import_utils:is_fake_tensor")
+def _() -> None:
+    """Tensors without data count as an export; that is what this function decides."""
+    names = transformers.utils.import_utils
+    with FakeTensorMode():
+        x = torch.ones(1)
+    assert names.is_tracing(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(names, "is_fake_tensor", lambda tensor: False)
+        assert not names.is_tracing(x)
+
+
+@contract("torch._subclasses.fake_tensor:FakeTensor")
+@contract("torch._subclasses.fake_tensor:FakeTensorMode")
+@contract("torch.utils._python_dispatch:TorchDispatchMode")
+@contract("torch.utils._pytree:tree_leaves")
+def _() -> None:
+    """A mode above sees each operation; storages have a size and an address, and say when they go."""
+    seen: list[str] = []
+
+    class Above(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            tensors = [t for t in tree_leaves((result,)) if isinstance(t, torch.Tensor)]
+            seen.extend(f"{func}: {t.untyped_storage().nbytes()}" for t in tensors)
+            return result
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    x = FakeTensor(mode, torch.empty(3, device="meta"), torch.device("cpu"))
+    gone: list[Any] = []
+    with mode, Above():
+        y = x + x
+        assert y.untyped_storage()._cdata != x.untyped_storage()._cdata
+        reference = weakref.ref(y.untyped_storage(), gone.append)
+        view = y[1:]
+        del y
+        assert not gone
+        del view
+    assert gone == [reference]
+    assert (x.device.type, seen[0]) == ("cpu", "aten.add.Tensor: 12")
+
+
+@contract("torch:ops.aten._local_scalar_dense.default")
+def _() -> None:
+    """What every question for a value comes down to."""
+    seen: list[Any] = []
+
+    class Above(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(1)
+    for ask in (float, bool, torch.Tensor.item, torch.Tensor.tolist):
+        with Above():
+            ask(x)
+    assert seen.count(torch.ops.aten._local_scalar_dense.default) >= 3  # `tolist` of real tensors needs no operation
+
+
+@contract("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu.default")
+@contract("torch:ops.aten._scaled_dot_product_flash_attention.default")
+@contract("torch:ops.aten._scaled_dot_product_efficient_attention.default")
+def _() -> None:
+    """They have shapes for tensors without data, and a gradient."""
+    x = torch.empty(1, 2, 8, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    aten = torch.ops.aten
+    for result in (
+        aten._scaled_dot_product_flash_attention_for_cpu(x, x, x, 0.0, True)[0],
+        aten._scaled_dot_product_flash_attention(x, x, x, 0.0, True)[0],
+        aten._scaled_dot_product_efficient_attention(x, x, x, None, True, 0.0, True)[0],
+    ):
+        assert result.shape == x.shape
+        assert torch.autograd.grad(result.sum(), x)[0].shape == x.shape
 
 
 @contract("torch._C:_current_graph_task_id")
@@ -923,6 +1002,22 @@ def test_transformers_keeps_its_gradient_hooks_under_this_name() -> None:
     assert not getattr(model, "_require_grads_hooks", None)
     model.enable_input_require_grads()
     assert model._require_grads_hooks
+
+
+def test_a_checkpointed_layer_is_called_through_this_name() -> None:
+    """With the layer's own call and its positional inputs, where the flag is set and it trains."""
+    model = llama().train()
+    called: list[Any] = []
+
+    def call(function: Callable[..., Any], *args: Any) -> Any:
+        called.append(args[0].shape)
+        return function(*args)
+
+    first, second = model.model.layers
+    first.gradient_checkpointing, first._gradient_checkpointing_func = True, call
+    assert not second.gradient_checkpointing
+    model(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=False)
+    assert called == [(1, 4, 128)]
 
 
 def test_a_config_remembers_that_it_was_quantized_under_this_name(tmp_path: Path) -> None:

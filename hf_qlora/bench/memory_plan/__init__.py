@@ -1,0 +1,1 @@
+"""Planned peaks of memory beside measured ones: `hf-qlora bench memory-plan`."""

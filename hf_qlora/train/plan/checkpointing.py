@@ -1,0 +1,196 @@
+"""Checkpointing as the trace runs it: which layers keep their input alone, and what waits on the host.
+
+Layers are transformers' `GradientCheckpointingLayer`s, in the order in which they are called. "full" checkpoints all,
+"budget" the first ones (backward has used up what the others keep before it runs these again), "offload" all, with the
+inputs on the host but for those of the last `IN_FLIGHT` and of the one that backward comes to next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_qlora.quant.skip_list import bytes_of
+from hf_qlora.train.plan.attention import AttentionOf
+from hf_qlora.train.plan.trace import Block, Trace
+from hf_qlora.validation import ConfigError
+
+
+MODES = ("full", "budget", "offload")
+IN_FLIGHT = 2  # inputs that are still being copied to the host while the next layer runs
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """What is asked for.
+
+    Attributes:
+        mode: of `MODES`, or None.
+        budget_bytes: for "budget": what all layers together may keep for backward.
+        chunk_size: tokens of a sequence that an MLP takes at a time, or None.
+
+    Raises:
+        ConfigError: an unknown mode, or settings that do not go together.
+    """
+
+    mode: str | None = None
+    budget_bytes: int | None = None
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode is not None and self.mode not in MODES:
+            raise ConfigError(f"checkpointing: mode={self.mode!r} is not known; choose one of {(*MODES, None)}.")
+        if (self.mode == "budget") != (self.budget_bytes is not None):
+            raise ConfigError("checkpointing: mode='budget' and budget_bytes go together; give both, or neither.")
+        if self.chunk_size is not None and (type(self.chunk_size) is not int or self.chunk_size < 1):
+            raise ConfigError(f"checkpointing: chunk_size={self.chunk_size!r} must be a positive integer, or None.")
+
+    @classmethod
+    def of(cls, value: str | Mapping[str, Any] | Checkpointing | None) -> Checkpointing:
+        """From a mode, or from what `enable_checkpointing` takes: mode, budget_bytes ("2GiB" too) and chunk_size."""
+        if isinstance(value, Checkpointing):
+            return value
+        if value is None or isinstance(value, str):
+            return cls(value)
+        known = set(cls.__dataclass_fields__)
+        if not isinstance(value, Mapping) or not value.keys() <= known:
+            raise ConfigError(
+                f"checkpointing={value!r} must be one of {(*MODES, None)}, or a dict of {sorted(known)}."
+            )
+        given = dict(value)
+        if given.get("budget_bytes") is not None:
+            given["budget_bytes"] = bytes_of(given["budget_bytes"], 0)
+        return cls(**given)
+
+    def __str__(self) -> str:
+        found = str(self.mode or "none")
+        if self.budget_bytes is not None:
+            found += f" ({self.budget_bytes / 2**30:.2f} GiB)"
+        return found if self.chunk_size is None else f"{found}, MLP in chunks of {self.chunk_size}"
+
+
+def layers_of(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers that can be checkpointed, in the order of their names."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def number_to_checkpoint(asked: Checkpointing, kept: list[int], inputs: list[int]) -> int:
+    """How many of the first layers to checkpoint.
+
+    Args:
+        kept: bytes that each layer keeps when it is not checkpointed.
+        inputs: bytes of each layer's input, which is what it keeps when it is.
+
+    Raises:
+        ConfigError: the budget is too small for the inputs.
+    """
+    if asked.mode != "budget":
+        return len(kept) if asked.mode else 0
+    budget = asked.budget_bytes or 0
+    for number in range(len(kept) + 1):
+        if sum(inputs[:number]) + sum(kept[number:]) <= budget:
+            return number
+    raise ConfigError(
+        f"checkpointing: budget_bytes={budget:,} is too small: with all {len(kept)} layers checkpointed, their inputs "
+        f"take {sum(inputs):,} bytes. Give at least those, or a smaller batch, or use mode='offload'."
+    )
+
+
+def enable(model: nn.Module, number: int, device: str) -> None:
+    """Checkpoint the first so many layers.
+
+    Raises:
+        ConfigError: the model has no layers that can be.
+    """
+    layers = layers_of(model)
+    if not layers:
+        raise ConfigError(f"{type(model).__name__} has no layers that transformers can checkpoint.")
+    for module in model.modules():
+        if number and isinstance(module, PreTrainedModel):
+            module.config.use_cache = False  # which such layers would say, one by one
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = i < number
+        layer._gradient_checkpointing_func = partial(
+            checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), AttentionOf(device))
+        )
+
+
+def chunk_mlps(model: nn.Module, chunk_size: int) -> None:
+    """Let each layer's `mlp` take so many tokens of a sequence at a time, each time checkpointed.
+
+    Raises:
+        ConfigError: the layers have no module of that name.
+    """
+    mlps = [mlp for layer in layers_of(model) if isinstance(mlp := getattr(layer, "mlp", None), nn.Module)]
+    if not mlps:
+        raise ConfigError(f"chunk_size={chunk_size}: the layers of {type(model).__name__} have no module 'mlp'.")
+    for mlp in mlps:
+        mlp.forward = partial(_in_chunks, mlp.forward, chunk_size)
+
+
+def _in_chunks(forward: Callable[[Tensor], Tensor], size: int, x: Tensor) -> Tensor:
+    if x.shape[1] <= size:
+        return forward(x)
+    parts = [checkpoint(forward, part, use_reentrant=False) for part in x.split(size, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+class Stages:
+    """Tells a trace which layer runs, and moves inputs to the host and back.
+
+    Attributes:
+        inputs, outputs: of each layer that has run in forward, in order, the block of its input and of its result.
+    """
+
+    def __init__(self, model: nn.Module, trace: Trace, offload: bool) -> None:
+        self.trace, self.offload = trace, offload
+        self.begin()
+        self._handles: list[Any] = []
+        for layer in layers_of(model):
+            self._handles.append(layer.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(self._end))
+
+    def begin(self) -> None:
+        """Another forward."""
+        self.inputs: list[Block] = []
+        self.outputs: list[Block] = []
+        self.in_backward = False
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+        if not isinstance(x, Tensor):
+            return
+        block = self.trace.note(x)
+        if self.in_backward:
+            self._come_back(block)
+            return
+        self.trace.stage = f"layer {len(self.inputs)}"
+        self.inputs.append(block)
+        if self.offload and len(self.inputs) > IN_FLIGHT:
+            self.trace.move(self.inputs[-IN_FLIGHT - 1], away=True)
+
+    def _end(self, layer: nn.Module, args: Any, result: Any) -> None:
+        if not self.in_backward:
+            self.trace.stage = "loss"
+            first = result[0] if isinstance(result, tuple) else result
+            if isinstance(first, Tensor):
+                self.outputs.append(self.trace.note(first))
+
+    def _come_back(self, block: Block) -> None:
+        if self.offload and block in self.inputs:
+            place = self.inputs.index(block)
+            for wanted in self.inputs[max(place - 1, 0) : place + 1]:
+                self.trace.move(wanted, away=False)
