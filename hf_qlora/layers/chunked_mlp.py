@@ -53,8 +53,11 @@ class ChunkedMLP(Subclassed):
         return torch.cat([checkpoint(apply, part, use_reentrant=False) for part in parts], dim=-2)
 
 
-def chunkable(model: nn.Module, dtype: torch.dtype) -> list[Any]:
+def chunkable(model: nn.Module, dtype: torch.dtype | None = None) -> list[Any]:
     """The MLPs of a model's layers that can be computed in chunks.
+
+    Args:
+        dtype: of what they are tried on; None: they are believed, because their weights are not there.
 
     Raises:
         ConfigError: there is none.
@@ -64,7 +67,7 @@ def chunkable(model: nn.Module, dtype: torch.dtype) -> list[Any]:
     kinds: dict[type[nn.Module], bool] = {}
     for mlp in (mlp for of_layer in found for mlp in of_layer):
         if type(mlp) not in kinds:
-            kinds[type(mlp)] = _is_rowwise(mlp, dtype)
+            kinds[type(mlp)] = dtype is None or _is_rowwise(mlp, dtype)
     chosen = [[mlp for mlp in of_layer if kinds[type(mlp)]] for of_layer in found]
     if not any(chosen):
         raise ConfigError(

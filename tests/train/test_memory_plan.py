@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 from hf_qlora import MemoryPlan, NF4Config, QLoRAConfig, plan_memory, quantize_model
 from hf_qlora.cli import app
+from hf_qlora.config.checkpointing import Checkpointing
 from hf_qlora.kernels import loss
-from hf_qlora.train.plan.checkpointing import Checkpointing, number_to_checkpoint
+from hf_qlora.train.plan.checkpointing import number_to_checkpoint
 from hf_qlora.train.plan.optimizers import OPTIMIZERS
 from hf_qlora.train.plan.solve import largest_that_fits
 from hf_qlora.train.plan.trace import Trace
@@ -241,6 +242,16 @@ def test_a_budget_checkpoints_no_more_layers_than_it_must() -> None:
     with pytest.raises(ConfigError, match=rf"inputs take {2 * hidden:,} bytes"):
         plan(checkpointing={"mode": "budget", "budget_bytes": 2 * hidden - 1})
     assert plan(checkpointing={"mode": "budget", "budget_bytes": 2 * hidden}).layer_bytes == (hidden, hidden)
+
+
+def test_a_configs_checkpointing_is_planned_unless_another_is_asked_for() -> None:
+    config = QLoRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", checkpointing="full")
+    found = plan_memory(llama(), config, BATCH, LENGTH, device="cpu")
+    assert found.checkpointing == "full"
+    hidden = BATCH * LENGTH * 128 * 4
+    assert found.layer_bytes == (hidden, hidden)
+    other = plan_memory(llama(), config, BATCH, LENGTH, device="cpu", checkpointing="offload")
+    assert other.checkpointing == "offload"
 
 
 def test_the_number_of_layers_is_that_of_a_search() -> None:

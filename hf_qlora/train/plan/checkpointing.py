@@ -7,75 +7,38 @@ inputs on the host but for those of the last `IN_FLIGHT` and of the one that bac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_qlora.config.checkpointing import Checkpointing
+from hf_qlora.layers.chunked_mlp import chunk, chunkable
+from hf_qlora.layers.offload import IN_FLIGHT
 from hf_qlora.quant.skip_list import bytes_of
 from hf_qlora.train.plan.attention import AttentionOf
 from hf_qlora.train.plan.trace import Block, Trace
 from hf_qlora.validation import ConfigError
 
 
-MODES = ("full", "budget", "offload")
-IN_FLIGHT = 2  # inputs that are still being copied to the host while the next layer runs
+def asked(value: str | Mapping[str, Any] | None, config: Any) -> Checkpointing:
+    """What is to be planned: a mode, or a dict as configs have it (budget_bytes="2GiB" too); else the config's own."""
+    value = getattr(config, "checkpointing", None) if value is None else value
+    if isinstance(value, Mapping) and isinstance(value.get("budget_bytes"), str):
+        value = {**value, "budget_bytes": bytes_of(value["budget_bytes"], 0)}
+    return Checkpointing(None) if value is None else Checkpointing.of(value)
 
 
-@dataclass(frozen=True)
-class Checkpointing:
-    """What is asked for.
-
-    Attributes:
-        mode: of `MODES`, or None.
-        budget_bytes: for "budget": what all layers together may keep for backward.
-        chunk_size: tokens of a sequence that an MLP takes at a time, or None.
-
-    Raises:
-        ConfigError: an unknown mode, or settings that do not go together.
-    """
-
-    mode: str | None = None
-    budget_bytes: int | None = None
-    chunk_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode is not None and self.mode not in MODES:
-            raise ConfigError(f"checkpointing: mode={self.mode!r} is not known; choose one of {(*MODES, None)}.")
-        if (self.mode == "budget") != (self.budget_bytes is not None):
-            raise ConfigError("checkpointing: mode='budget' and budget_bytes go together; give both, or neither.")
-        if self.chunk_size is not None and (type(self.chunk_size) is not int or self.chunk_size < 1):
-            raise ConfigError(f"checkpointing: chunk_size={self.chunk_size!r} must be a positive integer, or None.")
-
-    @classmethod
-    def of(cls, value: str | Mapping[str, Any] | Checkpointing | None) -> Checkpointing:
-        """From a mode, or from what `enable_checkpointing` takes: mode, budget_bytes ("2GiB" too) and chunk_size."""
-        if isinstance(value, Checkpointing):
-            return value
-        if value is None or isinstance(value, str):
-            return cls(value)
-        known = set(cls.__dataclass_fields__)
-        if not isinstance(value, Mapping) or not value.keys() <= known:
-            raise ConfigError(
-                f"checkpointing={value!r} must be one of {(*MODES, None)}, or a dict of {sorted(known)}."
-            )
-        given = dict(value)
-        if given.get("budget_bytes") is not None:
-            given["budget_bytes"] = bytes_of(given["budget_bytes"], 0)
-        return cls(**given)
-
-    def __str__(self) -> str:
-        found = str(self.mode or "none")
-        if self.budget_bytes is not None:
-            found += f" ({self.budget_bytes / 2**30:.2f} GiB)"
-        return found if self.chunk_size is None else f"{found}, MLP in chunks of {self.chunk_size}"
+def described(wanted: Checkpointing) -> str:
+    found = wanted.mode or "none"
+    if wanted.budget_bytes is not None:
+        found += f" ({wanted.budget_bytes / 2**30:.2f} GiB)"
+    return found if wanted.chunk_size is None else f"{found}, MLP in chunks of {wanted.chunk_size}"
 
 
 def layers_of(model: nn.Module) -> list[GradientCheckpointingLayer]:
@@ -125,23 +88,12 @@ def enable(model: nn.Module, number: int, device: str) -> None:
 
 
 def chunk_mlps(model: nn.Module, chunk_size: int) -> None:
-    """Let each layer's `mlp` take so many tokens of a sequence at a time, each time checkpointed.
+    """Let MLPs take so many tokens of a sequence at a time, as `enable_checkpointing` does.
 
     Raises:
-        ConfigError: the layers have no module of that name.
+        ConfigError: the layers have no MLP that can be computed in chunks.
     """
-    mlps = [mlp for layer in layers_of(model) if isinstance(mlp := getattr(layer, "mlp", None), nn.Module)]
-    if not mlps:
-        raise ConfigError(f"chunk_size={chunk_size}: the layers of {type(model).__name__} have no module 'mlp'.")
-    for mlp in mlps:
-        mlp.forward = partial(_in_chunks, mlp.forward, chunk_size)
-
-
-def _in_chunks(forward: Callable[[Tensor], Tensor], size: int, x: Tensor) -> Tensor:
-    if x.shape[1] <= size:
-        return forward(x)
-    parts = [checkpoint(forward, part, use_reentrant=False) for part in x.split(size, dim=1)]
-    return torch.cat(parts, dim=1)
+    chunk(chunkable(model), chunk_size)
 
 
 class Stages:

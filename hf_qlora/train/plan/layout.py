@@ -140,8 +140,8 @@ def adapted(base: nn.Module, config: LoraConfig | None) -> PeftModel:
         raise ConfigError("The model has no adapters; give a QLoRAConfig, or a LoraConfig of PEFT.")
     given = copy.deepcopy(config)
     if isinstance(given, QLoRAConfig):
-        # An initialization changes no shape, and what it would change them by is not there.
-        unset: dict[str, Any] = {"init_lora_weights": True, "loftq_config": {}, "record": None}
+        # An initialization changes no shape, and what it changes them by is not there; the plan checkpoints by itself.
+        unset: dict[str, Any] = {"init_lora_weights": True, "loftq_config": {}, "record": None, "checkpointing": None}
         given = dataclasses.replace(given, **unset)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_qlora.config import NF4Config, QLoRAConfig
+from hf_qlora.config.checkpointing import Checkpointing
 from hf_qlora.quant.base import is_quantized
 from hf_qlora.quant.footprint import footprint
 from hf_qlora.quant.skip_list import bytes_of
@@ -62,7 +63,8 @@ def plan_memory(
         batch_size, seq_len: of one forward, in sequences and tokens.
         optimizer: as `TrainingArguments(optim=...)`: "adamw_torch", "adamw_torch_fused", "adamw_8bit",
             "paged_adamw_8bit", "paged_adamw_32bit" or "sgd".
-        checkpointing: "full", "offload", or a dict of mode, budget_bytes ("2GiB" too) and chunk_size.
+        checkpointing: "full", "offload", or a dict of mode, budget_bytes ("2GiB" too) and chunk_size; by default
+            what the config says.
         autocast: what the forward runs under, as `bf16=True` makes Trainer do.
         accumulate: whether gradients of one forward are there in the next.
         dtype: of the base, where `model` is a folder or an id; by default what its config says.
@@ -78,7 +80,7 @@ def plan_memory(
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if chosen not in DEVICES:
         raise ConfigError(f"device={device!r} is not known; choose one of {DEVICES}.")
-    wanted = ckpt.Checkpointing.of(checkpointing)
+    wanted = ckpt.asked(checkpointing, config)
     planner = _Planner(
         model, config, dtype, chosen, optimizer, wanted, layout.dtype_named(autocast, "autocast"), accumulate
     )
@@ -115,7 +117,7 @@ class _Planner:
     dtype: str | torch.dtype | None
     device: str
     optimizer: str
-    checkpointing: ckpt.Checkpointing
+    checkpointing: Checkpointing
     autocast: torch.dtype | None
     accumulate: bool
 
@@ -155,7 +157,7 @@ class _Planner:
         traced = run.traced(self.checkpointing)
         modes: dict[str, dict[str, int]] = {}
         for mode in (None, "full", "offload") if compare and ckpt.layers_of(laid.model) else ():
-            other = run.traced(ckpt.Checkpointing(mode, None, self.checkpointing.chunk_size))
+            other = run.traced(Checkpointing(mode, None, self.checkpointing.chunk_size))
             modes[str(mode or "none")] = {"layers": sum(other.kept_by_layer()), "peak": other.peak.size}
         state, paged = run.state_bytes()
         layers = traced.kept_by_layer()
@@ -166,7 +168,7 @@ class _Planner:
             seq_len=seq_len,
             rank=rank or laid.rank,
             optimizer=self.optimizer,
-            checkpointing=str(self.checkpointing),
+            checkpointing=ckpt.described(self.checkpointing),
             **laid.bytes,
             optimizer_bytes=state,
             paged_bytes=paged,
@@ -236,7 +238,7 @@ class _Run:
         per_tensor = {"adamw_torch": 2, "adamw_torch_fused": 2}.get(self.planner.optimizer, 0)
         return per_tensor * sum(p.nbytes for p in self.trained), 0
 
-    def traced(self, wanted: ckpt.Checkpointing) -> step.Traced:
+    def traced(self, wanted: Checkpointing) -> step.Traced:
         if wanted.mode is None:
             return self._checkpointed(0)
         number = len(ckpt.layers_of(self.laid.model)) or 1
