@@ -20,7 +20,11 @@ from typer.testing import CliRunner
 from hf_qlora.bench.depth import report, run, tasks
 from hf_qlora.bench.depth.arms import ARMS, REFERENCE
 from hf_qlora.bench.depth.run import Plan, Run
+from hf_qlora.bench.measure import environment
 from hf_qlora.cli import app
+
+
+WITH = {**environment("cpu"), "code": "a"}
 
 
 @pytest.fixture(autouse=True)
@@ -232,13 +236,10 @@ def test_only_seeds_in_common_are_compared(plan: Plan, tmp_path: Path) -> None:
             for seed, score in seeds.items():
                 made = Run("toy", arm, 1e-3, seed, 2)
                 file.write(
-                    json.dumps({"run": dataclasses.asdict(made), "found": {"score": score}, "with": {"code": "a"}})
-                    + "\n"
+                    json.dumps({"run": dataclasses.asdict(made), "found": {"score": score}, "with": WITH}) + "\n"
                 )
         for other in (Run("toy", "gain", 1e-2, 1, 2), Run("toy", "gain", 1e-3, 1, 1)):  # another rate, fewer steps
-            file.write(
-                json.dumps({"run": dataclasses.asdict(other), "found": {"score": 50.0}, "with": {"code": "a"}}) + "\n"
-            )
+            file.write(json.dumps({"run": dataclasses.asdict(other), "found": {"score": 50.0}, "with": WITH}) + "\n")
     reference, gain = report.table(path, Toy)
     assert (reference.mean, gain.mean, gain.difference, gain.seeds) == (3.0, 1.5, -1.5, 2)
     assert "| gain | 0.001\\* | 2 | 1.5000 | 0.7071 | 2.0000 | -1.5000 |  |  |" in report.markdown(path)

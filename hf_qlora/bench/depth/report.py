@@ -14,6 +14,7 @@ from scipy import stats
 from hf_qlora.bench.depth.arms import ARMS, REFERENCE
 from hf_qlora.bench.depth.run import SWEEP_SEEDS, Run, best_rate, read, rows_of
 from hf_qlora.bench.depth.tasks import TASKS, Task
+from hf_qlora.bench.train_step.report import described
 
 
 RESAMPLES = 10_000
@@ -133,10 +134,12 @@ def markdown(results: Path) -> str:
             )
     if not parts:
         return ""
-    codes = {row["with"].get("code", "unknown") for row in rows_of(results)}
+    done = rows_of(results)
+    codes = {row["with"].get("code", "unknown") for row in done}
     notes = [
+        f"Run on {'; '.join(sorted({described(row['with']) for row in done}))}.",
         "Intervals and p are over seeds, with one test set; \\* marks a rate at the end of those tried. "
-        '"layer rates, linear" and "fixed linear" are the same to rounding: their difference is noise.'
+        '"layer rates, linear" and "fixed linear" are the same to rounding: their difference is noise.',
     ]
     if len(codes) > 1:
         notes.append(f"The runs are of {len(codes)} versions of the code.")

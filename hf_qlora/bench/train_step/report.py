@@ -48,7 +48,8 @@ def mib(size: float) -> str:
 
 def described(with_: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {with_[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
-    return f"{with_['device']} {with_['capability']}, {with_['threads']} threads, {packages}, {with_['date']}"
+    processor = f"{with_['device']} {with_['capability']}".rstrip()
+    return f"{processor}, {with_['threads']} threads, {packages}, {with_['date']}"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
