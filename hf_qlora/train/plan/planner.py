@@ -99,8 +99,9 @@ def plan_memory(
     plans: dict[int, MemoryPlan] = {}
 
     def peak(number: int) -> int:
-        plans[number] = planner.plan(**{**sizes, largest: number})
-        return plans[number].peak_bytes
+        found = plans[number] = planner.plan(**{**sizes, largest: number})
+        # That of converting is the same for all numbers, and would only hide how those of steps grow.
+        return found.peak_bytes if found.conversion_peak_bytes > allowed else found.step_peak_bytes
 
     number = largest_that_fits(peak, allowed, largest, planner.limit(largest))
     if compare:

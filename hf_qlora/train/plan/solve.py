@@ -34,7 +34,7 @@ def largest_that_fits(peak: Callable[[int], int], budget: int, name: str, limit:
     low, high, guess, tries = 1, limit + 1, 2, 0
     while high - low > 1:
         tries += 1
-        if tries % PATIENCE == 0:
+        if tries % PATIENCE == 0 and high in points:
             guess = (low + high) // 2
         guess = min(max(guess, low + 1), high - 1)
         points[guess] = peak(guess)
