@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import bitsandbytes as bnb
@@ -407,4 +408,49 @@ def test_the_command_says_and_draws_what_python_finds(tmp_path: Path) -> None:
     assert "does not fit" in tight.output
     wrong = CliRunner().invoke(app, ["plan", str(tmp_path / "model"), "--checkpointing", "half"])
     assert wrong.exit_code == 2
-    assert wrong.output.startswith("Error: checkpointing: mode='half'")
+    assert wrong.output.startswith("Error: mode='half' of checkpointing")
+
+
+def test_a_largest_batch_is_found_where_larger_ones_leave_a_budget_of_checkpointing_no_room() -> None:
+    settings = {"seq_len": LENGTH, "checkpointing": {"mode": "budget", "budget_bytes": 2**20}, "device": "cpu"}
+    found = plan_memory(llama(), config(), largest="batch_size", budget="1GiB", **settings)
+    plan_memory(llama(), config(), found.batch_size, **settings)
+    with pytest.raises(ConfigError, match="budget_bytes=1,048,576 is too small"):
+        plan_memory(llama(), config(), found.batch_size + 1, **settings)
+
+
+def test_a_plan_leaves_the_losses_of_other_threads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, W = torch.randn(8, 16, requires_grad=True), torch.randn(32, 16)
+    target = torch.arange(8)
+    expected = torch.nn.functional.cross_entropy(hidden @ W.t(), target)
+    found: list[float] = []
+    original = loss._frozen_chunks
+
+    def meanwhile(*args: Any) -> Any:
+        monkeypatch.setattr(loss, "_frozen_chunks", original)
+        thread = Thread(
+            target=lambda: found.append(float(loss.linear_cross_entropy(hidden.detach(), lambda: W, None, target)))
+        )
+        thread.start()
+        thread.join()
+        return original(*args)
+
+    monkeypatch.setattr(loss, "_frozen_chunks", meanwhile)
+    plan(device="cuda")
+    assert found == [pytest.approx(float(expected), rel=1e-5)]
+
+
+def test_no_code_of_a_folder_is_run_and_quantized_ones_are_refused(tmp_path: Path) -> None:
+    saved = llama().config
+    for name, more in (
+        ("evil", {"auto_map": {"AutoConfig": "evil.Evil"}, "model_type": "evil"}),
+        ("packed", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**saved.to_dict(), **more}))
+    (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: ...\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        plan_memory(tmp_path / "evil", config(), device="cpu")
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ConfigError, match=r"stored quantized \(gptq\)"):
+        plan_memory(tmp_path / "packed", config(), device="cpu")

@@ -26,6 +26,10 @@ from hf_qlora.train.plan.trace import Block, Trace
 from hf_qlora.validation import ConfigError
 
 
+class BudgetTooSmall(ConfigError):
+    """What layers may keep is less than their inputs."""
+
+
 def asked(value: str | Mapping[str, Any] | None, config: Any) -> Checkpointing:
     """What is to be planned: a mode, or a dict as configs have it (budget_bytes="2GiB" too); else the config's own."""
     value = getattr(config, "checkpointing", None) if value is None else value
@@ -54,7 +58,7 @@ def number_to_checkpoint(asked: Checkpointing, kept: list[int], inputs: list[int
         inputs: bytes of each layer's input, which is what it keeps when it is.
 
     Raises:
-        ConfigError: the budget is too small for the inputs.
+        BudgetTooSmall: for the inputs.
     """
     if asked.mode != "budget":
         return len(kept) if asked.mode else 0
@@ -62,7 +66,7 @@ def number_to_checkpoint(asked: Checkpointing, kept: list[int], inputs: list[int
     for number in range(len(kept) + 1):
         if sum(inputs[:number]) + sum(kept[number:]) <= budget:
             return number
-    raise ConfigError(
+    raise BudgetTooSmall(
         f"checkpointing: budget_bytes={budget:,} is too small: with all {len(kept)} layers checkpointed, their inputs "
         f"take {sum(inputs):,} bytes. Give at least those, or a smaller batch, or use mode='offload'."
     )

@@ -56,8 +56,8 @@ def base_of(model: Any, config: LoraConfig | None, dtype: str | torch.dtype | No
         return lambda: _copied(model), type(model).__name__
     chosen = dtype_named(dtype, "dtype")
     base_config, name = _config_of(model)
+    _check_dense(base_config, name)
     cls = _class_of(config, base_config)
-    base_config.__dict__.pop("quantization_config", None)
 
     def make() -> nn.Module:
         factory = cls.from_config if cls.__name__.startswith("Auto") else cls._from_config
@@ -109,9 +109,19 @@ def _config_of(model: Any) -> tuple[Any, str]:
     if (name.startswith(".") or os.path.isabs(name)) and not os.path.isdir(name):
         raise ConfigError(f"The model {name} is not there.")
     try:
-        return AutoConfig.from_pretrained(model), name
+        return AutoConfig.from_pretrained(model, trust_remote_code=False), name
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"The config of {model} cannot be read: {first_sentence(error)}") from error
+
+
+def _check_dense(base_config: Any, name: str) -> None:
+    quantized = base_config.__dict__.get("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        raise ConfigError(
+            f"{name} is stored quantized ({getattr(method, 'value', method)}); what is planned from a name is a dense "
+            "model. Name the dense one that it was made from, or load an NF4 model and give it instead of its name."
+        )
 
 
 def _class_of(config: LoraConfig | None, base_config: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,8 +99,13 @@ def plan_memory(
 
     plans: dict[int, MemoryPlan] = {}
 
-    def peak(number: int) -> int:
-        found = plans[number] = planner.plan(**{**sizes, largest: number})
+    def peak(number: int) -> float:
+        try:
+            found = plans[number] = planner.plan(**{**sizes, largest: number})
+        except ckpt.BudgetTooSmall:
+            if number == 1:
+                raise
+            return math.inf
         # That of converting is the same for all numbers, and would only hide how those of steps grow.
         return found.peak_bytes if found.conversion_peak_bytes > allowed else found.step_peak_bytes
 

@@ -7,6 +7,7 @@ to fit, and the next number was seen not to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from hf_qlora.validation import ConfigError
@@ -15,11 +16,11 @@ from hf_qlora.validation import ConfigError
 PATIENCE = 4  # guesses by a line between two that halve
 
 
-def largest_that_fits(peak: Callable[[int], int], budget: int, name: str, limit: int) -> int:
+def largest_that_fits(peak: Callable[[int], float], budget: int, name: str, limit: int) -> int:
     """The largest number from 1 to `limit` whose `peak`, in bytes, is within `budget`.
 
     Args:
-        peak: never falls with the number.
+        peak: never falls with the number; infinite where there is no run at all.
         name: of the number, for the message.
 
     Raises:
@@ -34,7 +35,7 @@ def largest_that_fits(peak: Callable[[int], int], budget: int, name: str, limit:
     low, high, guess, tries = 1, limit + 1, 2, 0
     while high - low > 1:
         tries += 1
-        if tries % PATIENCE == 0 and high in points:
+        if high in points and (tries % PATIENCE == 0 or math.isinf(points[high])):
             guess = (low + high) // 2
         guess = min(max(guess, low + 1), high - 1)
         points[guess] = peak(guess)
@@ -46,7 +47,11 @@ def largest_that_fits(peak: Callable[[int], int], budget: int, name: str, limit:
     return low
 
 
-def _by_line(points: dict[int, int], budget: int) -> int:
-    one, other = sorted(points, key=lambda number: abs(points[number] - budget))[:2]
+def _by_line(points: dict[int, float], budget: int) -> int:
+    if sum(map(math.isfinite, points.values())) < 2:
+        return max(points) * 2
+    one, other = sorted(
+        filter(lambda number: math.isfinite(points[number]), points), key=lambda number: abs(points[number] - budget)
+    )[:2]
     rise = (points[other] - points[one]) / (other - one)
     return one + int((budget - points[one]) // rise) if rise > 0 else max(points) * 2

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.utils import import_utils
 
-from hf_qlora.kernels import loss as loss_kernels
+from hf_qlora.kernels.loss import planned_device
 from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.train.plan.attention import AttentionOf
 from hf_qlora.train.plan.checkpointing import Stages
@@ -127,29 +127,18 @@ def run(
 
 @contextmanager
 def _as_in_a_real_run(device: str) -> Iterator[None]:
-    """Let libraries, and our loss, take tensors without data for those of a run on the device.
+    """Let our loss take this thread's tensors for those of a run on the device, and transformers for a real run's.
 
-    transformers takes them for an export, in which it makes masks that a run has no need of.
+    It would take them for an export's, in which it makes masks that a run has no need of.
     """
-    replaced: list[tuple[Any, str, Any]] = [(import_utils, "is_fake_tensor", lambda tensor: False)]  # of `is_tracing`
-    if device == "cuda":
-        replaced += [
-            (loss_kernels, "CHUNK_BYTES", dict.fromkeys(loss_kernels.CHUNK_BYTES, loss_kernels.CHUNK_BYTES["cuda"])),
-            (loss_kernels, "_to_gradient", _in_registers),  # with Triton, which torch for CUDA brings on Linux
-        ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    for owner, name, value in replaced:
-        setattr(owner, name, value)
+    found, token = import_utils.is_fake_tensor, planned_device.set(device)
+    # what its `is_tracing` asks, in any thread
+    import_utils.is_fake_tensor = lambda tensor: planned_device.get() is None and found(tensor)
     try:
         yield
     finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
-
-
-def _in_registers(z: Tensor, *settings: Any) -> Tensor:
-    """What the Triton kernel leaves of a chunk's logits: the losses."""
-    return z.new_empty(len(z), dtype=torch.float32).sum()
+        import_utils.is_fake_tensor = found
+        planned_device.reset(token)
 
 
 def note_model(trace: Trace, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
