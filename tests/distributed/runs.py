@@ -65,10 +65,10 @@ def base(dtype: torch.dtype = torch.float32) -> nn.Module:
     return llama().to(dtype)
 
 
-def adapted(kind: str, **options: Any) -> PeftModel:
+def adapted(kind: str, model: nn.Module | None = None) -> PeftModel:
     """A tiny llama with an adapter that matters from the first step on, the same in every process."""
-    common = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    return randomized(get_peft_model(base(), CONFIGS[kind](**common, **options)))
+    config = CONFIGS[kind](r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    return randomized(get_peft_model(base() if model is None else model, config))
 
 
 def randomized(model: PeftModel) -> PeftModel:
