@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from hf_qlora import AdaptiveDepthLoRAConfig, QLoRAConfig
+from hf_qlora.layers.logits import LazyLogits
 
 
 STEPS, ROWS, LENGTH = (
@@ -99,7 +100,13 @@ def averages(model: PeftModel) -> dict[str, Tensor]:
     return {name: b.clone() for name, b in model.named_buffers() if name.endswith(".observed")}
 
 
-def steps_of_sgd(model: nn.Module, parameters: list[nn.Parameter]) -> list[float]:
+def outside(logits: Tensor, inputs: dict[str, Tensor], total: int) -> Tensor:
+    """The loss that the model computes, computed of its logits."""
+    targets = inputs["labels"][:, 1:].flatten()
+    return nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB).float(), targets, reduction="sum") / total
+
+
+def steps_of_sgd(model: nn.Module, parameters: list[nn.Parameter], own_loss: bool = False) -> list[float]:
     """A token-weighted loss over all processes, written out; its value at each step."""
     rank, count = world()
     optimizer = torch.optim.SGD(parameters, lr=0.5)
@@ -110,7 +117,10 @@ def steps_of_sgd(model: nn.Module, parameters: list[nn.Parameter]) -> list[float
         total = sum(int((row["labels"][1:] != -100).sum()) for row in batch)
         own = batch[rank * ROWS // count : (rank + 1) * ROWS // count]
         inputs = {name: torch.stack([row[name] for row in own]) for name in own[0]}
-        loss = model(**inputs, num_items_in_batch=total).loss * count  # processes' gradients are averaged
+        outputs = model(**inputs, num_items_in_batch=total)
+        assert isinstance(outputs.logits, LazyLogits)
+        assert outputs.logits.made is None  # nobody reads them
+        loss = (outside(outputs.logits, inputs, total) if own_loss else outputs.loss) * count  # gradients are averaged
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -121,12 +131,12 @@ def steps_of_sgd(model: nn.Module, parameters: list[nn.Parameter]) -> list[float
     return list(summed.tolist())
 
 
-def plain_loop(kind: str, **ddp: Any) -> dict[str, Any]:
+def plain_loop(kind: str, own_loss: bool = False, **ddp: Any) -> dict[str, Any]:
     """A loop of one's own; in several processes under DistributedDataParallel."""
     model = adapted(kind).train()
     started = adapters(model)
     wrapped = DistributedDataParallel(model, **ddp) if world()[1] > 1 else model
-    losses = steps_of_sgd(wrapped, [p for p in model.parameters() if p.requires_grad])
+    losses = steps_of_sgd(wrapped, [p for p in model.parameters() if p.requires_grad], own_loss)
     return {"started": started, "adapters": adapters(model), "averages": averages(model), "losses": losses}
 
 

@@ -11,11 +11,22 @@ from distributed.runs import CONFIGS, adapters, base, in_processes, plain_loop, 
 from peft import PeftModel
 
 
-RUNS = [f"{how}-{kind}" for how in ("loop", "trainer") for kind in CONFIGS]
+# Under the last two DDP clones all outputs, with a node of its own, on whose backward a static graph relies.
+DDP: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "unused": {"find_unused_parameters": True},
+    "static": {"static_graph": True},
+}
+LOOPS = {
+    **{f"loop-{kind}": (kind, {}) for kind in CONFIGS},
+    "loop-depth-unused": ("depth", DDP["unused"]),
+    **{f"loop-nf4-{name}-own": ("nf4", {"own_loss": True, **DDP[name]}) for name in DDP},
+}
+RUNS = [*LOOPS, *(f"trainer-{kind}" for kind in CONFIGS)]
 
 
 def all_runs(folder: Path) -> dict[str, dict[str, Any]]:
-    loops = {f"loop-{kind}": plain_loop(kind, find_unused_parameters=kind == "depth") for kind in CONFIGS}
+    loops = {name: plain_loop(kind, **options) for name, (kind, options) in LOOPS.items()}
     return loops | {f"trainer-{kind}": trained(kind, folder) for kind in CONFIGS}
 
 

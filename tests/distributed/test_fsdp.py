@@ -14,12 +14,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
-from hf_qlora import NF4Config
+from hf_qlora import NF4Config, quantize_model
+from hf_qlora.quant.base import BaseModelError
 
 
-def shard(model: PeftModel, **options: Any) -> PeftModel:
+def shard(model: Any, **options: Any) -> Any:
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.get_base_model().model.layers:
+    transformer = model.get_base_model() if isinstance(model, PeftModel) else model
+    for layer in transformer.model.layers:
         fully_shard(layer, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
@@ -42,12 +44,19 @@ def sharded_loop(kind: str, folder: Path) -> dict[str, Any]:
     return {"adapters": full, "averages": averages(model), "losses": losses, "again": again}
 
 
+def quantized_too_late() -> str:
+    with pytest.raises(BaseModelError) as refused:
+        quantize_model(shard(base()))
+    return str(refused.value)
+
+
 def all_runs(folder: Path) -> dict[str, Any]:
-    return {kind: sharded_loop(kind, folder) for kind in CONFIGS} | {"stored": stored_loops(folder)}
+    late = {"too late": quantized_too_late()}
+    return late | {kind: sharded_loop(kind, folder) for kind in CONFIGS} | {"stored": stored_loops(folder)}
 
 
 def stored_loops(folder: Path) -> dict[str, list[float]]:
-    """accelerate shards a 4-bit base only if it is stored in a dtype of floating point, and casts to that of compute."""
+    """accelerate shards a 4-bit base only if it is stored in a dtype of floating point."""
     losses = {}
     for storage in (torch.uint8, torch.bfloat16):
         how = NF4Config().to_bitsandbytes()
@@ -109,3 +118,10 @@ def test_storage_as_bfloat16_changes_nothing(two: Any) -> None:
     assert stored["torch.bfloat16"] == stored["torch.uint8"]
     # all dense weights and activations in bfloat16, of 2**-9
     assert stored["torch.bfloat16"] == pytest.approx(plain_loop("nf4")["losses"], rel=2**-9)
+
+
+def test_a_model_that_is_sharded_already_is_not_quantized(two: Any) -> None:
+    for process in two:
+        assert process["too late"].startswith(
+            "model.layers.0.self_attn.q_proj.weight is sharded over processes by FSDP"
+        )

@@ -126,9 +126,7 @@ OFFLOADED = {"activation_offloading": True, "use_cpu": False}  # TRL asks the ac
 def test_packing_and_offloading(options: dict[str, Any], tmp_path: Path) -> None:
     args = SFTConfig(str(tmp_path / "run"), **{**COMMON, **options})
     data = Dataset.from_list([{"messages": chat(i)} for i in range(40)])
-    sft = SFTTrainer(
-        model=base(), args=args, train_dataset=data, processing_class=tokenizer(), peft_config=config()
-    )
+    sft = SFTTrainer(model=base(), args=args, train_dataset=data, processing_class=tokenizer(), peft_config=config())
     sft.train()
     losses = [entry["loss"] for entry in sft.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
