@@ -1,7 +1,7 @@
 """TRL's SFTTrainer and DPOTrainer, in each of their ways to take a model: real steps, then save and reload.
 
-TRL casts what is trained to bfloat16, in which small updates round to nothing, where the model is 4-bit before TRL gets
-it. A dense model with `peft_config=` keeps float32 masters.
+TRL casts what is trained to bfloat16, in which small updates round to nothing, where the model is 4-bit before TRL
+gets it. A dense model with `peft_config=` keeps float32 masters.
 """
 
 from __future__ import annotations
