@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def is_sharded(tensor: Tensor) -> bool:
 @torch.no_grad()
 def _whole(name: str, parameter: nn.Parameter, state_dict: Mapping[str, Tensor] | None) -> Tensor:
     if state_dict is None:
-        gathered: Tensor = parameter.full_tensor()  # type: ignore[operator]
+        gathered: Tensor = cast(Any, parameter).full_tensor()
         return gathered
     given = state_dict.get(name)
     if given is None or is_sharded(given) or given.shape != parameter.shape:
