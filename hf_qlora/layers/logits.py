@@ -152,6 +152,7 @@ class LazyLogits(Tensor):
     made: Tensor | None  # the real ones
     fixed: bool  # no longer lazy: something depends on these very logits
     version: int  # of `hidden`
+    own_node: Any  # the node that made them; another one where a Function was given them since
     real_relatives: list[LazyLogits] | None  # views of the same logits that were made real; shared by all of them
 
     def unchanged_hidden(self) -> Tensor:
@@ -162,6 +163,9 @@ class LazyLogits(Tensor):
                 "A view of these logits, or what they are a view of, was changed in place before they were computed. "
                 "Change the logits themselves, or a clone() of them, or set chunked_loss=False."
             )
+        if self.grad_fn is not self.own_node and torch.is_grad_enabled():
+            hidden: Tensor = _Joined.apply(self.hidden, self)
+            return hidden
         return self.hidden
 
     def viewed(self, hidden: Tensor, shape: Sequence[int]) -> LazyLogits:
@@ -171,13 +175,17 @@ class LazyLogits(Tensor):
         recipe = Recipe(self.recipe.call, self.recipe.steps)
         return lazy_logits(recipe, hidden, shape, self.dtype, self.real_relatives)
 
+    def _stays_lazy(self) -> bool:
+        """Not where something depends on these very logits, or a graph would begin where they have none."""
+        return not self.fixed and (self.requires_grad or not torch.is_grad_enabled())
+
     @classmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled reader gets them as they are here
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         handler, kwargs = _rules.get(func), kwargs or {}
-        if handler is not None and not any(isinstance(arg, LazyLogits) and arg.fixed for arg in args):
+        if handler is not None and all(arg._stays_lazy() for arg in args if isinstance(arg, LazyLogits)):
             result = handler(func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -202,7 +210,20 @@ def lazy_logits(
     """Logits to be made of `hidden`, (..., K), by `recipe`, of that shape and dtype."""
     result: LazyLogits = _Project.apply(recipe, shape, dtype, hidden, *recipe.call.parameters)
     result.hidden, result.version, result.real_relatives = hidden, hidden._version, real_relatives
+    result.own_node = result.grad_fn
     return result
+
+
+class _Joined(torch.autograd.Function):
+    """The hidden states of logits that came out of a Function, whose backward waits for its turn (DDP's sink)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, logits: LazyLogits) -> Tensor:
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class _Project(torch.autograd.Function):
@@ -211,14 +232,17 @@ class _Project(torch.autograd.Function):
         ctx: Any, recipe: Recipe, shape: Sequence[int], dtype: torch.dtype, hidden: Tensor, *parameters: Tensor
     ) -> LazyLogits:
         ctx.recipe = recipe
+        ctx.set_materialize_grads(False)  # a sink passes on that there is none
         ctx.save_for_backward(hidden, *parameters)
         logits: LazyLogits = Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=hidden.device)
         logits.recipe, logits.made, logits.fixed = recipe, None, False
         return logits
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, *parameters = ctx.saved_tensors
+        if grad is None:
+            return (None,) * (4 + len(parameters))
         second_order, frozen = torch.is_grad_enabled(), ctx.recipe.call.frozen
         if frozen is not None and not ctx.recipe.steps and not second_order:
             return None, None, None, (grad.to(frozen.dtype) @ frozen.unpack()).to(hidden.dtype)
@@ -256,7 +280,6 @@ def _say_once(in_training: bool, reader: str) -> None:
         _said.add(in_training)
         logger.log(
             logging.WARNING if in_training else logging.INFO,
-            "Full logits were made because %s reads them; only cross entropy over them is computed in chunks. (Under "
-            "DDP, ddp_find_unused_parameters=True reads all outputs.)",
+            "Full logits were made because %s reads them; only cross entropy over them is computed in chunks.",
             reader,
         )

@@ -71,6 +71,15 @@ def _contiguous(func: Callable[..., Any], logits: LazyLogits, **kwargs: Any) -> 
     return NotImplemented if kwargs else logits
 
 
+@rule(Tensor.clone, torch.clone)
+def _cloned(func: Callable[..., Any], logits: LazyLogits, **kwargs: Any) -> Any:
+    """The same logits, to be made apart from these. DDP clones all outputs where it looks for unused parameters."""
+    if kwargs:
+        return NotImplemented
+    recipe = Recipe(logits.recipe.call, logits.recipe.steps)
+    return lazy_logits(recipe, logits.unchanged_hidden(), logits.shape, logits.dtype)
+
+
 @rule(Tensor.__getitem__)
 def _indexed(func: Callable[..., Any], logits: Any, index: Any) -> Any:
     """Some of the rows."""
@@ -156,15 +165,23 @@ def _is_widening(step: Step) -> bool:
 def _fixed(func: Callable[..., Any], logits: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     """Whatever depends on the gradient of these logits sees none of a chunked loss.
 
+    FSDP hooks all outputs to learn that backward begins; the loss, which it hooks too, tells it that.
+
     Raises:
         RuntimeError: one was taken already.
     """
-    if logits.recipe.call.loss_taken and func is not Tensor.backward:
+    by_fsdp = any(_module_of(arg).startswith("torch.distributed.") for arg in args)
+    if logits.recipe.call.loss_taken and func is not Tensor.backward and not by_fsdp:
         raise RuntimeError(
             "The loss was computed in chunks and gives these logits no gradient. Set chunked_loss=False to look at it."
         )
     logits.fixed = True
     return NotImplemented
+
+
+def _module_of(hook: Any) -> str:
+    """Where a function, a method or a partial of one is defined."""
+    return str(getattr(getattr(hook, "func", hook), "__module__", ""))
 
 
 @rule(Tensor.tolist, Tensor.__repr__, Tensor.__format__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__reduce_ex__)

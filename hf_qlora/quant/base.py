@@ -252,6 +252,7 @@ def check_layers(model: nn.Module, layers: dict[str, nn.Linear | Conv1D], config
     finite: dict[str, list[Tensor]] = {}  # read at the end: each answer of a GPU is waited for
     for name, layer in layers.items():
         weight = layer.weight
+        _refuse_sharded(name, weight)
         if weight.device.type == "meta":
             raise BaseModelError(
                 f"{name}.weight is on the meta device, without data. Load the model's weights before quantizing it "
@@ -271,6 +272,15 @@ def check_layers(model: nn.Module, layers: dict[str, nn.Linear | Conv1D], config
                 f"{name}.weight has NaN or infinite values; the checkpoint is damaged or was cast to a narrow dtype."
             )
     _check_compute_dtype(config, next(iter(layers.values())).weight.device)
+
+
+def _refuse_sharded(name: str, weight: Tensor) -> None:
+    by = "FSDP" if hasattr(weight, "device_mesh") else "DeepSpeed ZeRO-3" if hasattr(weight, "ds_id") else ""
+    if by:
+        raise BaseModelError(
+            f"{name}.weight is sharded over processes by {by}, so that no process has all of it to quantize. Quantize "
+            "the model before it is sharded: load it without ZeRO-3, call get_peft_model, and use DDP or FSDP2."
+        )
 
 
 def _check_compute_dtype(config: NF4Config, device: torch.device) -> None:

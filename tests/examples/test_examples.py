@@ -22,6 +22,18 @@ def run(name: str, folder: Path, *arguments: str, **variables: str) -> str:
 
 
 @pytest.mark.slow
+def test_adaptive_depth_in_two_processes(tmp_path: Path) -> None:
+    launch = ["accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", "0"]
+    command = [sys.executable, "-m", *launch, str(EXAMPLES / "adaptive_depth.py"), "--steps", "5"]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
+    output = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    assert len(re.findall(r"accuracy on 1000 test headlines: 0\.[4-9]", output)) == 1
+    found = re.search(r"reloaded (\S+), merged (\S+)", output)
+    assert found
+    assert all(float(number.rstrip(",")) < 1e-4 for number in found.groups())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [(), ("--attention",)])
 def test_adaptive_depth(arguments: tuple[str, ...], tmp_path: Path) -> None:
     output = run("adaptive_depth.py", tmp_path, "--steps", "5", *arguments)

@@ -560,3 +560,61 @@ def test_a_compiled_loss_reads_them_too(backend: str) -> None:
     found = torch.compile(value, backend=backend)(model(input_ids=inputs["input_ids"]).logits, inputs["labels"])
     torch.testing.assert_close(found, value(model(input_ids=inputs["input_ids"]).logits, inputs["labels"]))
     found.backward()
+
+
+class Sink(torch.autograd.Function):
+    """As DDP's: all outputs pass through it, and it must hear of the backward even if none of them is read."""
+
+    heard = False
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(output.clone() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        Sink.heard = True
+        return grads
+
+
+@pytest.mark.parametrize("whose", ["the model's loss", "a loss of one's own"])
+def test_logits_that_pass_through_a_function_stay_lazy_and_it_hears_of_backward(whose: str) -> None:
+    def through(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs = batch()
+        outputs = model(**inputs)
+        model_loss, passed = Sink.apply(outputs.loss, outputs.logits)
+        own = F.cross_entropy(passed[:, :-1].reshape(-1, VOCAB).float(), inputs["labels"][:, 1:].flatten())
+        value = model_loss if whose == "the model's loss" else own
+        model.zero_grad()
+        Sink.heard = False
+        value.backward()
+        assert Sink.heard
+        assert getattr(passed, "made", None) is None
+        return value.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected, model = step(make("llama"), batch()), make("llama")
+    enable_chunked_loss(model)
+    with Largest() as seen:
+        assert_same(through(model), expected)
+    assert seen.rows <= ROWS
+
+
+def test_a_clone_is_made_apart() -> None:
+    model = make("llama")
+    enable_chunked_loss(model)
+    out = model(**batch())
+    clone = out.logits.clone()
+    assert isinstance(clone, LazyLogits)
+    assert clone.made is None
+    clone.mul_(2)
+    torch.testing.assert_close(clone.detach(), 2 * out.logits.detach(), rtol=0, atol=0)
+
+
+def test_what_was_made_of_them_without_gradients_has_none() -> None:
+    model = make("llama")
+    enable_chunked_loss(model)
+    out = model(**batch())
+    with torch.no_grad():
+        wide = out.logits.float().view(-1, VOCAB)
+    assert not F.cross_entropy(wide, torch.zeros(len(wide), dtype=torch.int64)).requires_grad

@@ -586,6 +586,16 @@ def test_weights_on_meta_are_refused_before_anything_changes() -> None:
     assert not hasattr(model.config, "quantization_config")
 
 
+def test_weights_that_zero_3_has_partitioned_are_refused() -> None:
+    """DeepSpeed leaves an empty tensor with its number in each process."""
+    model = llama()
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight.data, weight.ds_id = torch.empty(0), 7
+    with pytest.raises(BaseModelError, match=r"q_proj\.weight is sharded over processes by DeepSpeed ZeRO-3"):
+        quantize_model(model)
+    assert not quantized_layers(model)
+
+
 @pytest.mark.parametrize("loaded", ["dense", "4-bit"])
 def test_a_compute_dtype_the_device_lacks_is_refused(
     loaded: str, monkeypatch: pytest.MonkeyPatch, checkpoint: Path
