@@ -454,3 +454,34 @@ def test_no_code_of_a_folder_is_run_and_quantized_ones_are_refused(tmp_path: Pat
     assert not (tmp_path / "ran").exists()
     with pytest.raises(ConfigError, match=r"stored quantized \(gptq\)"):
         plan_memory(tmp_path / "packed", config(), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("full", "full"),
+        ("offload", "offload"),
+        ({"mode": "budget", "budget_bytes": 2**21}, "budget (0.00 GiB)"),
+        ({"mode": None, "chunk_size": 4}, "none, MLP in chunks of 4"),
+    ],
+    ids=str,
+)
+def test_what_is_set_in_a_model_is_planned(wanted: Any, said: str) -> None:
+    given = config(checkpointing=wanted)
+    expected = plan_memory(llama(), given, BATCH, LENGTH, device="cpu")
+    found = plan_memory(get_peft_model(llama(), given), None, BATCH, LENGTH, device="cpu")
+    assert found.checkpointing == expected.checkpointing == said
+    assert found.step_peak_bytes == pytest.approx(expected.step_peak_bytes, rel=0.01)  # a hook on the embeddings
+    assert found.layer_bytes == expected.layer_bytes
+
+
+def test_the_dtype_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "in float32 on cpu" in str(plan())
+    assert "in bfloat16 on cpu" in str(plan(llama().bfloat16()))
+    assert plan(autocast="bfloat16").dtype == "float32, autocast to bfloat16"
+
+
+@pytest.mark.parametrize("budget", [0, "5%", "0GiB"])
+def test_a_budget_is_an_amount(budget: Any) -> None:
+    with pytest.raises(ConfigError, match="must be a positive number of bytes"):
+        plan(budget=budget)

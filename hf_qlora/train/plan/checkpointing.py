@@ -12,14 +12,16 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_qlora.config.checkpointing import Checkpointing
-from hf_qlora.layers.chunked_mlp import chunk, chunkable
-from hf_qlora.layers.offload import IN_FLIGHT
+from hf_qlora.layers.budget import Budget
+from hf_qlora.layers.chunked_mlp import ChunkedMLP, chunk, chunkable, unchunk
+from hf_qlora.layers.offload import IN_FLIGHT, Offload
 from hf_qlora.quant.skip_list import bytes_of
 from hf_qlora.train.plan.attention import AttentionOf
 from hf_qlora.train.plan.trace import Block, Trace
@@ -30,12 +32,40 @@ class BudgetTooSmall(ConfigError):
     """What layers may keep is less than their inputs."""
 
 
-def asked(value: str | Mapping[str, Any] | None, config: Any) -> Checkpointing:
-    """What is to be planned: a mode, or a dict as configs have it (budget_bytes="2GiB" too); else the config's own."""
+def asked(value: str | Mapping[str, Any] | None, config: Any, model: Any = None) -> Checkpointing:
+    """What is to be planned: a mode, or a dict as configs have it (budget_bytes="2GiB" too); else what is set."""
+    if value is None and isinstance(model, PeftModel):
+        return as_set(model)
     value = getattr(config, "checkpointing", None) if value is None else value
     if isinstance(value, Mapping) and isinstance(value.get("budget_bytes"), str):
-        value = {**value, "budget_bytes": bytes_of(value["budget_bytes"], 0)}
+        value = {**value, "budget_bytes": bytes_given(value["budget_bytes"], "budget_bytes")}
     return Checkpointing(None) if value is None else Checkpointing.of(value)
+
+
+def as_set(model: nn.Module) -> Checkpointing:
+    """How a model is checkpointed now."""
+    chunks = {module._chunk_size for module in model.modules() if isinstance(module, ChunkedMLP)}
+    chunk_size = max(chunks, default=None)
+    layer = next((layer for layer in layers_of(model) if layer.gradient_checkpointing), None)
+    if layer is None:
+        return Checkpointing(None, chunk_size=chunk_size)
+    function: Any = layer._gradient_checkpointing_func
+    budget = getattr(getattr(function, "func", None), "__self__", None)
+    if isinstance(budget, Budget):
+        return Checkpointing("budget", budget.limit, chunk_size)
+    return Checkpointing("offload" if isinstance(function, Offload) else "full", chunk_size=chunk_size)
+
+
+def bytes_given(value: int | str, setting: str) -> int:
+    """A number of bytes, as such or as "24GiB".
+
+    Raises:
+        ConfigError: another value, a share, or none.
+    """
+    found = 0 if isinstance(value, str) and value.strip().endswith("%") else bytes_of(value, 0)
+    if not found:
+        raise ConfigError(f"{setting}={value!r} must be a positive number of bytes, such as '24GiB'.")
+    return found
 
 
 def described(wanted: Checkpointing) -> str:
@@ -91,13 +121,15 @@ def enable(model: nn.Module, number: int, device: str) -> None:
         )
 
 
-def chunk_mlps(model: nn.Module, chunk_size: int) -> None:
-    """Let MLPs take so many tokens of a sequence at a time, as `enable_checkpointing` does.
+def chunk_mlps(model: nn.Module, chunk_size: int | None) -> None:
+    """Let MLPs take so many tokens of a sequence at a time, as `enable_checkpointing` does; None: all.
 
     Raises:
         ConfigError: the layers have no MLP that can be computed in chunks.
     """
-    chunk(chunkable(model), chunk_size)
+    unchunk(model)
+    if chunk_size is not None:
+        chunk(chunkable(model), chunk_size)
 
 
 class Stages:

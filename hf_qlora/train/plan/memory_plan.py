@@ -24,6 +24,7 @@ class MemoryPlan:
 
     Attributes:
         model, device, optimizer, checkpointing: what was planned.
+        dtype: of the base's dense weights, and what the forward runs under, where it is autocast.
         batch_size, seq_len, rank: of one forward; the rank that the config has for most layers.
         packed_bytes, dense_bytes: of the base: NF4 codes with their scales at both levels and tables, and the rest.
         adapter_bytes, gradient_bytes: of what is trained, and its gradients.
@@ -47,6 +48,7 @@ class MemoryPlan:
     rank: int
     optimizer: str
     checkpointing: str
+    dtype: str
     packed_bytes: int
     dense_bytes: int
     adapter_bytes: int

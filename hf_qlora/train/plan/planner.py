@@ -19,7 +19,6 @@ from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.config.checkpointing import Checkpointing
 from hf_qlora.quant.base import is_quantized
 from hf_qlora.quant.footprint import footprint
-from hf_qlora.quant.skip_list import bytes_of
 from hf_qlora.train.plan import checkpointing as ckpt
 from hf_qlora.train.plan import layout, step
 from hf_qlora.train.plan.convert import conversion_peak
@@ -65,7 +64,7 @@ def plan_memory(
         optimizer: as `TrainingArguments(optim=...)`: "adamw_torch", "adamw_torch_fused", "adamw_8bit",
             "paged_adamw_8bit", "paged_adamw_32bit" or "sgd".
         checkpointing: "full", "offload", or a dict of mode, budget_bytes ("2GiB" too) and chunk_size; by default
-            what the config says.
+            what the config says, or what is set in a `PeftModel`.
         autocast: what the forward runs under, as `bf16=True` makes Trainer do.
         accumulate: whether gradients of one forward are there in the next.
         dtype: of the base, where `model` is a folder or an id; by default what its config says.
@@ -81,7 +80,7 @@ def plan_memory(
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if chosen not in DEVICES:
         raise ConfigError(f"device={device!r} is not known; choose one of {DEVICES}.")
-    wanted = ckpt.asked(checkpointing, config)
+    wanted = ckpt.asked(checkpointing, config, model)
     planner = _Planner(
         model, config, dtype, chosen, optimizer, wanted, layout.dtype_named(autocast, "autocast"), accumulate
     )
@@ -89,7 +88,7 @@ def plan_memory(
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name}={value!r} must be a positive integer.")
-    allowed = None if budget is None else bytes_of(budget, 0)
+    allowed = None if budget is None else ckpt.bytes_given(budget, "budget")
     if largest is None:
         return planner.plan(**sizes, budget=allowed, compare=compare)
     if largest not in SOLVABLE:
@@ -143,8 +142,7 @@ class _Planner:
                 config = copy.deepcopy(config)
                 config.r = rank
             self._laid_out = {rank: _LaidOut.of(self.make_base, config, self.device)}
-            if self.checkpointing.chunk_size is not None:
-                ckpt.chunk_mlps(self._laid_out[rank].model, self.checkpointing.chunk_size)
+            ckpt.chunk_mlps(self._laid_out[rank].model, self.checkpointing.chunk_size)
         return self._laid_out[rank]
 
     def limit(self, largest: str) -> int:
@@ -155,6 +153,10 @@ class _Planner:
         if largest == "rank":
             return int(getattr(base.config, "hidden_size", None) or 2**12)
         return 2**16
+
+    def _dtype(self, model: PeftModel) -> str:
+        found = str(model.get_base_model().dtype).removeprefix("torch.")
+        return found if self.autocast is None else f"{found}, autocast to {str(self.autocast).removeprefix('torch.')}"
 
     def plan(
         self, batch_size: int, seq_len: int, rank: int | None = None, budget: int | None = None, compare: bool = False
@@ -176,6 +178,7 @@ class _Planner:
             rank=rank or laid.rank,
             optimizer=self.optimizer,
             checkpointing=ckpt.described(self.checkpointing),
+            dtype=self._dtype(laid.model),
             **laid.bytes,
             optimizer_bytes=state,
             paged_bytes=paged,

@@ -69,7 +69,7 @@ def show(plan: MemoryPlan, console: Console) -> None:
 
 def lines(plan: MemoryPlan) -> Iterator[tuple[str, str]]:
     """What a plan says, before its tables."""
-    yield "model", f"{plan.model} on {plan.device}, rank {plan.rank}"
+    yield "model", f"{plan.model} in {plan.dtype} on {plan.device}, rank {plan.rank}"
     yield "batch", f"{plan.batch_size} × {plan.seq_len} tokens, checkpointing {plan.checkpointing}, {plan.optimizer}"
     yield "base", f"{size(plan.packed_bytes)} in NF4, {size(plan.dense_bytes)} dense"
     yield "trained", f"adapters {size(plan.adapter_bytes)}, as much for gradients, optimizer {_optimizer(plan)}"
