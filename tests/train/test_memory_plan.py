@@ -485,3 +485,19 @@ def test_the_dtype_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_budget_is_an_amount(budget: Any) -> None:
     with pytest.raises(ConfigError, match="must be a positive number of bytes"):
         plan(budget=budget)
+
+
+def test_experts_are_planned_in_bfloat16_and_refused_quietly_in_float32(caplog: pytest.LogCaptureFixture) -> None:
+    mixtral = next(family for family in ARCHITECTURES if family.name == "mixtral")
+    given = config()
+    assert plan_memory(mixtral.make().bfloat16(), given, BATCH, LENGTH, device="cpu").step_peak_bytes > 0
+    with pytest.raises(ConfigError, match=r"in bfloat16 \(dtype=\)"):
+        plan_memory(mixtral.make(), given, BATCH, LENGTH, device="cpu")
+    assert "fake_tensor" not in {record.name.rpartition(".")[2] for record in caplog.records}
+
+
+def test_more_tokens_than_positions_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    plan(seq_len=LENGTH)
+    assert "positions" not in caplog.text
+    plan(llama(max_position_embeddings=8), seq_len=16)
+    assert "has 8 positions, and is planned with 16" in caplog.text

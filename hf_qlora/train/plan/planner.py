@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ from hf_qlora.train.plan.solve import largest_that_fits
 from hf_qlora.train.plan.trace import Block, Peak
 from hf_qlora.validation import ConfigError
 
+
+logger = logging.getLogger(__name__)
 
 DEVICES = ("cpu", "cuda")
 SOLVABLE = ("batch_size", "seq_len", "rank")
@@ -55,7 +58,7 @@ def plan_memory(
     """How much memory a training run takes, from shapes alone: no weights are read, and none are made.
 
     Sequences are whole: padding adds an attention mask. A step is traced as it would run, so that a model whose
-    forward depends on values (routing tokens to experts) cannot be planned.
+    forward depends on values cannot be planned; of experts, those in bfloat16 can.
 
     Args:
         model: a folder, a Hub id, a model or a config of transformers, or a `PeftModel` (then without `config`).
@@ -88,6 +91,7 @@ def plan_memory(
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name}={value!r} must be a positive integer.")
+    _say_too_long(planner, seq_len)
     allowed = None if budget is None else ckpt.bytes_given(budget, "budget")
     if largest is None:
         return planner.plan(**sizes, budget=allowed, compare=compare)
@@ -112,6 +116,12 @@ def plan_memory(
     if compare:
         return planner.plan(**{**sizes, largest: number}, budget=allowed, compare=True)
     return dataclasses.replace(plans[number], budget_bytes=allowed)
+
+
+def _say_too_long(planner: _Planner, seq_len: int) -> None:
+    positions = planner.limit("seq_len")
+    if seq_len > positions:
+        logger.warning("%s has %d positions, and is planned with %d.", planner.name, positions, seq_len)
 
 
 @dataclass
@@ -286,8 +296,9 @@ class _Run:
                 resident=resident,
             )
         except (NotImplementedError, RuntimeError, TypeError) as error:
+            experts = " Models of experts can be planned in bfloat16 (dtype=)." if "BF16" in str(error) else ""
             raise ConfigError(
-                f"A step of {type(laid.model.get_base_model()).__name__} cannot be run without values: "
+                f"A step of {type(laid.model.get_base_model()).__name__} cannot be run without values:{experts} "
                 f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             ) from error
 

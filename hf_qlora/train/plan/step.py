@@ -6,6 +6,7 @@ CUDA's allocator gives multiples of 512 bytes; what else the device decides is i
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -132,12 +133,15 @@ def _as_in_a_real_run(device: str) -> Iterator[None]:
     It would take them for an export's, in which it makes masks that a run has no need of.
     """
     found, token = import_utils.is_fake_tensor, planned_device.set(device)
+    torchs = logging.getLogger("torch._subclasses.fake_tensor")  # logs each error, which is raised as well
+    was_disabled, torchs.disabled = torchs.disabled, True
     # what its `is_tracing` asks, in any thread
     import_utils.is_fake_tensor = lambda tensor: planned_device.get() is None and found(tensor)
     try:
         yield
     finally:
         import_utils.is_fake_tensor = found
+        torchs.disabled = was_disabled
         planned_device.reset(token)
 
 
