@@ -148,6 +148,8 @@ PRIVATE = {
     "torch:Tensor._make_wrapper_subclass": "layers.logits",
     "torch.utils._pytree:tree_map_only": "layers.logits",
     "torch.utils._pytree:tree_iter": "layers.budget",
+    "torch._C._autograd:_top_saved_tensors_default_hooks": "layers.budget",
+    "torch.multiprocessing.reductions:StorageWeakRef": "layers.budget",
     "torch._C:_dispatch_tls_local_include_set": "layers.logits",
     "torch._C:DispatchKeySet.from_raw_repr": "layers.logits",
     "torch._C:_ForceDispatchKeyGuard": "layers.logits",

@@ -270,6 +270,33 @@ def _() -> None:
     assert torch.utils._pytree.tree_map_only(int, lambda i: i + 1, ([1, "a"], {"b": (2,)})) == ([2, "a"], {"b": (3,)})
 
 
+@contract("torch._C._autograd:_top_saved_tensors_default_hooks")
+def _() -> None:
+    """The pair that is in force, which hooks of ours within it stand before."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks
+    assert top(False) is None
+    outer, inner = (lambda tensor: tensor, lambda tensor: tensor), (lambda tensor: tensor, lambda tensor: tensor)
+    with torch.autograd.graph.saved_tensors_hooks(*outer):
+        assert top(False) == outer
+        with torch.autograd.graph.saved_tensors_hooks(*inner):
+            assert top(False) == inner
+        assert top(False) == outer
+
+
+@contract("torch.multiprocessing.reductions:StorageWeakRef")
+def _() -> None:
+    """The same for views of a storage, another for each storage, and the storage goes all the same."""
+    reference = torch.multiprocessing.reductions.StorageWeakRef
+    first = torch.ones(1000)
+    seen = {reference(first.untyped_storage()), reference(first[3:].untyped_storage())}
+    assert len(seen) == 1
+    del first
+    assert next(iter(seen)).expired()
+    for _ in range(20):
+        seen.add(reference(torch.ones(1000).untyped_storage()))
+    assert len(seen) == 21
+
+
 @contract("torch.utils._pytree:tree_iter")
 def _() -> None:
     assert list(torch.utils._pytree.tree_iter(([1, "a"], {"b": (2, None)}))) == [1, "a", 2, None]

@@ -8,7 +8,8 @@ step of a turn is there for the mode to learn what layers keep, and for the allo
 CUDA, where the allocator counts what is allocated, peaks are those of the timed steps; on the CPU, where only a
 process's resident memory is counted, each arm's is taken in a process of its own.
 
-The budgets are shares of what the layers keep without checkpointing, which one forward tells.
+The budgets are shares of what the layers keep without checkpointing, which two forwards tell: one to measure them, one that
+keeps them.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ def _start(case: Case) -> Step:
 def _kept_bytes(step: Step) -> int:
     """What the layers keep for backward where none is checkpointed."""
     enable_checkpointing(step.model, "budget", budget_bytes=2**62)
+    step.model(**step.case.batch(0))  # checkpointed, and measured
     loss = step.model(**step.case.batch(0)).loss
     layer = next(module for module in step.model.modules() if isinstance(module, GradientCheckpointingLayer))
     kept: int = layer._gradient_checkpointing_func.func.__self__.held
