@@ -121,7 +121,7 @@ PRIVATE = {
     "transformers.quantizers.base:get_keys_to_not_convert": "quant.selection",
     "transformers.modeling_utils:AttentionInterface.get_interface": "layers.attention",
     "transformers.modeling_utils:PreTrainedModel._set_gradient_checkpointing": "registration, layers.checkpointing",
-    "transformers.modeling_layers:GradientCheckpointingLayer": "layers.checkpointing, layers.chunked_mlp",
+    "transformers.modeling_layers:GradientCheckpointingLayer": "layers.checkpointable",
     "transformers.modeling_utils:PreTrainedModel._keep_in_fp32_modules": "quant.selection",
     "transformers.integrations.peft:PeftAdapterMixin.load_adapter": "registration",
     "transformers.integrations.peft:PeftAdapterMixin._hf_peft_config_loaded": "quant.base",

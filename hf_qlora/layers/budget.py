@@ -82,7 +82,8 @@ class Budget:
 
     def _measured(self, layer: int, function: Function, x: Tensor) -> Function:
         """The function, which learns at its first call, the forward, what it keeps."""
-        size, length, ran = _bytes(x), _length(x), []
+        size, length = _bytes(x), _length(x)
+        ran: list[bool] = []
 
         def measured(*args: Any) -> Any:
             if ran:
@@ -109,8 +110,8 @@ class Budget:
         least = self.held + (len(self.rates) - layer) * _bytes(x)
         if self.held + _bytes(x) > self.limit:
             message = (
-                f"budget_bytes={self.limit:,} is too small for {_tokens(x)}: with all {len(self.rates)} layers checkpointed, "
-                f"their inputs take {least:,} bytes."
+                f"budget_bytes={self.limit:,} is too small for {_tokens(x)}: with all {len(self.rates)} layers "
+                f"checkpointed, their inputs take {least:,} bytes."
             )
             if not self.started:
                 raise ConfigError(f"{message} Give at least those, or smaller batches, or use mode='offload'.")

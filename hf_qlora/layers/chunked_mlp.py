@@ -24,9 +24,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from hf_qlora.layers.checkpointable import checkpointable_layers
 from hf_qlora.layers.subclassed import Subclassed, restore, subclass
 from hf_qlora.validation import ConfigError
 
@@ -62,7 +62,7 @@ def chunkable(model: nn.Module, dtype: torch.dtype | None = None) -> list[Any]:
     Raises:
         ConfigError: there is none.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = checkpointable_layers(model)
     found = [list(_mlps(layer)) for layer in layers]
     kinds: dict[type[nn.Module], bool] = {}
     for mlp in (mlp for of_layer in found for mlp in of_layer):

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_qlora import AdaptiveDepthLoRAConfig, QLoRAConfig, disable_checkpointing, enable_checkpointing
-from hf_qlora.layers import offload
+from hf_qlora.layers import checkpointing, offload
 from hf_qlora.layers.budget import Budget
+from hf_qlora.layers.chunked_mlp import ChunkedMLP
 from hf_qlora.validation import ConfigError
 
 
@@ -389,6 +390,77 @@ def test_keywords_of_transformers_mean_what_they_meant() -> None:
     assert function.keywords == {"use_reentrant": True}
     model.gradient_checkpointing_enable({"mode": "full"}, every_n_layers=2)
     assert [layer.gradient_checkpointing for layer in layers_of(model)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("way", ["config", "function"])
+def test_enabling_without_a_mode_keeps_what_was_asked_for(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As trainers do, and TRL's also around generation."""
+    checkpointing._say_once.cache_clear()
+    caplog.set_level(logging.INFO)
+    settings = {"mode": "budget", "budget_bytes": 800_000, "chunk_size": 5}
+    model = adapted(four_llamas(), checkpointing=settings if way == "config" else None)
+    if way == "function":
+        enable_checkpointing(model, **settings)
+
+    def is_as_asked() -> bool:
+        chunked = all(isinstance(layer.mlp, ChunkedMLP) for layer in layers_of(model))
+        return budget_of(model).limit == 800_000 and chunked
+
+    model.gradient_checkpointing_enable()
+    assert is_as_asked()
+    model.gradient_checkpointing_disable()
+    assert not any(layer.gradient_checkpointing or isinstance(layer.mlp, ChunkedMLP) for layer in layers_of(model))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert is_as_asked()
+    assert caplog.text.count("without a mode; it is") == 1
+    with pytest.raises(ConfigError, match="use_reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    enable_checkpointing(model, "full")  # what is asked for last
+    model.gradient_checkpointing_enable()
+    (function,) = {layer._gradient_checkpointing_func for layer in layers_of(model)}
+    assert function.func is torch.utils.checkpoint.checkpoint
+    enable_checkpointing(model, **settings)
+    disable_checkpointing(model)
+    model.gradient_checkpointing_enable()
+    assert not any(isinstance(layer.mlp, ChunkedMLP) for layer in layers_of(model))
+
+
+def test_chunks_alone_are_kept_beside_what_a_trainer_enables() -> None:
+    model = adapted(llama(), checkpointing={"mode": None, "chunk_size": 5})
+    assert not any(layer.gradient_checkpointing for layer in layers_of(model))
+    model.gradient_checkpointing_enable()
+    assert all(layer.gradient_checkpointing and isinstance(layer.mlp, ChunkedMLP) for layer in layers_of(model))
+
+
+def test_trainer_keeps_the_configs_mode(tmp_path: Any) -> None:
+    model = adapted(four_llamas(), checkpointing={"mode": "budget", "budget_bytes": 800_000})
+    arguments = tf.TrainingArguments(
+        str(tmp_path), gradient_checkpointing=True, max_steps=1, report_to=[], save_strategy="no", use_cpu=True
+    )
+    data = [{"input_ids": row, "labels": row} for row in tokens()]
+    tf.Trainer(model, arguments, train_dataset=data).train()
+    assert budget_of(model).limit == 800_000
+    assert budget_of(model).started
+
+
+def test_functions_of_others_are_called_as_they_are() -> None:
+    """A keyword of theirs may go by a name of ours, also where a mode was asked for."""
+    given: list[str] = []
+
+    def theirs(function: Any, *args: Any, mode: str) -> Any:
+        given.append(mode)
+        return function(*args)
+
+    for asked in (None, "full"):
+        model = adapted(llama(), checkpointing=asked)
+        model.base_model.model._set_gradient_checkpointing(True, functools.partial(theirs, mode="x"))
+        given.clear()
+        step(model)
+        assert given == ["x"] * len(layers_of(model))
+    model.gradient_checkpointing_enable(offload=True)  # transformers' own
+    (function,) = {layer._gradient_checkpointing_func for layer in layers_of(model)}
+    assert function.func is not torch.utils.checkpoint.checkpoint
+    assert function.keywords == {"use_reentrant": False}
 
 
 @pytest.mark.parametrize(

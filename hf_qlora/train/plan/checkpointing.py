@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_qlora.config.checkpointing import Checkpointing
+from hf_qlora.layers.checkpointable import checkpointable_layers
 from hf_qlora.layers.chunked_mlp import chunk, chunkable
 from hf_qlora.layers.offload import IN_FLIGHT
 from hf_qlora.quant.skip_list import bytes_of
@@ -39,11 +39,6 @@ def described(wanted: Checkpointing) -> str:
     if wanted.budget_bytes is not None:
         found += f" ({wanted.budget_bytes / 2**30:.2f} GiB)"
     return found if wanted.chunk_size is None else f"{found}, MLP in chunks of {wanted.chunk_size}"
-
-
-def layers_of(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers that can be checkpointed, in the order of their names."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def number_to_checkpoint(asked: Checkpointing, kept: list[int], inputs: list[int]) -> int:
@@ -74,7 +69,7 @@ def enable(model: nn.Module, number: int, device: str) -> None:
     Raises:
         ConfigError: the model has no layers that can be.
     """
-    layers = layers_of(model)
+    layers = checkpointable_layers(model)
     if not layers:
         raise ConfigError(f"{type(model).__name__} has no layers that transformers can checkpoint.")
     for module in model.modules():
@@ -107,7 +102,7 @@ class Stages:
         self.trace, self.offload = trace, offload
         self.begin()
         self._handles: list[Any] = []
-        for layer in layers_of(model):
+        for layer in checkpointable_layers(model):
             self._handles.append(layer.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._handles.append(layer.register_forward_hook(self._end))
 
