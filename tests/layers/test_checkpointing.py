@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -525,6 +526,40 @@ def test_an_adapter_for_inference_is_not_checkpointed(tmp_path: Any) -> None:
     assert all(
         x.gradient_checkpointing for x in layers_of(PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True))
     )
+
+
+@pytest.mark.parametrize("when", ["in flight", "let go", "not at all", "later"])
+def test_an_offloaded_input_that_is_changed_is_an_error(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """As autograd has it of what it saves itself. Streams are stand-ins, and copies those of the CPU."""
+    empty_like = torch.empty_like
+    stream = mock.MagicMock()
+    monkeypatch.setattr(torch, "empty_like", lambda x, pin_memory=False, **options: empty_like(x, **options))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    offloading = offload.Offload({})
+    x = torch.arange(3.0)
+    offloading.streams[x.device] = stream
+    weight = torch.ones(3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(offloading.send, offload.fetch):
+        y = (weight * x).sum()
+    others = [torch.ones(1) for _ in range(offload.IN_FLIGHT)]
+    if when in ("in flight", "let go"):
+        x.add_(1)
+    if when == "let go":
+        with pytest.raises(RuntimeError, match=r"\(3,\), was changed in place"):
+            kept = [offloading.send(other) for other in others]
+        return
+    if when == "in flight":
+        with pytest.raises(RuntimeError, match="changed in place"):
+            y.backward()
+        return
+    kept = [offloading.send(other) for other in others]
+    if when == "later":  # the copy is done
+        x.add_(1)
+    y.backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.arange(3.0))
+    del kept
 
 
 def test_offloading_nothing_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
