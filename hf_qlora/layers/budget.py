@@ -12,8 +12,8 @@ kept is that of a last one kept plus the activations of one layer that is comput
 c is measured: the bytes that autograd saves in the layer's forward, each storage once, without parameters and what the
 layers share (masks, rotary tables). It is a number of bytes for each element of the input, measured for each layer at
 its first forward, and again at each longer sequence, since attention may keep its scores, which grow with the square
-of the length: for shorter ones it is then an upper bound. A measured layer that turns out not to fit is run again,
-checkpointed, from the same random numbers.
+of the length: for shorter ones it is then an upper bound. A layer is measured while it runs checkpointed, so that a
+first step is one of mode "full": no layer runs twice in a forward, which hooks and routers' losses would see.
 
 What is held is counted, not planned: it grows with each call and shrinks when backward reaches the layer or the graph
 is dropped. So it holds for several forwards before a backward too. Nothing of it changes a result.
@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
@@ -69,24 +71,30 @@ class Budget:
         x = first_tensor(args)
         if x is None or not torch.is_grad_enabled():
             return function(*args)
-        out, random = None, None
-        if self.rates[layer] is None or _length(x) > self.lengths[layer]:
-            random = _random_states(x.device)
-            out = self._measured(layer, function, args, x)
-        if self._fits(layer, x):
+        known = self.rates[layer] is not None and _length(x) <= self.lengths[layer]
+        if known and self._fits(layer, x):
             self.started = self.keeps = True
-            return self._holding(function(*args) if out is None else out, self._cost(layer, x))
-        del out
+            return self._holding(function(*args), self._cost(layer, x))
         self._check(layer, x)
-        if random is not None:
-            _set_random_states(random, x.device)
-        return self._holding(checkpoint(function, *args, **self.options), _bytes(x))
+        out = checkpoint(function if known else self._measured(layer, function, x), *args, **self.options)
+        self._end(layer, x)
+        return self._holding(out, _bytes(x))
 
-    def _measured(self, layer: int, function: Function, args: Sequence[Any], x: Tensor) -> Any:
-        with saved_bytes(function, args) as saved:
-            out = function(*args)
-        self.rates[layer], self.lengths[layer] = sum(saved.values()) / max(_bytes(x), 1), _length(x)
-        return out
+    def _measured(self, layer: int, function: Function, x: Tensor) -> Function:
+        """The function, which learns at its first call, the forward, what it keeps."""
+        size, length = _bytes(x), _length(x)
+        ran: list[bool] = []
+
+        def measured(*args: Any) -> Any:
+            if ran:
+                return function(*args)
+            ran.append(True)
+            with saved_bytes(function, args) as saved:
+                out = function(*args)
+            self.rates[layer], self.lengths[layer] = sum(saved.values()) / max(size, 1), length
+            return out
+
+        return measured
 
     def _cost(self, layer: int, x: Tensor) -> int:
         return math.ceil((self.rates[layer] or 0.0) * _bytes(x))
@@ -100,23 +108,26 @@ class Budget:
     def _check(self, layer: int, x: Tensor) -> None:
         """Refuse a budget that the layers' inputs exceed in the first forward; of a later batch, warn."""
         least = self.held + (len(self.rates) - layer) * _bytes(x)
-        of = f"a batch of {' × '.join(map(str, x.shape[:-1]))} tokens"
-        is_last = layer == len(self.rates) - 1
         if self.held + _bytes(x) > self.limit:
             message = (
-                f"budget_bytes={self.limit:,} is too small for {of}: with all {len(self.rates)} layers checkpointed, "
-                f"their inputs take {least:,} bytes."
+                f"budget_bytes={self.limit:,} is too small for {_tokens(x)}: with all {len(self.rates)} layers "
+                f"checkpointed, their inputs take {least:,} bytes."
             )
             if not self.started:
                 raise ConfigError(f"{message} Give at least those, or smaller batches, or use mode='offload'.")
             self._warn_once("exceeded", f"{message} They are all checkpointed, and the budget is exceeded.")
-        elif is_last and not self.keeps:
+
+    def _end(self, layer: int, x: Tensor) -> None:
+        """After a checkpointed layer; the last one that does not fit says that none did."""
+        if layer != len(self.rates) - 1:
+            return
+        self.started = True
+        if not self.keeps and not self._fits(layer, x) and self.held + _bytes(x) <= self.limit:
             self._warn_once(
                 "none",
-                f"budget_bytes={self.limit:,} leaves no layer its activations for {of}, so that mode='budget' is "
-                f"mode='full'. From {self.held + self._cost(layer, x):,} bytes on it keeps a layer's.",
+                f"budget_bytes={self.limit:,} leaves no layer its activations for {_tokens(x)}, so that mode='budget' "
+                f"is mode='full'. From {self.held + self._cost(layer, x):,} bytes on it keeps a layer's.",
             )
-        self.started = self.started or is_last
 
     def _warn_once(self, what: str, message: str) -> None:
         if what not in self.warned:
@@ -147,29 +158,26 @@ class _Share:
 
 
 @contextmanager
-def saved_bytes(function: Function, args: Sequence[Any]) -> Iterator[dict[int, int]]:
-    """Within it, the bytes that autograd saves, by storage, but for the layer's weights and what layers share."""
+def saved_bytes(function: Function, args: Sequence[Any]) -> Iterator[dict[StorageWeakRef, int]]:
+    """Within it, the bytes that autograd saves, by storage, but for the layer's weights and what layers share.
+
+    It is called where hooks of a checkpoint are in force: they are given what they would be given without it.
+    """
     shared = [t for t in tree_iter((args[1:], getattr(function, "keywords", {}))) if isinstance(t, Tensor)]
     layer = layer_of(function)
     own = [] if layer is None else [*layer.parameters(), *layer.buffers()]
     others = {tensor.untyped_storage().data_ptr() for tensor in (*shared, *own)}
-    saved: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no address is used twice
+    saved: dict[StorageWeakRef, int] = {}  # storages may be freed, but no other one gets the same reference
+    outer_pack, outer_unpack = _top_saved_tensors_default_hooks(False)
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Any:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in others:
-            kept.append(tensor.detach())
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # with its history, a node's own result would keep the node
+            saved[StorageWeakRef(storage)] = storage.nbytes()
+        return outer_pack(tensor)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, _unpacked):
+    with torch.autograd.graph.saved_tensors_hooks(pack, outer_unpack):
         yield saved
-    kept.clear()
-
-
-def _unpacked(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def first_tensor(args: Sequence[Any]) -> Tensor | None:
@@ -195,11 +203,5 @@ def _length(x: Tensor) -> int:
     return math.prod(x.shape[1:-1])
 
 
-def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_states(states: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        torch.cuda.set_rng_state(states[1], device)
+def _tokens(x: Tensor) -> str:
+    return f"a batch of {' × '.join(map(str, x.shape[:-1]))} tokens"

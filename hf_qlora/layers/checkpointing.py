@@ -7,32 +7,43 @@
 | `"offload"` | the inputs in pinned host memory (`offload.py`) | as "full", and copies beside the computation |
 | `chunk_size=` | with any of them, or alone: MLPs for so many rows at a time (`chunked_mlp.py`) | MLPs again |
 
-All of it is non-reentrant and keeps the state of the random numbers, so that dropout draws the same masks in backward,
-and gradients are those without checkpointing.
+All of it is non-reentrant, but for mode "full" where `use_reentrant=True` asks for that, and keeps the state of the
+random numbers, so that dropout draws the same masks in backward, and gradients are those without checkpointing.
 
 transformers' layers call a function that `_set_gradient_checkpointing` gives them. That is where modes come in: on the
 way of `enable_checkpointing`, of a config's `checkpointing`, and of `gradient_checkpointing_kwargs`, which Trainer and
-`gradient_checkpointing_enable` turn into the keywords of that function. Keywords that have none of ours are
-transformers' own business, and `gradient_checkpointing_disable` ends ours as well.
+`gradient_checkpointing_enable` turn into the keywords of that function.
+
+Trainers enable checkpointing without keywords of ours, and disable and enable it around generation. So a model
+remembers what a config or `enable_checkpointing` asked for, until `disable_checkpointing`: enabling it again without
+keywords of ours brings that back. Without it, such keywords are transformers' own business, as is a function that is
+not torch's; `gradient_checkpointing_disable` ends ours as well.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_qlora.config.checkpointing import Checkpointing
 from hf_qlora.layers.budget import Budget
+from hf_qlora.layers.checkpointable import checkpointable_layers
 from hf_qlora.layers.chunked_mlp import chunk, chunkable, unchunk
 from hf_qlora.layers.offload import Offload
 from hf_qlora.validation import ConfigError
+
+
+logger = logging.getLogger(__name__)
+
+_ASKED = "_hf_qlora_checkpointing"  # of a transformers model: what was asked for
 
 
 def enable_checkpointing(
@@ -57,10 +68,11 @@ def enable_checkpointing(
 
 
 def disable_checkpointing(model: nn.Module) -> None:
-    """Let layers keep their activations again, as `gradient_checkpointing_disable` does."""
+    """Let layers keep their activations again, as `gradient_checkpointing_disable` does, and forget the mode."""
     base = _transformers_model(model)
     if base is not None and base.supports_gradient_checkpointing:
         base._set_gradient_checkpointing(enable=False)
+        base.__dict__.pop(_ASKED, None)
 
 
 def apply_checkpointing(model: nn.Module, wanted: Checkpointing) -> None:
@@ -72,6 +84,7 @@ def apply_checkpointing(model: nn.Module, wanted: Checkpointing) -> None:
     if not base.supports_gradient_checkpointing or inspect.unwrap(own) is not _stock():
         raise ConfigError(f"{type(base).__name__} does not support gradient checkpointing in transformers.")
     base._set_gradient_checkpointing(True, functools.partial(checkpoint, **wanted.keywords()))
+    base.__dict__[_ASKED] = wanted
 
 
 def set_gradient_checkpointing(
@@ -82,14 +95,13 @@ def set_gradient_checkpointing(
     every_n_layers: int = 1,
 ) -> None:
     """`PreTrainedModel._set_gradient_checkpointing`, which also knows keywords of ours."""
-    keywords = getattr(gradient_checkpointing_func, "keywords", {}) if enable else {}
-    wanted = Checkpointing.of_keywords(keywords)
+    wanted = _wanted(model, gradient_checkpointing_func) if enable else None
     if wanted is None:
         unchunk(model)
         original(model, enable, gradient_checkpointing_func, every_n_layers)
         return
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    _check(wanted, gradient_checkpointing_func, every_n_layers, layers, type(model).__name__)
+    layers = checkpointable_layers(model)
+    _check(wanted, every_n_layers, layers)
     mlps = [] if wanted.chunk_size is None else chunkable(model, model.dtype)
     unchunk(model)
     if wanted.chunk_size is not None:
@@ -104,9 +116,36 @@ def set_gradient_checkpointing(
             layer._gradient_checkpointing_func = functools.partial(budget.call, number)
 
 
-def _check(wanted: Checkpointing, function: Any, every_n_layers: int, layers: list[Any], model: str) -> None:
-    if function.func is not checkpoint:
-        raise ConfigError("offload=True is transformers' own and does not go with a mode; use mode='offload' instead.")
+def _wanted(model: Any, function: Any) -> Checkpointing | None:
+    """What keywords of ours ask for, or else what the model remembers; None: what transformers does."""
+    keywords = getattr(function, "keywords", {})
+    inner = getattr(function, "func", function)
+    if inner is not checkpoint:
+        is_transformers = getattr(inner, "__module__", None) == PreTrainedModel.__module__
+        if is_transformers and Checkpointing.of_keywords(keywords) is not None:
+            raise ConfigError(
+                "offload=True is transformers' own and does not go with a mode; use mode='offload' instead."
+            )
+        return None
+    wanted = Checkpointing.of_keywords(keywords)
+    asked: Checkpointing | None = model.__dict__.get(_ASKED)
+    if wanted is None and asked is not None:
+        wanted = replace(asked, mode=asked.mode or "full", options=keywords)
+        settings = asked.keywords().items()
+        _say_once(", ".join(f"{name}={value!r}" for name, value in settings if value is not None))
+    return wanted
+
+
+@functools.cache
+def _say_once(asked: str) -> None:
+    logger.info(
+        "Checkpointing was enabled without a mode; it is what the config or enable_checkpointing asked for: %s. "
+        "disable_checkpointing(model) ends that.",
+        asked,
+    )
+
+
+def _check(wanted: Checkpointing, every_n_layers: int, layers: list[Any]) -> None:
     if wanted.mode == "budget" and every_n_layers != 1:
         raise ConfigError(f"every_n_layers={every_n_layers} and mode='budget' both choose layers; leave one out.")
     if not layers and wanted.mode in ("budget", "offload"):

@@ -24,9 +24,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from hf_qlora.layers.checkpointable import checkpointable_layers
 from hf_qlora.layers.subclassed import Subclassed, restore, subclass
 from hf_qlora.validation import ConfigError
 
@@ -46,7 +46,7 @@ class ChunkedMLP(Subclassed):
         """As the MLP's own, (..., rows, hidden) to the same."""
         apply: Any = super().forward
         learns = self.training and torch.is_grad_enabled()
-        if args or kwargs or not learns or hidden.ndim < 2:
+        if args or kwargs or not learns or hidden.ndim < 2 or not self._active:
             whole: Tensor = apply(hidden, *args, **kwargs)
             return whole
         parts = hidden.split(self._chunk_size, dim=-2)
@@ -62,7 +62,7 @@ def chunkable(model: nn.Module, dtype: torch.dtype | None = None) -> list[Any]:
     Raises:
         ConfigError: there is none.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = checkpointable_layers(model)
     found = [list(_mlps(layer)) for layer in layers]
     kinds: dict[type[nn.Module], bool] = {}
     for mlp in (mlp for of_layer in found for mlp in of_layer):
@@ -89,8 +89,7 @@ def chunkable(model: nn.Module, dtype: torch.dtype | None = None) -> list[Any]:
 def chunk(mlps: list[Any], size: int) -> None:
     """Compute these for `size` rows at a time while they are trained."""
     for mlp in mlps:
-        if not isinstance(mlp, ChunkedMLP):  # one that several layers share
-            subclass(mlp, ChunkedMLP)
+        subclass(mlp, ChunkedMLP)
         mlp._chunk_size = size
 
 
@@ -98,7 +97,7 @@ def unchunk(model: nn.Module) -> None:
     """Let MLPs be what they were."""
     for module in model.modules():
         if isinstance(module, ChunkedMLP):
-            del module._chunk_size
+            module.__dict__.pop("_chunk_size", None)
     restore(model, ChunkedMLP)
 
 

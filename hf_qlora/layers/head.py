@@ -115,7 +115,8 @@ class ChunkedHead(Subclassed):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits, (..., V), of hidden, (..., K)."""
         apply: Any = super().forward
-        if args or kwargs or torch.compiler.is_compiling() or not self.training or not torch.is_grad_enabled():
+        learns = self._active and self.training and torch.is_grad_enabled()
+        if args or kwargs or torch.compiler.is_compiling() or not learns:
             result: Tensor = apply(hidden, *args, **kwargs)
             return result
         parameters = tuple(parameter for parameter in self.parameters() if parameter.requires_grad)

@@ -13,6 +13,9 @@ What makes it right, without a synchronisation of the host:
   The layer waits for the end of the copy.
 * Pinned buffers come from torch's caching allocator, which gives none away while a copy uses it.
 
+An input that is changed in place before its copy is done would be another one in backward. Autograd, which sees to it
+that what it saved is as it was, does not see what hooks have taken: it is an error here, as it is in mode "full".
+
 The last layers' inputs are still on the device when backward begins, and are used as they are. Copies are exact: the
 gradients are those of mode "full", bit for bit.
 """
@@ -102,6 +105,7 @@ class Waiting:
     def __init__(self, x: Tensor, stream: torch.cuda.Stream, before: weakref.ref[Waiting] | None) -> None:
         self.device, self.stream, self.before = x.device, stream, before
         self.on_device: Tensor | None = x.detach()
+        self.version = x._version  # which x shares with what is detached from it
         self.host = torch.empty_like(x, device="cpu", pin_memory=True)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -111,6 +115,7 @@ class Waiting:
 
     def let_go(self) -> None:
         """Free the tensor's memory for what the current stream does after the copy."""
+        self._check()
         torch.cuda.current_stream(self.device).wait_event(self.done)
         self.on_device = None
 
@@ -130,10 +135,23 @@ class Waiting:
         self.ask()
         assert self.on_device is not None
         if self.asked_by is None:
+            self._check()
             return self.on_device
         torch.cuda.current_stream(self.device).wait_event(self.done)
         found, self.on_device, self.asked_by = self.on_device, None, None
         return found
+
+    def _check(self) -> None:
+        """Refuse the tensor itself, still on the device, if it is not what was sent.
+
+        Raises:
+            RuntimeError: it has been changed in place.
+        """
+        if self.on_device is not None and self.asked_by is None and self.on_device._version != self.version:
+            raise RuntimeError(
+                f"The input of a checkpointed layer, {tuple(self.on_device.shape)}, was changed in place after the "
+                "layer, which would get another one in backward. Change a copy of it, or leave that layer out."
+            )
 
     def __del__(self) -> None:
         if self.asked_by is not None:  # nobody took it, and its memory is that stream's as soon as it is freed

@@ -127,20 +127,26 @@ class Linear4bit(bnb.nn.Linear4bit):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take the scales with their codes; bitsandbytes leaves them, and other codes would get the layer's own."""
+        """Take codes with their scales, or neither; bitsandbytes takes the codes, which get the layer's own scales."""
         codes = f"{prefix}weight"
         scales = {
             name.removeprefix(f"{codes}."): state_dict[name] for name in state_dict if name.startswith(f"{codes}.")
         }
         rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(f"{codes}.")}
-        if scales and codes in rest:
+        packed = getattr(self.weight, "quant_state", None) is not None  # under FSDP no scales are saved
+        if codes in rest and packed and not scales:
+            rest[codes] = self.weight  # which other codes would not fit
+            missing_keys += [f"{codes}.{name}" for name in self.state.as_dict(packed=True)]
+        elif codes in rest and scales:
             try:
                 if local_metadata.get("assign_to_params_buffers"):
                     raise ValueError("assign=True is not supported.")
+                _check_codes(rest[codes], self.weight)
                 load_scales(self.state, scales)
                 share_tables(self.state)
             except (AssertionError, KeyError, ValueError) as error:
-                error_msgs.append(f"{codes} is not loaded: {error or 'unknown scales'}")
+                reason = f"it has no {error}." if isinstance(error, KeyError) else error or "unknown scales"
+                error_msgs.append(f"{codes} is not loaded: {reason}")
                 rest[codes] = self.weight
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
@@ -301,6 +307,12 @@ def nest_scales(state: QuantState) -> None:
     state.offset = scales.mean()
     state.absmax, state.state2 = quantize_blockwise(scales - state.offset, blocksize=NESTED_BLOCK_SIZE)
     state.nested = True
+
+
+def _check_codes(given: Any, own: Tensor) -> None:
+    for name in ("shape", "dtype"):
+        if getattr(given, name, None) != getattr(own, name):
+            raise ValueError(f"its {name} is {getattr(given, name, None)}, and this layer's is {getattr(own, name)}.")
 
 
 def chunk_of(device: torch.device) -> int:

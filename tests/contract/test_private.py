@@ -242,6 +242,47 @@ def _() -> None:
         assert torch.autograd.grad(result.sum(), x)[0].shape == x.shape
 
 
+@contract("bitsandbytes.functional:QuantState.from_dict")
+@contract("bitsandbytes.functional:QuantState.as_dict")
+def _() -> None:
+    """What is written is read; names without a known one are refused, and so is a state that lacks one."""
+    _, state = quantize_4bit(torch.randn(64, 64), blocksize=64, quant_type="nf4", compress_statistics=True)
+    written = state.as_dict(packed=True)
+    names = {"absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4"}
+    assert written.keys() == names
+    read = bnb.functional.QuantState.from_dict(dict(written), device=torch.device("cpu"))
+    assert torch.equal(read.absmax, state.absmax)
+    assert torch.equal(read.state2.absmax, state.state2.absmax)
+    assert read.offset == state.offset
+    for name in names - {"nested_absmax"}:  # without that it is a state that is not nested
+        rest = {k: value for k, value in written.items() if k != name}
+        with pytest.raises((KeyError, ValueError)):
+            bnb.functional.QuantState.from_dict(rest, device=torch.device("cpu"))
+    with pytest.raises(AssertionError):
+        bnb.functional.QuantState.from_dict({**written, "other": torch.ones(1)}, device=torch.device("cpu"))
+
+
+@contract("torch.nn:Module._load_from_state_dict")
+def _() -> None:
+    """It is called by position, told of `assign` in the metadata, and takes missing keys and errors in lists."""
+    given: list[Any] = []
+
+    class Recorded(nn.Linear):
+        def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+            given.append((prefix, metadata.get("assign_to_params_buffers", False)))
+            missing, _, errors = rest[-3:]
+            missing.append(f"{prefix}ours")
+            errors.append("ours said")
+
+    names = ["state_dict", "prefix", "local_metadata", "strict", "missing_keys", "unexpected_keys", "error_msgs"]
+    assert parameters(nn.Module._load_from_state_dict) == ["self", *names]
+    model = nn.Sequential(Recorded(2, 2))
+    for assign in (False, True):
+        with pytest.raises(RuntimeError, match=r"(?s)ours said.*0\.ours|0\.ours.*ours said"):
+            model.load_state_dict(model.state_dict(), assign=assign)
+    assert given == [("0.", False), ("0.", True)]
+
+
 @contract("torch._C:_current_graph_task_id")
 def _() -> None:
     """A number of its own for each backward pass, -1 outside."""
@@ -270,6 +311,33 @@ def _() -> None:
     assert torch.utils._pytree.tree_map_only(int, lambda i: i + 1, ([1, "a"], {"b": (2,)})) == ([2, "a"], {"b": (3,)})
 
 
+@contract("torch._C._autograd:_top_saved_tensors_default_hooks")
+def _() -> None:
+    """The pair that is in force, which hooks of ours within it stand before."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks
+    assert top(False) is None
+    outer, inner = (lambda tensor: tensor, lambda tensor: tensor), (lambda tensor: tensor, lambda tensor: tensor)
+    with torch.autograd.graph.saved_tensors_hooks(*outer):
+        assert top(False) == outer
+        with torch.autograd.graph.saved_tensors_hooks(*inner):
+            assert top(False) == inner
+        assert top(False) == outer
+
+
+@contract("torch.multiprocessing.reductions:StorageWeakRef")
+def _() -> None:
+    """The same for views of a storage, another for each storage, and the storage goes all the same."""
+    reference = torch.multiprocessing.reductions.StorageWeakRef
+    first = torch.ones(1000)
+    seen = {reference(first.untyped_storage()), reference(first[3:].untyped_storage())}
+    assert len(seen) == 1
+    del first
+    assert next(iter(seen)).expired()
+    for _ in range(20):
+        seen.add(reference(torch.ones(1000).untyped_storage()))
+    assert len(seen) == 21
+
+
 @contract("torch.utils._pytree:tree_iter")
 def _() -> None:
     assert list(torch.utils._pytree.tree_iter(([1, "a"], {"b": (2, None)}))) == [1, "a", 2, None]
@@ -294,6 +362,12 @@ def _() -> None:
     assert (on, off) == (True, False)
     assert function.func is torch.utils.checkpoint.checkpoint
     assert function.keywords == {"use_reentrant": False, "ours": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"ours": 1}, offload=True)
+    (*_, (_, function)) = given
+    assert function.func.__module__ == transformers.PreTrainedModel.__module__  # known by where it is from
+    assert function.keywords == {"ours": 1}
 
 
 @contract("transformers.modeling_layers:GradientCheckpointingLayer")

@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_qlora import AdaptiveDepthLoRAConfig, quantize_model
 from hf_qlora.layers import depth
+from hf_qlora.layers.chunked_mlp import ChunkedMLP
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -46,6 +47,17 @@ def trainer(model: nn.Module, folder: Path, **settings: Any) -> SFTTrainer:
     config = AdaptiveDepthLoRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
     data = Dataset.from_dict({"input_ids": rows, "labels": rows})
     return SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=config)
+
+
+def test_the_mode_of_a_config_is_kept(tmp_path: Path) -> None:
+    """TRL enables checkpointing by default, without a mode."""
+    settings = {"mode": "budget", "budget_bytes": 10_000_000, "chunk_size": 5}
+    sft = trainer(llama(), tmp_path, checkpointing=settings)
+    assert sft.args.gradient_checkpointing
+    sft.train()
+    layer = sft.model.get_base_model().model.layers[0]
+    assert layer._gradient_checkpointing_func.func.__self__.limit == 10_000_000
+    assert isinstance(layer.mlp, ChunkedMLP)
 
 
 @pytest.mark.parametrize("quantized_before", [False, True])

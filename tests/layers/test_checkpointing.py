@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_qlora import AdaptiveDepthLoRAConfig, QLoRAConfig, disable_checkpointing, enable_checkpointing
-from hf_qlora.layers import offload
+from hf_qlora.layers import checkpointing, offload
 from hf_qlora.layers.budget import Budget
+from hf_qlora.layers.chunked_mlp import ChunkedMLP
 from hf_qlora.validation import ConfigError
 
 
@@ -91,7 +93,8 @@ def budget_of(model: nn.Module) -> Budget:
 
 
 def held(model: nn.Module, ids: Tensor) -> int:
-    """Bytes held between a forward and its backward."""
+    """Bytes held between a forward and its backward, when the layers have been measured."""
+    model(input_ids=ids, labels=ids)
     out = model(input_ids=ids, labels=ids)
     found = budget_of(model).held
     del out
@@ -202,6 +205,23 @@ def test_compiled_equals_eager(mode: str) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
 
 
+def test_no_layer_runs_twice_in_a_forward() -> None:
+    """Routers' logits, which a loss is made of, are collected at each run: one of each layer, in every step."""
+    architecture = next(a for a in ARCHITECTURES if a.name == "mixtral")
+    model = adapted(architecture.make(), QLoRAConfig, **architecture.options)  # its experts take no dropout
+    layers = len(layers_of(model))
+    given = {"input_ids": tokens(), "labels": tokens(), "output_router_logits": True}
+    enable_checkpointing(model, "full")
+    expected = step(model, given)
+    enable_checkpointing(model, "budget", budget_bytes=PLENTY)
+    each, own = held(model, tokens()) // layers, tokens().numel() * model.config.hidden_size * 4
+    enable_checkpointing(model, "budget", budget_bytes=each + (layers - 1) * own)
+    for _ in range(3):
+        assert len(model(**given).router_logits) == layers
+        assert_identical(step(model, given), expected)
+    assert budget_of(model).keeps
+
+
 # The budget
 
 
@@ -239,13 +259,14 @@ def test_the_last_layers_are_kept_and_no_more_than_the_budget_is_held() -> None:
         layer.mlp.register_forward_pre_hook(lambda *_, number=number: runs.append(number))
     for layers in range(5):
         enable_checkpointing(model, "budget", budget_bytes=layers * each + (4 - layers) * own)
-        for _ in range(2):
+        for kept in (0, layers, layers):  # a first forward measures
             runs.clear()
             out = model(input_ids=tokens(), labels=tokens())
-            assert budget_of(model).held == budget_of(model).limit
+            assert runs == [0, 1, 2, 3]
+            assert budget_of(model).held == kept * each + (4 - kept) * own
             runs.clear()
             out.loss.backward()
-            assert runs == list(range(3 - layers, -1, -1))
+            assert runs == list(range(3 - kept, -1, -1))
         enable_checkpointing(model, "budget", budget_bytes=layers * each + (4 - layers) * own - (layers > 0))
         # a byte less than the layers need, so one less is kept
         assert held(model, tokens()) == (max(layers - 1, 0)) * each + min(5 - layers, 4) * own
@@ -261,12 +282,12 @@ def test_lengths_may_vary(attention: str) -> None:
         costs[length] = held(model, tokens(length)) // 4
     limit = 2 * costs[64] + 2 * tokens(64).numel() * 128 * 4
     enable_checkpointing(model, "budget", budget_bytes=limit)
-    for length in (8, 64, 8, 24):
+    for number, length in enumerate((8, 64, 64, 8, 24)):
         out = model(input_ids=tokens(length), labels=tokens(length))
         assert budget_of(model).held <= limit
         assert budget_of(model).rates[-1] is not None
-        if length == 64:
-            assert budget_of(model).held == limit
+        if length == 64:  # first measured, checkpointed
+            assert budget_of(model).held == (limit if number == 2 else 4 * tokens(64).numel() * 128 * 4)
         out.loss.backward()
     rows = tokens(16, rows=5)
     model(input_ids=rows, labels=rows).loss.backward()
@@ -283,6 +304,7 @@ def test_graphs_that_are_alive_together_share_the_budget() -> None:
     own = tokens().numel() * 128 * 4
     limit = 4 * each + 4 * own
     enable_checkpointing(model, "budget", budget_bytes=limit)
+    model(tokens())
     first = model(input_ids=tokens(), labels=tokens()).loss
     assert budget_of(model).held == 4 * each
     second = model(input_ids=tokens(), labels=tokens()).loss
@@ -314,6 +336,7 @@ def test_what_one_layer_needs_is_said(caplog: pytest.LogCaptureFixture) -> None:
     enough = int(message.partition("From ")[2].partition(" bytes")[0].replace(",", ""))
     for size, keeps in ((enough - 1, False), (enough, True)):
         enable_checkpointing(model, "budget", budget_bytes=size)
+        step(model)
         step(model)
         assert budget_of(model).keeps is keeps
 
@@ -368,6 +391,77 @@ def test_keywords_of_transformers_mean_what_they_meant() -> None:
     assert function.keywords == {"use_reentrant": True}
     model.gradient_checkpointing_enable({"mode": "full"}, every_n_layers=2)
     assert [layer.gradient_checkpointing for layer in layers_of(model)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("way", ["config", "function"])
+def test_enabling_without_a_mode_keeps_what_was_asked_for(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As trainers do, and TRL's also around generation."""
+    checkpointing._say_once.cache_clear()
+    caplog.set_level(logging.INFO)
+    settings = {"mode": "budget", "budget_bytes": 800_000, "chunk_size": 5}
+    model = adapted(four_llamas(), checkpointing=settings if way == "config" else None)
+    if way == "function":
+        enable_checkpointing(model, **settings)
+
+    def is_as_asked() -> bool:
+        chunked = all(isinstance(layer.mlp, ChunkedMLP) for layer in layers_of(model))
+        return budget_of(model).limit == 800_000 and chunked
+
+    model.gradient_checkpointing_enable()
+    assert is_as_asked()
+    model.gradient_checkpointing_disable()
+    assert not any(layer.gradient_checkpointing or isinstance(layer.mlp, ChunkedMLP) for layer in layers_of(model))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert is_as_asked()
+    assert caplog.text.count("without a mode; it is") == 1
+    with pytest.raises(ConfigError, match="use_reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    enable_checkpointing(model, "full")  # what is asked for last
+    model.gradient_checkpointing_enable()
+    (function,) = {layer._gradient_checkpointing_func for layer in layers_of(model)}
+    assert function.func is torch.utils.checkpoint.checkpoint
+    enable_checkpointing(model, **settings)
+    disable_checkpointing(model)
+    model.gradient_checkpointing_enable()
+    assert not any(isinstance(layer.mlp, ChunkedMLP) for layer in layers_of(model))
+
+
+def test_chunks_alone_are_kept_beside_what_a_trainer_enables() -> None:
+    model = adapted(llama(), checkpointing={"mode": None, "chunk_size": 5})
+    assert not any(layer.gradient_checkpointing for layer in layers_of(model))
+    model.gradient_checkpointing_enable()
+    assert all(layer.gradient_checkpointing and isinstance(layer.mlp, ChunkedMLP) for layer in layers_of(model))
+
+
+def test_trainer_keeps_the_configs_mode(tmp_path: Any) -> None:
+    model = adapted(four_llamas(), checkpointing={"mode": "budget", "budget_bytes": 800_000})
+    arguments = tf.TrainingArguments(
+        str(tmp_path), gradient_checkpointing=True, max_steps=1, report_to=[], save_strategy="no", use_cpu=True
+    )
+    data = [{"input_ids": row, "labels": row} for row in tokens()]
+    tf.Trainer(model, arguments, train_dataset=data).train()
+    assert budget_of(model).limit == 800_000
+    assert budget_of(model).started
+
+
+def test_functions_of_others_are_called_as_they_are() -> None:
+    """A keyword of theirs may go by a name of ours, also where a mode was asked for."""
+    given: list[str] = []
+
+    def theirs(function: Any, *args: Any, mode: str) -> Any:
+        given.append(mode)
+        return function(*args)
+
+    for asked in (None, "full"):
+        model = adapted(llama(), checkpointing=asked)
+        model.base_model.model._set_gradient_checkpointing(True, functools.partial(theirs, mode="x"))
+        given.clear()
+        step(model)
+        assert given == ["x"] * len(layers_of(model))
+    model.gradient_checkpointing_enable(offload=True)  # transformers' own
+    (function,) = {layer._gradient_checkpointing_func for layer in layers_of(model)}
+    assert function.func is not torch.utils.checkpoint.checkpoint
+    assert function.keywords == {"use_reentrant": False}
 
 
 @pytest.mark.parametrize(
@@ -432,6 +526,40 @@ def test_an_adapter_for_inference_is_not_checkpointed(tmp_path: Any) -> None:
     assert all(
         x.gradient_checkpointing for x in layers_of(PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True))
     )
+
+
+@pytest.mark.parametrize("when", ["in flight", "let go", "not at all", "later"])
+def test_an_offloaded_input_that_is_changed_is_an_error(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """As autograd has it of what it saves itself. Streams are stand-ins, and copies those of the CPU."""
+    empty_like = torch.empty_like
+    stream = mock.MagicMock()
+    monkeypatch.setattr(torch, "empty_like", lambda x, pin_memory=False, **options: empty_like(x, **options))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    offloading = offload.Offload({})
+    x = torch.arange(3.0)
+    offloading.streams[x.device] = stream
+    weight = torch.ones(3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(offloading.send, offload.fetch):
+        y = (weight * x).sum()
+    others = [torch.ones(1) for _ in range(offload.IN_FLIGHT)]
+    if when in ("in flight", "let go"):
+        x.add_(1)
+    if when == "let go":
+        with pytest.raises(RuntimeError, match=r"\(3,\), was changed in place"):
+            kept = [offloading.send(other) for other in others]
+        return
+    if when == "in flight":
+        with pytest.raises(RuntimeError, match="changed in place"):
+            y.backward()
+        return
+    kept = [offloading.send(other) for other in others]
+    if when == "later":  # the copy is done
+        x.add_(1)
+    y.backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.arange(3.0))
+    del kept
 
 
 def test_offloading_nothing_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -36,6 +36,40 @@ def adapted(base: nn.Module, **options: Any) -> PeftModel:
     return model
 
 
+class Sharded:
+    """Before a class, as FSDP's."""
+
+
+def put_before(module: Any) -> Any:
+    """A class of another's put before a module's, in place, as `fully_shard` does."""
+    module.__class__ = type(f"FSDP{type(module).__name__}", (Sharded, type(module)), {})
+    return type(module)
+
+
+def test_a_class_that_others_put_before_it_stays() -> None:
+    model = adapted(llama())
+    expected = step(model)
+    enable_checkpointing(model, None, chunk_size=5)
+    chunks = step(model)
+    mlps = [layer.mlp for layer in model.base_model.model.model.layers]
+    sharded = [put_before(mlp) for mlp in mlps]
+    rows: list[int] = []
+    mlps[0].gate_proj.register_forward_hook(lambda _, given, __: rows.append(given[0].shape[-2]))
+    for _ in range(2):
+        disable_checkpointing(model)
+        disable_checkpointing(model)
+        assert [type(mlp) for mlp in mlps] == sharded
+        rows.clear()
+        found = step(model)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert rows == [LENGTH]
+        enable_checkpointing(model, None, chunk_size=5)
+        rows.clear()
+        found = step(model)
+        assert all(torch.equal(found[name], chunks[name]) for name in expected)
+        assert rows[:5] == [5, 5, 5, 5, 3]
+
+
 def step(model: nn.Module, inputs: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     torch.manual_seed(3)
     ids = torch.randint(1, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))

@@ -50,6 +50,22 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     logits._said.clear()
 
 
+def test_a_class_that_others_put_before_it_stays() -> None:
+    """As `fully_shard` does: disabling makes the head what it was, and enabling brings the chunks back."""
+    model = llama().train()
+    ids = torch.arange(8)[None]
+    enable_chunked_loss(model)
+    model.lm_head.__class__ = top = type("FSDPLinear", (type(model.lm_head),), {})
+    for _ in range(2):
+        assert isinstance(model(ids).logits, LazyLogits)
+        assert disable_chunked_loss(model)
+        assert not disable_chunked_loss(model)
+        assert not isinstance(model(ids).logits, LazyLogits)
+        assert type(model.lm_head) is top
+        enable_chunked_loss(model)
+        assert type(model.lm_head) is top
+
+
 def t5() -> nn.Module:
     sizes = {"d_model": 128, "d_ff": 256, "num_layers": 2, "num_heads": 4, "d_kv": 32}
     return tf.T5ForConditionalGeneration(

@@ -79,7 +79,7 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Tensor]]:
     "settings", [{"mode": "full"}, {"mode": "budget", "budget_bytes": 6_000_000}, {"mode": "offload"}]
 )
 def test_gradients_are_those_without_checkpointing(settings: dict[str, Any]) -> None:
-    """Dropout masks too, which CUDA draws by a generator of its own, also where a measured layer is run again."""
+    """Dropout masks too, which CUDA draws by a generator of its own."""
     model = adapted()
     expected = step(model)
     assert_identical(step(model), expected)  # so the model is deterministic

@@ -829,6 +829,37 @@ def test_a_state_dict_of_another_format_is_refused(config: NF4Config, options: d
     assert all(torch.equal(layer.weight.data, packed[name]) for name, layer in quantized_layers(model).items())
 
 
+def test_codes_without_their_scales_are_missing_keys() -> None:
+    """With the layer's own scales they would be other weights."""
+    model, other = quantize_model(seeded(1)), quantize_model(seeded(2)).state_dict()
+    before = state_bytes(model)
+    name = "model.layers.0.mlp.up_proj.weight"
+    scales = [key for key in other if key.startswith(f"{name}.")]
+    assert len(scales) == 5
+    rest = {key: value for key, value in other.items() if key not in scales}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(rest)
+    assert sorted(model.load_state_dict(rest, strict=False).missing_keys) == sorted(scales)
+    assert all(bytes_ == before[key] for key, bytes_ in state_bytes(model).items() if key.startswith(name))
+    for key in scales:
+        incomplete = {k: value for k, value in other.items() if k != key}
+        with pytest.raises(RuntimeError, match=f"{name} is not loaded"):
+            model.load_state_dict(incomplete)
+
+
+@pytest.mark.parametrize("what", ["weight", "weight.absmax", "weight.nested_absmax", "weight.quant_map"])
+def test_a_refused_layer_is_as_it_was(what: str) -> None:
+    """Codes and scales: all of them or none."""
+    model, other = quantize_model(seeded(1)), quantize_model(seeded(2)).state_dict()
+    name = "model.layers.0.mlp.up_proj"
+    before = {key: value for key, value in state_bytes(model).items() if key.startswith(name)}
+    assert len(before) == 6
+    other[f"{name}.{what}"] = other[f"{name}.{what}"][:-1]
+    with pytest.raises(RuntimeError, match=f"{name}.weight is not loaded: its .*shape is"):
+        model.load_state_dict(other)
+    assert {key: value for key, value in state_bytes(model).items() if key.startswith(name)} == before
+
+
 def test_float64_is_refused_before_a_layer_is_cast() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     quantize_model(model)

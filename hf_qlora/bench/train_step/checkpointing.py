@@ -8,7 +8,8 @@ step of a turn is there for the mode to learn what layers keep, and for the allo
 CUDA, where the allocator counts what is allocated, peaks are those of the timed steps; on the CPU, where only a
 process's resident memory is counted, each arm's is taken in a process of its own.
 
-The budgets are shares of what the layers keep without checkpointing, which one forward tells.
+The budgets are shares of what the layers keep without checkpointing, which two forwards tell: one to
+measure them, one that keeps them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from tqdm import tqdm
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_qlora.bench.measure import clock, environment, memory, reset_peak
 from hf_qlora.bench.processes import apart
@@ -32,6 +32,7 @@ from hf_qlora.bench.train_step.arms import Case, Step
 from hf_qlora.bench.train_step.report import described, mib
 from hf_qlora.bench.train_step.run import STEADY, WARMUP
 from hf_qlora.config import QLoRAConfig
+from hf_qlora.layers.checkpointable import checkpointable_layers
 from hf_qlora.layers.checkpointing import enable_checkpointing
 
 
@@ -120,8 +121,9 @@ def _start(case: Case) -> Step:
 def _kept_bytes(step: Step) -> int:
     """What the layers keep for backward where none is checkpointed."""
     enable_checkpointing(step.model, "budget", budget_bytes=2**62)
+    step.model(**step.case.batch(0))  # checkpointed, and measured
     loss = step.model(**step.case.batch(0)).loss
-    layer = next(module for module in step.model.modules() if isinstance(module, GradientCheckpointingLayer))
+    layer: Any = checkpointable_layers(step.model)[0]
     kept: int = layer._gradient_checkpointing_func.func.__self__.held
     del loss
     return kept

@@ -16,10 +16,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_qlora.config.checkpointing import Checkpointing
 from hf_qlora.layers.budget import Budget
+from hf_qlora.layers.checkpointable import checkpointable_layers
 from hf_qlora.layers.chunked_mlp import ChunkedMLP, chunk, chunkable, unchunk
 from hf_qlora.layers.offload import IN_FLIGHT, Offload
 from hf_qlora.quant.skip_list import bytes_of
@@ -46,7 +46,7 @@ def as_set(model: nn.Module) -> Checkpointing:
     """How a model is checkpointed now."""
     chunks = {module._chunk_size for module in model.modules() if isinstance(module, ChunkedMLP)}
     chunk_size = max(chunks, default=None)
-    layer = next((layer for layer in layers_of(model) if layer.gradient_checkpointing), None)
+    layer = next((layer for layer in checkpointable_layers(model) if layer.gradient_checkpointing), None)
     if layer is None:
         return Checkpointing(None, chunk_size=chunk_size)
     function: Any = layer._gradient_checkpointing_func
@@ -73,11 +73,6 @@ def described(wanted: Checkpointing) -> str:
     if wanted.budget_bytes is not None:
         found += f" ({wanted.budget_bytes / 2**30:.2f} GiB)"
     return found if wanted.chunk_size is None else f"{found}, MLP in chunks of {wanted.chunk_size}"
-
-
-def layers_of(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers that can be checkpointed, in the order of their names."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def number_to_checkpoint(asked: Checkpointing, kept: list[int], inputs: list[int]) -> int:
@@ -108,7 +103,7 @@ def enable(model: nn.Module, number: int, device: str) -> None:
     Raises:
         ConfigError: the model has no layers that can be.
     """
-    layers = layers_of(model)
+    layers = checkpointable_layers(model)
     if not layers:
         raise ConfigError(f"{type(model).__name__} has no layers that transformers can checkpoint.")
     for module in model.modules():
@@ -143,7 +138,7 @@ class Stages:
         self.trace, self.offload = trace, offload
         self.begin()
         self._handles: list[Any] = []
-        for layer in layers_of(model):
+        for layer in checkpointable_layers(model):
             self._handles.append(layer.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._handles.append(layer.register_forward_hook(self._end))
 

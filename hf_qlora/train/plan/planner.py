@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.config.checkpointing import Checkpointing
+from hf_qlora.layers.checkpointable import checkpointable_layers
 from hf_qlora.quant.base import is_quantized
 from hf_qlora.quant.footprint import footprint
 from hf_qlora.train.plan import checkpointing as ckpt
@@ -175,7 +176,7 @@ class _Planner:
         run = _Run(self, laid, batch_size, seq_len)
         traced = run.traced(self.checkpointing)
         modes: dict[str, dict[str, int]] = {}
-        for mode in (None, "full", "offload") if compare and ckpt.layers_of(laid.model) else ():
+        for mode in (None, "full", "offload") if compare and checkpointable_layers(laid.model) else ():
             other = run.traced(Checkpointing(mode, None, self.checkpointing.chunk_size))
             modes[str(mode or "none")] = {"layers": sum(other.kept_by_layer()), "peak": other.peak.size}
         state, paged = run.state_bytes()
@@ -261,7 +262,7 @@ class _Run:
     def traced(self, wanted: Checkpointing) -> step.Traced:
         if wanted.mode is None:
             return self._checkpointed(0)
-        number = len(ckpt.layers_of(self.laid.model)) or 1
+        number = len(checkpointable_layers(self.laid.model)) or 1
         if wanted.mode == "budget":
             free = self._checkpointed(0)
             inputs = [block.size for block in free.inputs]
@@ -269,7 +270,7 @@ class _Run:
         return self._checkpointed(number, offload=wanted.mode == "offload" and self.planner.device == "cuda")
 
     def _checkpointed(self, number: int, offload: bool = False) -> step.Traced:
-        if number or ckpt.layers_of(self.laid.model):
+        if number or checkpointable_layers(self.laid.model):
             ckpt.enable(self.laid.model, number, self.planner.device)
         return self._trace(offload)
 
