@@ -74,6 +74,7 @@ class AdapterHealthCallback(TrainerCallback):
         self.problems: list[Problem] = []
         self._handles: list[Any] = []
         self._calls: list[Call] = []
+        self._is_searching = False  # a step's batches are run again, which is no part of training
 
     # ── What Trainer calls ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -129,13 +130,23 @@ class AdapterHealthCallback(TrainerCallback):
     # ── What it does then ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _called(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model.training and torch.is_grad_enabled():
+        if self._is_of_training(model):
             self._calls.append((args, kwargs))
 
     def _returned(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         loss = output.get("loss") if isinstance(output, dict) else None
-        if model.training and torch.is_grad_enabled() and isinstance(loss, Tensor):
+        if self._is_of_training(model) and isinstance(loss, Tensor):
             self._gradients.losses.append(loss.detach().reshape(()))
+
+    def _is_of_training(self, model: nn.Module) -> bool:
+        return model.training and torch.is_grad_enabled() and not self._is_searching
+
+    def _origin(self, model: nn.Module) -> str:
+        self._is_searching = True
+        try:
+            return find_origin(model, self._calls)
+        finally:
+            self._is_searching = False
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -157,7 +168,7 @@ class AdapterHealthCallback(TrainerCallback):
         self._not_finite_in_a_row = self._not_finite_in_a_row + 1 if found.not_finite else 0
         expected = scaler is not None and self._not_finite_in_a_row < self.idle_steps  # it tries too large a scale
         if (found.not_finite or found.losses_not_finite) and not expected:
-            where = find_origin(model, self._calls) if self._calls else ""
+            where = self._origin(model) if self._calls else ""
             problems.append(findings.not_finite(found, len(self._gradients.names), where))
             if self.on_problem != "warn":
                 self._drop_gradients(optimizer)

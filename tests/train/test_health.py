@@ -178,6 +178,24 @@ def test_nan_is_found_where_it_arose_and_before_the_step(
         assert_identical(now, before.kept)
 
 
+class Spoil(TrainerCallback):
+    """NaN in one gradient at one step, which no run of its batches repeats."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        if state.global_step + 1 == AT:
+            next(p for p in model.parameters() if p.requires_grad).grad[0, 0] = float("nan")  # type: ignore[index]
+
+
+def test_nan_that_running_again_does_not_repeat_is_said_once(tmp_path: Path) -> None:
+    run, health = watched(
+        tmp_path, qlora(), Spoil(), health=AdapterHealthCallback(on_problem="warn", check_base=False), max_steps=AT
+    )
+    (problem,) = health.problems
+    assert (problem.step, run.state.global_step) == (AT, AT)
+    assert problem.where.startswith("not found: run once more")
+    assert health._gradients.losses == []
+
+
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 def test_nan_is_found_where_it_arose_with_gradient_checkpointing(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
