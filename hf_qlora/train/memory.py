@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
+from hf_qlora.train.plan.memory_plan import MemoryPlan
 from hf_qlora.validation import ConfigError
 
 
@@ -33,21 +34,18 @@ class MemoryCallback(TrainerCallback):
 
     Args:
         trainer: whose `log` reaches what the Trainer reports to. Add with `trainer.add_callback(...)`.
-        plan: what was expected, with its peak in bytes as `peak`. On a GPU it is compared with the peak of what is
-            allocated, on the CPU with the most that the process had in use at the end of a step, less what it had
-            when this was made beside the model.
+        plan: what was expected, whose `step_peak_bytes` is compared: on a GPU with the peak of what is allocated, on
+            the CPU with the most that the process had in use at the end of a step, less what it had when this was
+            made beside the model.
 
     Raises:
-        ConfigError: a plan without a peak.
+        ConfigError: not a plan.
     """
 
-    def __init__(self, trainer: Trainer, plan: Any = None) -> None:
-        peak = getattr(plan, "peak", None)
-        if plan is not None and (not isinstance(peak, int | float) or isinstance(peak, bool) or peak <= 0):
-            raise ConfigError(
-                f"plan={plan!r:.100} has no `peak`, a positive number of bytes. Pass what plan_memory returns."
-            )
-        self.trainer, self.plan_peak = trainer, peak
+    def __init__(self, trainer: Trainer, plan: MemoryPlan | None = None) -> None:
+        if plan is not None and not isinstance(plan, MemoryPlan):
+            raise ConfigError(f"plan={plan!r:.100} is no MemoryPlan. Pass what plan_memory returns.")
+        self.trainer, self.plan_peak = trainer, None if plan is None else plan.step_peak_bytes
         self._process = psutil.Process()
         self._before = max(self._process.memory_info().rss - _size(trainer.model), 0)
         self._highest_rss = 0

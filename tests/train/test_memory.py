@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from runs import assert_identical, outcome, qlora, trainer
 from torch import Tensor
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
-from hf_qlora import MemoryCallback
+from hf_qlora import MemoryCallback, MemoryPlan, plan_memory
 from hf_qlora.train import memory
 from hf_qlora.validation import ConfigError
 
@@ -32,6 +33,10 @@ class Reporter(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         self.seen.append({"step": state.global_step, **logs})
+
+
+def planned(peak: int) -> MemoryPlan:
+    return replace(plan_memory(qlora(), None, 2, 12, device="cpu"), step_peak_bytes=peak)
 
 
 def watched(folder: Path, plan: Any = None, **options: Any) -> tuple[Trainer, Reporter]:
@@ -126,7 +131,7 @@ def test_evaluations_and_saves_take_no_time_from_the_speed(
 def test_the_share_of_a_plan_is_of_its_peak(tmp_path: Path) -> None:
     shares = []
     for peak in (2**34, 2**35):
-        run, reporter = watched(tmp_path, SimpleNamespace(peak=peak), logging_steps=6)
+        run, reporter = watched(tmp_path, planned(peak), logging_steps=6)
         run.train()
         (logs,) = logged(reporter, "memory/share_of_plan")
         shares.append(logs["memory/share_of_plan"])
@@ -134,16 +139,14 @@ def test_the_share_of_a_plan_is_of_its_peak(tmp_path: Path) -> None:
     assert shares[0] > shares[1]
 
 
-@pytest.mark.parametrize(
-    "plan", [7, SimpleNamespace(peak="8 GiB"), SimpleNamespace(peak=0), SimpleNamespace(peak=True)]
-)
-def test_a_plan_without_a_peak_is_refused(tmp_path: Path, plan: Any) -> None:
+@pytest.mark.parametrize("plan", [7, {"step_peak_bytes": 2**34}, SimpleNamespace(step_peak_bytes=2**34)])
+def test_what_is_no_plan_is_refused(tmp_path: Path, plan: Any) -> None:
     with pytest.raises(ConfigError, match="plan_memory"):
         MemoryCallback(trainer(qlora(), tmp_path), plan)
 
 
 def test_the_progress_bar_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, _ = watched(tmp_path, SimpleNamespace(peak=2**34), disable_tqdm=False, max_steps=2)
+    run, _ = watched(tmp_path, planned(2**34), disable_tqdm=False, max_steps=2)
     assert any(isinstance(callback, ProgressCallback) for callback in run.callback_handler.callbacks)
     run.train()
     shown = capsys.readouterr().err
