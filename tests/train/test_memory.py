@@ -59,8 +59,30 @@ def test_every_loss_has_memory_and_speed_beside_it(tmp_path: Path) -> None:
     rss = psutil.Process().memory_info().rss / 2**20
     assert all(rss / 2 < logs["memory/rss_mib"] <= 2 * rss for logs in logged(reporter))
     assert not any("memory/share_of_plan" in logs for logs in reporter.seen)
-    assert any("memory/rss_mib" in entry for entry in run.state.log_history)
+    kept = [entry for entry in run.state.log_history if "loss" in entry]
+    assert kept == logged(reporter)
+    assert len([entry for entry in run.state.log_history if "memory/rss_mib" in entry]) == 3
     assert not run.model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("reports_first", [True, False])
+def test_a_loss_is_logged_once_with_memory_in_it(
+    tmp_path: Path, reports_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's trainers add their metrics in `log`: called for memory alone, it would log them twice."""
+    run, reporter = trainer(qlora(), tmp_path, logging_steps=2), Reporter()
+    callbacks = [reporter, MemoryCallback(run)]
+    for callback in callbacks if reports_first else reversed(callbacks):
+        run.add_callback(callback)
+    calls, log = [], run.log
+    monkeypatch.setattr(run, "log", lambda logs, *args: (calls.append(logs), log(logs, *args)))
+    for _ in range(2):  # a second training, too
+        reporter.seen, calls[:] = [], []
+        run.train()
+        assert len(calls) == len(reporter.seen) == 4  # three losses and the summary
+        assert [("loss" in logs, "memory/rss_mib" in logs) for logs in reporter.seen] == [(True, True)] * 3 + [
+            (False, False)
+        ]
 
 
 def padded(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -165,7 +187,7 @@ def test_watching_memory_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_model_of_images_has_memory_and_no_tokens() -> None:
     model: Any = torch.nn.Linear(2, 2)
-    callback = MemoryCallback(SimpleNamespace(model=model))  # type: ignore[arg-type]
+    callback = MemoryCallback(SimpleNamespace(model=model, callback_handler=SimpleNamespace(callbacks=[])))  # type: ignore[arg-type]
     args = SimpleNamespace(include_num_input_tokens_seen="no", torch_compile=False, world_size=1)
     callback.on_train_begin(args, SimpleNamespace(num_input_tokens_seen=0), None, model=model)
     callback._count(model, (), {"pixel_values": torch.zeros(2, 3, 4, 4)})
