@@ -74,6 +74,12 @@ class AdapterHealthCallback(TrainerCallback):
         self.problems: list[Problem] = []
         self._handles: list[Any] = []
         self._calls: list[Call] = []
+        self._is_training = False
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._gradients = Gradients({}, idle_steps)
+        self._base: FrozenBase | None = None
+        self._not_finite_in_a_row = 0
+        self._reads_each_step = True
         self._is_searching = False  # a step's batches are run again, which is no part of training
 
     # ── What Trainer calls ───────────────────────────────────────────────────────────────────────────────────────────
@@ -98,6 +104,7 @@ class AdapterHealthCallback(TrainerCallback):
             *findings.scales_in_disorder(model, 0),
             *findings.absmax_not_finite(model),
         ]
+        self._is_training = True
         self._tell(found, args, control)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -114,6 +121,8 @@ class AdapterHealthCallback(TrainerCallback):
             self._tell(self._read(model, optimizer, step), args, control)
 
     def on_log(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        if not self._is_training:  # an evaluation by itself
+            return
         found = [] if self._reads_each_step else self._read(model, None, state.global_step)
         found += [
             *self._changed_dtypes(model, state.global_step),
@@ -151,7 +160,7 @@ class AdapterHealthCallback(TrainerCallback):
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._is_training = [], False
 
     def _read(self, model: nn.Module, optimizer: Any, step: int) -> list[Problem]:
         problems = []

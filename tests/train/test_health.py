@@ -441,6 +441,16 @@ def test_a_base_that_was_cast_up_is_said() -> None:
     assert findings.upcast(qlora()) == []
 
 
+def test_evaluations_before_and_after_training_are_left_alone(tmp_path: Path) -> None:
+    health = AdapterHealthCallback()
+    run = trainer(qlora(), tmp_path, health)
+    run.evaluate()
+    run.train()
+    the_embedding(run.model)
+    run.evaluate()
+    assert health.problems == []
+
+
 @pytest.mark.parametrize("wrong", [{"on_problem": "cry"}, {"idle_steps": 2}, {"idle_steps": 3.5}])
 def test_a_senseless_setting_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
