@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.trainer
 from dying import dies
 from peft import LoraConfig, get_peft_model
 from runs import adapters, assert_identical, base, outcome, qlora, trainer
@@ -280,6 +281,32 @@ def test_another_error_of_a_save_stays_what_it_is(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Trainer, "_save_rng_state", wrong)
     with pytest.raises(RuntimeError, match=r"^something else$"):
+        trainer(qlora(), tmp_path, **SAVING).train()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC])
+def test_an_error_after_a_whole_save_removes_nothing(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in taking old checkpoints away, or in a push."""
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise OSError(number, "an old checkpoint stays")
+
+    monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", fails)
+    with pytest.raises(OSError, match=r"^\[Errno \d+\] an old checkpoint stays$"):
+        trainer(qlora(), tmp_path, **SAVING).train()
+    assert what_is_wrong(tmp_path / "checkpoint-2") is None
+
+
+def test_an_error_in_a_save_that_is_no_full_disk_stays_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*args: Any) -> None:
+        raise PermissionError(errno.EACCES, "denied")
+
+    monkeypatch.setattr(Trainer, "_save_rng_state", denied)
+    with pytest.raises(PermissionError, match=r"^\[Errno 13\] denied$"):
         trainer(qlora(), tmp_path, **SAVING).train()
 
 
