@@ -21,6 +21,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_qlora import AdaptiveDepthLoRAConfig, QLoRAConfig
+from hf_qlora.trainer import resume
 from hf_qlora.trainer.checkpoint import CheckpointError, has_optimizer, last_whole, what_is_wrong
 
 
@@ -119,6 +120,22 @@ def test_where_none_is_whole_it_is_said(run_folder: Path) -> None:
         trainer(qlora(), run_folder).train(resume_from_checkpoint=True)
     with pytest.raises(CheckpointError, match="There is no whole checkpoint before it"):
         trainer(qlora(), run_folder).train(resume_from_checkpoint=str(run_folder / "checkpoint-6"))
+
+
+def test_files_of_others_are_left_to_them(run_folder: Path, finished: tuple[Path, Any]) -> None:
+    for name in ("ema.pt", "rng_state_of_mine.pth"):
+        (run_folder / "checkpoint-4" / name).write_bytes(b"no archive of torch's")
+    run = trainer(qlora(), run_folder, **SAVING)
+    run.train(resume_from_checkpoint=str(run_folder / "checkpoint-4"))
+    assert_identical(outcome(run), finished[1])
+
+
+def test_each_checkpoint_is_read_once(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(resume, "what_is_wrong", lambda folder: read.append(folder.name) or what_is_wrong(folder))
+    cut("optimizer.pt")(run_folder / "checkpoint-6")
+    assert resume._choose(run_folder) == run_folder / "checkpoint-4"
+    assert read == ["checkpoint-6", "checkpoint-4"]
 
 
 def test_whole_checkpoints_are_found_by_number(run_folder: Path) -> None:
