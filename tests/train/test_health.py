@@ -196,6 +196,31 @@ def test_nan_that_running_again_does_not_repeat_is_said_once(tmp_path: Path) -> 
     assert health._gradients.losses == []
 
 
+def test_a_loss_of_ones_own_that_cannot_be_repeated_is_said(tmp_path: Path) -> None:
+    def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        logits = model(input_ids=inputs["input_ids"]).logits
+        return logits.float().mean() * float("nan")
+
+    run = trainer(qlora(), tmp_path, health := AdapterHealthCallback(check_base=False))
+    run.compute_loss = compute_loss
+    run.train()
+    assert run.state.global_step == 1
+    assert "could not be repeated, as the model returns no loss" in health.problems[0].where
+
+
+def test_an_error_while_looking_for_the_origin_takes_no_report_away(tmp_path: Path) -> None:
+    class Breaks(TrainerCallback):
+        """Something that a second run of the batches does not find any more."""
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+            if state.global_step + 1 == AT:
+                layer(model, "model.norm").register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyError("gone")))
+
+    run, health = watched(tmp_path, qlora(), Spoil(), Breaks(), max_steps=AT, gradient_accumulation_steps=1)
+    assert "raised KeyError: 'gone'" in health.problems[0].where
+    assert run.state.global_step == AT
+
+
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 def test_nan_is_found_where_it_arose_with_gradient_checkpointing(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
