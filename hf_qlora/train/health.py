@@ -4,9 +4,13 @@
 | --- | --- | --- |
 | gradients: NaN, infinite, zero, absent | every step, before the optimizer's | a norm a tensor (`gradients.py`) |
 | the loss | every step | what the model returned |
-| the first layer with NaN | once, when there is one | the batches of the step run again (`origin.py`) |
+| the first layer with NaN | when there is one | the batches of the step run again (`origin.py`) |
 | the frozen base | a few MiB in every step, all at the end | checksums (`frozen.py`) |
 | scales of depth, dtypes | at the start and with the logs | as they are |
+
+With `logging_nan_inf_filter=False` Trainer waits for the device with the logs alone, and so does this: NaN is found when
+steps have been taken with it, with the step where it began, and no layer. DeepSpeed keeps gradients to itself; they are
+not watched there.
 
 lora_A's gradient is exactly zero as long as lora_B is, which is in the first step, and with a warm-up from 0 in the
 second; LayerDrop and experts that no token reached leave gradients out now and then. So only many steps in a row
@@ -41,8 +45,8 @@ class AdapterHealthCallback(TrainerCallback):
     """Stop training that does no good, with a report: which tensor, which step, what it means, what to do.
 
     Found are: a trained tensor without gradient, or with a zero one, for many steps in a row; NaN or infinity in
-    gradients or loss, with the layer where they arose, before the optimizer's step takes them up; a frozen base whose
-    bytes change; scales that are not finite or at their bound; dtypes that are not what they should be.
+    gradients or loss, with the layer where they arose, before the optimizer's step takes them up (with
+    `logging_nan_inf_filter=False` only at the next log, and without the layer); a frozen base whose bytes change; scales that are not finite or at their bound; dtypes that are not what they should be.
 
     Args:
         on_problem: "stop" ends training after the step, without the optimizer's step if gradients are not finite, and
@@ -89,15 +93,17 @@ class AdapterHealthCallback(TrainerCallback):
         self._unhook()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad and is_whole(p)}
         self._dtypes = {name: p.dtype for name, p in trained.items()}
-        self._gradients = Gradients(trained, self.idle_steps)
+        has_gradients = getattr(args, "deepspeed_plugin", None) is None
+        if not has_gradients:
+            logger.warning("AdapterHealthCallback does not see gradients under DeepSpeed: they are not checked.")
+        self._gradients = Gradients(trained if has_gradients else {}, self.idle_steps)
         self._not_finite_in_a_row = 0
         self._reads_each_step = args.logging_nan_inf_filter  # Trainer waits for the device then, in each step
         self._base = FrozenBase(model) if self.check_base else None
         if not args.torch_compile:  # a hook would be compiled into the model
-            self._handles = [
-                model.register_forward_pre_hook(self._called, with_kwargs=True),
-                model.register_forward_hook(self._returned),
-            ]
+            self._handles = [model.register_forward_hook(self._returned)]
+            if self._reads_each_step:  # else what was called is of another step when it is read
+                self._handles.append(model.register_forward_pre_hook(self._called, with_kwargs=True))
         found = [
             *findings.low_precision(trained),
             *findings.upcast(model),
@@ -178,8 +184,9 @@ class AdapterHealthCallback(TrainerCallback):
         expected = scaler is not None and self._not_finite_in_a_row < self.idle_steps  # it tries too large a scale
         if (found.not_finite or found.losses_not_finite) and not expected:
             where = self._origin(model) if self._calls else ""
-            problems.append(findings.not_finite(found, len(self._gradients.names), where))
-            if self.on_problem != "warn":
+            of = len(self._gradients.names)
+            problems.append(findings.not_finite(found, of, where, is_late=not self._reads_each_step))
+            if self.on_problem != "warn" and self._reads_each_step:
                 self._drop_gradients(optimizer)
         if found.idle:
             problems += findings.idle(found, len(self._gradients.names), self.idle_steps)

@@ -249,6 +249,40 @@ def test_without_reading_each_step_the_step_is_still_the_first(tmp_path: Path) -
     health = AdapterHealthCallback(on_problem="warn", check_base=False)
     watched(tmp_path, qlora(), Before(poisoned), health=health, logging_nan_inf_filter=False, logging_steps=6)
     assert health.problems[0].step == AT
+    assert health.problems[0].where.startswith("not looked for: with logging_nan_inf_filter=False")
+    assert "has taken the step" in health.problems[0].means
+    assert health._calls == []  # no batches are held for it
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 0.0])
+def test_that_clipping_spreads_it_is_said(tmp_path: Path, max_norm: float) -> None:
+    """Trainer measures the norm by clipping where it does not clip."""
+
+    def one(model: Any) -> None:
+        parameter = next(p for p in model.parameters() if p.requires_grad)
+        parameter.register_hook(lambda gradient: gradient * float("nan"))
+
+    _, health = watched(tmp_path, qlora(), Before(one), max_grad_norm=max_norm, max_steps=AT)
+    (problem,) = health.problems
+    assert "in all 28 trained tensors" in problem.what
+    assert problem.what.endswith("; one is enough, as Trainer's clipping spreads it to all")
+    assert "in the gradient of base_model.model.model.layers.0.self_attn.q_proj.lora_A" in problem.where
+
+
+def test_deepspeed_keeps_gradients_to_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its engine has taken the step and cleared them when Trainer comes to the event."""
+
+    class Engine(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            args.deepspeed_plugin = object()
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+            model.zero_grad()
+
+    run, health = watched(tmp_path, qlora(), Engine(), health=AdapterHealthCallback(idle_steps=3))
+    assert health.problems == []
+    assert run.state.global_step == run.state.max_steps
+    assert "does not see gradients under DeepSpeed" in caplog.text
 
 
 def test_warning_goes_on_and_an_error_is_raised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
