@@ -95,6 +95,19 @@ def base_changed(names: list[str], step: int) -> Problem:
     )
 
 
+def base_repacked(names: list[str], of: int, step: int) -> Problem:
+    """Layers that bitsandbytes has put into its form for generating on a CPU, in place."""
+    return Problem(
+        step,
+        f"bitsandbytes has repacked {named(names, of, '4-bit layers')} in an eval forward, for this CPU",
+        "their scales are rounded to bfloat16, and whether they change is not checked any more; while they are "
+        "repacked, training through them gives the layers below no gradient",
+        "get_peft_model with a QLoRAConfig, whose layers are not repacked; or load the base anew and set "
+        "support_avx512bf16_for_cpu = False on each layer",
+        fatal=False,
+    )
+
+
 def changed_dtypes(before: Mapping[str, torch.dtype], now: Mapping[str, torch.dtype], step: int) -> list[Problem]:
     """Trained tensors that were cast while they were trained."""
     changed = [name for name, dtype in now.items() if dtype != before[name]]

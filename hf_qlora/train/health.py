@@ -8,9 +8,9 @@
 | the frozen base | a few MiB in every step, all at the end | checksums (`frozen.py`) |
 | scales of depth, dtypes | at the start and with the logs | as they are |
 
-With `logging_nan_inf_filter=False` Trainer waits for the device with the logs alone, and so does this: NaN is found when
-steps have been taken with it, with the step where it began, and no layer. DeepSpeed keeps gradients to itself; they are
-not watched there.
+With `logging_nan_inf_filter=False` Trainer waits for the device with the logs alone, and so does this: NaN is found
+when steps have been taken with it, with the step where it began, and no layer. DeepSpeed keeps gradients to itself;
+they are not watched there.
 
 lora_A's gradient is exactly zero as long as lora_B is, which is in the first step, and with a warm-up from 0 in the
 second; LayerDrop and experts that no token reached leave gradients out now and then. So only many steps in a row
@@ -46,7 +46,8 @@ class AdapterHealthCallback(TrainerCallback):
 
     Found are: a trained tensor without gradient, or with a zero one, for many steps in a row; NaN or infinity in
     gradients or loss, with the layer where they arose, before the optimizer's step takes them up (with
-    `logging_nan_inf_filter=False` only at the next log, and without the layer); a frozen base whose bytes change; scales that are not finite or at their bound; dtypes that are not what they should be.
+    `logging_nan_inf_filter=False` only at the next log, and without the layer); a frozen base whose bytes change;
+    scales that are not finite or at their bound; dtypes that are not what they should be.
 
     Args:
         on_problem: "stop" ends training after the step, without the optimizer's step if gradients are not finite, and
@@ -172,9 +173,12 @@ class AdapterHealthCallback(TrainerCallback):
         problems = []
         for found in self._gradients.read():
             problems += self._of_gradients(found, model, optimizer)
-        changed = self._base.read() if self._base is not None else []
-        if changed:
+        if self._base is None:
+            return problems
+        if changed := self._base.read():
             problems.append(findings.base_changed(changed, step))
+        if repacked := self._base.repacked():
+            problems.append(findings.base_repacked(repacked, len(self._base.layers), step))
         return problems
 
     def _of_gradients(self, found: Found, model: nn.Module, optimizer: Any) -> list[Problem]:

@@ -63,8 +63,8 @@ def _find(model: nn.Module, calls: Sequence[Call]) -> str:
             return f"in the gradient of {own[-1]} itself: what the layers hand on and back is finite"
     if had_no_loss:
         return (
-            "not found: run once more, the layers' outputs are finite; loss and backward could not be repeated, as the "
-            "model returns no loss (compute_loss makes it)"
+            "not found: run once more, the layers' outputs are finite; loss and backward could not be repeated, as "
+            "the model returns no loss (compute_loss makes it)"
         )
     return (
         "not found: run once more, the step's batches give finite numbers (dropout draws other masks; sums over "

@@ -50,8 +50,8 @@ def check_optimizer(trainer: Trainer) -> None:
     device = next((p.device for p in trainer.model.parameters() if p.requires_grad), None)
     if device is None:
         raise ConfigError(
-            "Nothing in the model is trainable: its adapters are frozen. Load them with PeftModel.from_pretrained(..., "
-            "is_trainable=True), or switch one on with model.set_adapter(name)."
+            "Nothing in the model is trainable: its adapters are frozen. Load them with "
+            "PeftModel.from_pretrained(..., is_trainable=True), or switch one on with model.set_adapter(name)."
         )
     trial = nn.Parameter(torch.zeros(_LARGE, device=device))
     trial.grad = torch.ones_like(trial)

@@ -5,7 +5,7 @@ with another scaling, before anything is loaded. The optimizer's state is compar
 torch looks at the numbers of parameters only, and a state of another optimizer or shape would fail in the first step.
 
 Saving into a folder that holds a checkpoint takes its `trainer_state.json` away first: until the new one is written,
-last of all, the folder is not whole. If the disk is full, what was written is removed; other errors stay what they are.
+last of all, the folder is not whole. If the disk is full, what was written is removed; other errors are left alone.
 """
 
 from __future__ import annotations

@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture, llama
-from peft import get_peft_model, prepare_model_for_kbit_training
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from runs import adapters, assert_identical, base, outcome, qlora, trainer
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -405,6 +407,45 @@ def test_a_base_that_changes_is_found(
     (problem,) = health.problems
     assert problem.what == f"the frozen base has changed: base_model.model.{CHANGES[do]}"
     assert "AdapterHealthCallback stops training" in caplog.text
+
+
+def stock() -> Any:
+    """bitsandbytes' own layers, under PEFT's adapters."""
+    model = base()
+    for block in model.model.layers:  # type: ignore[union-attr]
+        old = block.mlp.down_proj
+        block.mlp.down_proj = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, quant_type="nf4")
+        block.mlp.down_proj.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
+        block.mlp.down_proj.to("cpu")
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))  # type: ignore[arg-type]
+
+
+def repack(layer: Any) -> None:
+    layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(
+        layer.weight.data, layer.weight.quant_state
+    )
+
+
+def test_layers_that_bitsandbytes_repacks_are_no_changed_base(caplog: pytest.LogCaptureFixture) -> None:
+    """Repacked in an eval forward, and unpacked with other scales by state_dict(); other changes are still found."""
+    model = stock()
+    health = AdapterHealthCallback(on_problem="error", idle_steps=1000)
+    args = SimpleNamespace(logging_nan_inf_filter=True, torch_compile=False, world_size=1)
+    state, control = SimpleNamespace(global_step=0), SimpleNamespace(should_training_stop=False)
+    health.on_train_begin(args, state, control, model=model)
+    down = layer(model, "model.layers.1.mlp.down_proj")
+    for change in (repack, lambda down: down.state_dict()):
+        before = frozen.as_bytes(down.weight).clone()
+        change(down)
+        assert not torch.equal(frozen.as_bytes(down.weight), before)
+        for _ in range(20):
+            health.on_pre_optimizer_step(args, state, control, model=model)
+    (problem,) = [p for p in health.problems if "repacked" in p.what]
+    assert "1 of 2 4-bit layers (base_model.model.model.layers.1.mlp.down_proj)" in problem.what
+    assert "repacked" in caplog.text
+    layer(model, "model.layers.0.mlp.down_proj").weight.data[7, 0] ^= 1
+    with pytest.raises(AdapterHealthError, match=r"changed: base_model.model.model.layers.0.mlp.down_proj.weight\n"):
+        health.on_train_end(args, state, control, model=model)
 
 
 def test_a_base_that_changes_is_found_in_one_round_of_steps(tmp_path: Path) -> None:
