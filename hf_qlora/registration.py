@@ -98,6 +98,7 @@ PRIVATE = {
     "transformers:Trainer._get_output_dir": "trainer.resume",
     "transformers:Trainer._get_num_items_in_batch": "registration",
     "peft.optimizers.lorafa:LoraFAOptimizer.__init__": "registration",
+    "peft.optimizers.lorafa:create_lorafa_optimizer": "trainer.optimizers",
     "bitsandbytes.optim.optimizer:Optimizer8bit": "trainer.resume",
     "huggingface_hub.errors:HTTPError": "hub.errors",
     "peft.tuners.lora.dora:dequantize_module_weight": "registration",

@@ -38,7 +38,7 @@ MODEL = "ours, gain"  # of the arms of `bench train-step`
 
 
 def _memory(model: nn.Module) -> TrainerCallback:
-    trainer: Any = SimpleNamespace(model=model, log=lambda logs: None, callback_handler=SimpleNamespace(callbacks=[]))
+    trainer: Any = SimpleNamespace(model=model, callback_handler=SimpleNamespace(callbacks=[]))
     return MemoryCallback(trainer)
 
 

@@ -21,15 +21,31 @@ TRAINED, MODULES = "trained tensors", "adapted modules"
 HALF = (torch.bfloat16, torch.float16)
 
 
-def not_finite(found: Found, of: int, where: str) -> Problem:
-    """Gradients or a loss with NaN or infinity."""
-    what = f"the gradient is NaN or infinite in {named(found.not_finite, of, TRAINED)}"
+def not_finite(found: Found, of: int, where: str, is_late: bool) -> Problem:
+    """Gradients or a loss with NaN or infinity.
+
+    Args:
+        of: how many tensors are watched; 0 where gradients cannot be.
+        is_late: whether the optimizer has taken the step.
+    """
+    if not found.not_finite:
+        what = "the loss is NaN or infinite" + (", and the gradients are finite" if of else "")
+        means = "nothing was learned from it" if of else "what was learned from it cannot be seen here"
+    else:
+        what = f"the gradient is NaN or infinite in {named(found.not_finite, of, TRAINED)}"
+        if len(found.not_finite) == of > 1:  # by the clipping, which Trainer does to an infinite norm, too
+            what += "; one is enough, as Trainer's clipping spreads it to all"
+        means = "a step with these would make the adapter NaN for good"
+        if is_late:
+            means = "the optimizer has taken the step, and more since: the adapter is NaN, or damaged"
+            where = "not looked for: with logging_nan_inf_filter=False gradients are read with the logs, steps later"
     return Problem(
         found.step,
-        what if found.not_finite else "the loss is NaN or infinite, and the gradients are finite",
-        "a step with these would make the adapter NaN for good" if found.not_finite else "nothing was learned from it",
+        what,
+        means,
         "compute in bfloat16 instead of float16, lower the learning rate, clip gradients (max_grad_norm), and look at "
-        "the batch: labels that are all -100, rows that are empty or all padding",
+        "the batch: labels that are all -100, rows that are empty or all padding"
+        + ("; go on from a checkpoint before this step" if is_late and found.not_finite else ""),
         where,
     )
 
@@ -76,6 +92,19 @@ def base_changed(names: list[str], step: int) -> Problem:
         "the adapter is trained on a base that nobody else has; loaded on the stored one, it computes something else",
         "look for a merge that was undone, weights assigned or cast in callbacks, or an optimizer that was given all "
         "parameters; train again on a base that is loaded anew",
+    )
+
+
+def base_repacked(names: list[str], of: int, step: int) -> Problem:
+    """Layers that bitsandbytes has put into its form for generating on a CPU, in place."""
+    return Problem(
+        step,
+        f"bitsandbytes has repacked {named(names, of, '4-bit layers')} in an eval forward, for this CPU",
+        "their scales are rounded to bfloat16, and whether they change is not checked any more; while they are "
+        "repacked, training through them gives the layers below no gradient",
+        "get_peft_model with a QLoRAConfig, whose layers are not repacked; or load the base anew and set "
+        "support_avx512bf16_for_cpu = False on each layer",
+        fatal=False,
     )
 
 

@@ -3,6 +3,9 @@
 A checksum is the sum of the bytes as 64-bit integers, exact and modulo 2^64: any one changed value changes it, and it
 is read as fast as memory is. Packed codes, their scales and nested scales are summed as they are stored, and so is
 whatever else is frozen: embeddings, head, norms. Large tensors are summed in pieces, so that a step has a bound.
+
+bitsandbytes' own layers are repacked in place in an eval forward on a CPU with AVX512-BF16, and unpacked again when
+they are saved, with scales that were rounded: such layers are told apart, and not compared.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ class Piece:
     tensor: Callable[[], Tensor | None]
     start: int
     stop: int
+    layer: bnb.nn.Linear4bit | None = None  # whose codes or scales they are
 
     def checksum(self, device: torch.device) -> Tensor:
         """As a number of 64 bits, (); of a tensor that is gone or has become shorter, that of nothing."""
@@ -52,13 +56,21 @@ class FrozenBase:
     """Checksums of what is frozen in a model, adapters left out."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.pieces = [piece for name, tensor in frozen_tensors(model) for piece in _cut(name, tensor)]
+        self.layers = {
+            plain_name(path): module for path, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)
+        }
+        self.pieces = [
+            piece
+            for name, tensor in frozen_tensors(model)
+            for piece in _cut(name, tensor, self.layers.get(name.removesuffix(".weight").partition(" (")[0]))
+        ]
         self.device = next(
             (t.device for piece in self.pieces[:1] if (t := piece.tensor()) is not None), torch.device("cpu")
         )
         self.expected = self._checksums(self.pieces)
         self._next = 0
         self._compared: list[tuple[list[Piece], Tensor]] = []
+        self._said: set[str] = set()
 
     def take(self) -> None:
         """Compare the next few pieces, without waiting for the result."""
@@ -84,16 +96,31 @@ class FrozenBase:
         }
         return list(found)
 
+    def repacked(self) -> list[str]:
+        """The names of the layers that bitsandbytes has repacked; each is said once."""
+        names = [name for name, layer in self.layers.items() if name not in self._said and _was_repacked(layer)]
+        self._said.update(names)
+        return names
+
     def _compare(self, part: slice) -> None:
         pieces = self.pieces[part]
         if pieces:
             sums = self._checksums(pieces)
-            self._compared.append((pieces, sums != self.expected[part]))
+            changed = sums != self.expected[part]
+            for i, piece in enumerate(pieces):
+                if piece.layer is not None and _was_repacked(piece.layer):
+                    changed[i] = False
+            self._compared.append((pieces, changed))
             self.expected[part] = sums
 
     def _checksums(self, pieces: list[Piece]) -> Tensor:
         sums = [piece.checksum(self.device) for piece in pieces]
         return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.long)
+
+
+def _was_repacked(layer: bnb.nn.Linear4bit) -> bool:
+    """Now or before: unpacked again, the state still has the mark, as False."""
+    return hasattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu")
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor | None]]]:
@@ -138,10 +165,10 @@ def is_whole(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and not hasattr(tensor, "device_mesh") and tensor.numel() > 0
 
 
-def _cut(name: str, get: Callable[[], Tensor | None]) -> Iterator[Piece]:
+def _cut(name: str, get: Callable[[], Tensor | None], layer: bnb.nn.Linear4bit | None) -> Iterator[Piece]:
     tensor = get()
     assert tensor is not None
     size = tensor.numel() * tensor.element_size()
     step = BYTES.get(tensor.device.type, BYTES_ELSEWHERE) if tensor.is_contiguous() else size
     for start in range(0, size, step):
-        yield Piece(name, get, start, min(start + step, size))
+        yield Piece(name, get, start, min(start + step, size), layer)

@@ -4,9 +4,13 @@
 | --- | --- | --- |
 | gradients: NaN, infinite, zero, absent | every step, before the optimizer's | a norm a tensor (`gradients.py`) |
 | the loss | every step | what the model returned |
-| the first layer with NaN | once, when there is one | the batches of the step run again (`origin.py`) |
+| the first layer with NaN | when there is one | the batches of the step run again (`origin.py`) |
 | the frozen base | a few MiB in every step, all at the end | checksums (`frozen.py`) |
 | scales of depth, dtypes | at the start and with the logs | as they are |
+
+With `logging_nan_inf_filter=False` Trainer waits for the device with the logs alone, and so does this: NaN is found
+when steps have been taken with it, with the step where it began, and no layer. DeepSpeed keeps gradients to itself;
+they are not watched there.
 
 lora_A's gradient is exactly zero as long as lora_B is, which is in the first step, and with a warm-up from 0 in the
 second; LayerDrop and experts that no token reached leave gradients out now and then. So only many steps in a row
@@ -41,8 +45,9 @@ class AdapterHealthCallback(TrainerCallback):
     """Stop training that does no good, with a report: which tensor, which step, what it means, what to do.
 
     Found are: a trained tensor without gradient, or with a zero one, for many steps in a row; NaN or infinity in
-    gradients or loss, with the layer where they arose, before the optimizer's step takes them up; a frozen base whose
-    bytes change; scales that are not finite or at their bound; dtypes that are not what they should be.
+    gradients or loss, with the layer where they arose, before the optimizer's step takes them up (with
+    `logging_nan_inf_filter=False` only at the next log, and without the layer); a frozen base whose bytes change;
+    scales that are not finite or at their bound; dtypes that are not what they should be.
 
     Args:
         on_problem: "stop" ends training after the step, without the optimizer's step if gradients are not finite, and
@@ -74,6 +79,13 @@ class AdapterHealthCallback(TrainerCallback):
         self.problems: list[Problem] = []
         self._handles: list[Any] = []
         self._calls: list[Call] = []
+        self._is_training = False
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._gradients = Gradients({}, idle_steps)
+        self._base: FrozenBase | None = None
+        self._not_finite_in_a_row = 0
+        self._reads_each_step = True
+        self._is_searching = False  # a step's batches are run again, which is no part of training
 
     # ── What Trainer calls ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -82,21 +94,24 @@ class AdapterHealthCallback(TrainerCallback):
         self._unhook()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad and is_whole(p)}
         self._dtypes = {name: p.dtype for name, p in trained.items()}
-        self._gradients = Gradients(trained, self.idle_steps)
+        has_gradients = getattr(args, "deepspeed_plugin", None) is None
+        if not has_gradients:
+            logger.warning("AdapterHealthCallback does not see gradients under DeepSpeed: they are not checked.")
+        self._gradients = Gradients(trained if has_gradients else {}, self.idle_steps)
         self._not_finite_in_a_row = 0
         self._reads_each_step = args.logging_nan_inf_filter  # Trainer waits for the device then, in each step
         self._base = FrozenBase(model) if self.check_base else None
         if not args.torch_compile:  # a hook would be compiled into the model
-            self._handles = [
-                model.register_forward_pre_hook(self._called, with_kwargs=True),
-                model.register_forward_hook(self._returned),
-            ]
+            self._handles = [model.register_forward_hook(self._returned)]
+            if self._reads_each_step:  # else what was called is of another step when it is read
+                self._handles.append(model.register_forward_pre_hook(self._called, with_kwargs=True))
         found = [
             *findings.low_precision(trained),
             *findings.upcast(model),
             *findings.scales_in_disorder(model, 0),
             *findings.absmax_not_finite(model),
         ]
+        self._is_training = True
         self._tell(found, args, control)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -113,6 +128,8 @@ class AdapterHealthCallback(TrainerCallback):
             self._tell(self._read(model, optimizer, step), args, control)
 
     def on_log(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        if not self._is_training:  # an evaluation by itself
+            return
         found = [] if self._reads_each_step else self._read(model, None, state.global_step)
         found += [
             *self._changed_dtypes(model, state.global_step),
@@ -129,26 +146,39 @@ class AdapterHealthCallback(TrainerCallback):
     # ── What it does then ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _called(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model.training and torch.is_grad_enabled():
+        if self._is_of_training(model):
             self._calls.append((args, kwargs))
 
     def _returned(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         loss = output.get("loss") if isinstance(output, dict) else None
-        if model.training and torch.is_grad_enabled() and isinstance(loss, Tensor):
+        if self._is_of_training(model) and isinstance(loss, Tensor):
             self._gradients.losses.append(loss.detach().reshape(()))
+
+    def _is_of_training(self, model: nn.Module) -> bool:
+        return model.training and torch.is_grad_enabled() and not self._is_searching
+
+    def _origin(self, model: nn.Module) -> str:
+        self._is_searching = True
+        try:
+            return find_origin(model, self._calls)
+        finally:
+            self._is_searching = False
 
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._is_training = [], False
 
     def _read(self, model: nn.Module, optimizer: Any, step: int) -> list[Problem]:
         problems = []
         for found in self._gradients.read():
             problems += self._of_gradients(found, model, optimizer)
-        changed = self._base.read() if self._base is not None else []
-        if changed:
+        if self._base is None:
+            return problems
+        if changed := self._base.read():
             problems.append(findings.base_changed(changed, step))
+        if repacked := self._base.repacked():
+            problems.append(findings.base_repacked(repacked, len(self._base.layers), step))
         return problems
 
     def _of_gradients(self, found: Found, model: nn.Module, optimizer: Any) -> list[Problem]:
@@ -157,9 +187,10 @@ class AdapterHealthCallback(TrainerCallback):
         self._not_finite_in_a_row = self._not_finite_in_a_row + 1 if found.not_finite else 0
         expected = scaler is not None and self._not_finite_in_a_row < self.idle_steps  # it tries too large a scale
         if (found.not_finite or found.losses_not_finite) and not expected:
-            where = find_origin(model, self._calls) if self._calls else ""
-            problems.append(findings.not_finite(found, len(self._gradients.names), where))
-            if self.on_problem != "warn":
+            where = self._origin(model) if self._calls else ""
+            of = len(self._gradients.names)
+            problems.append(findings.not_finite(found, of, where, is_late=not self._reads_each_step))
+            if self.on_problem != "warn" and self._reads_each_step:
                 self._drop_gradients(optimizer)
         if found.idle:
             problems += findings.idle(found, len(self._gradients.names), self.idle_steps)

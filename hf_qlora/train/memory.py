@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
+from hf_qlora.train.plan.memory_plan import MemoryPlan
 from hf_qlora.validation import ConfigError
 
 
@@ -32,22 +33,19 @@ class MemoryCallback(TrainerCallback):
     processes.
 
     Args:
-        trainer: whose `log` reaches what the Trainer reports to. Add with `trainer.add_callback(...)`.
-        plan: what was expected, with its peak in bytes as `peak`. On a GPU it is compared with the peak of what is
-            allocated, on the CPU with the most that the process had in use at the end of a step, less what it had
-            when this was made beside the model.
+        trainer: whose logs these are added to, before other callbacks read them. Add with `trainer.add_callback(...)`.
+        plan: what was expected, whose `step_peak_bytes` is compared: on a GPU with the peak of what is allocated, on
+            the CPU with the most that the process had in use at the end of a step, less what it had when this was
+            made beside the model.
 
     Raises:
-        ConfigError: a plan without a peak.
+        ConfigError: not a plan.
     """
 
-    def __init__(self, trainer: Trainer, plan: Any = None) -> None:
-        peak = getattr(plan, "peak", None)
-        if plan is not None and (not isinstance(peak, int | float) or isinstance(peak, bool) or peak <= 0):
-            raise ConfigError(
-                f"plan={plan!r:.100} has no `peak`, a positive number of bytes. Pass what plan_memory returns."
-            )
-        self.trainer, self.plan_peak = trainer, peak
+    def __init__(self, trainer: Trainer, plan: MemoryPlan | None = None) -> None:
+        if plan is not None and not isinstance(plan, MemoryPlan):
+            raise ConfigError(f"plan={plan!r:.100} is no MemoryPlan. Pass what plan_memory returns.")
+        self.trainer, self.plan_peak = trainer, None if plan is None else plan.step_peak_bytes
         self._process = psutil.Process()
         self._before = max(self._process.memory_info().rss - _size(trainer.model), 0)
         self._highest_rss = 0
@@ -57,6 +55,7 @@ class MemoryCallback(TrainerCallback):
         self._tokens: list[Tensor | int] = []
         self._seen, self._seconds, self._mark = state.num_input_tokens_seen, 0.0, time.perf_counter()
         self._unhook()
+        self._read_before_others()
         if args.include_num_input_tokens_seen == "no" and not args.torch_compile:
             self._handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
@@ -73,17 +72,25 @@ class MemoryCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._mark = time.perf_counter()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
-        if "loss" not in logs:  # the callback's own, an evaluation's, or the summary
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" not in logs or "memory/rss_mib" in logs:  # an evaluation's, the summary, or done already
             return
         measured = self._memory(args.device) | self._speed(args, state)
         self._mark = time.perf_counter()
         if state.is_world_process_zero:
             self._show(measured)
-            self.trainer.log(measured)
+            logs.update(measured)
+            for entry in state.log_history[-1:]:  # a copy of the logs that Trainer has kept
+                entry.update(measured)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._unhook()
+
+    def _read_before_others(self) -> None:
+        """What reports logs is often called before callbacks that were added, and would not see what they add."""
+        handler = self.trainer.callback_handler
+        others = [callback for callback in handler.callbacks if getattr(callback, "then", None) is not self]
+        handler.callbacks = [_First(self), *others]  # another list: Trainer is going through the old one
 
     def _unhook(self) -> None:
         if self._handle is not None:
@@ -139,6 +146,16 @@ class MemoryCallback(TrainerCallback):
             bar = getattr(callback, "training_bar", None) if isinstance(callback, ProgressCallback) else None
             if bar is not None:
                 bar.set_postfix(words)
+
+
+class _First(TrainerCallback):
+    """Stands before the other callbacks, and has one of them read logs before they do."""
+
+    def __init__(self, then: MemoryCallback) -> None:
+        self.then = then
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.then.on_log(args, state, control, **kwargs)
 
 
 def _size(model: nn.Module) -> int:

@@ -27,13 +27,21 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a model was called with
 
 
 def find_origin(model: nn.Module, calls: Sequence[Call]) -> str:
-    """Where NaN or infinity arises when a model is run on a step's batches, in a sentence."""
+    """Where NaN or infinity arises when a model is run on a step's batches, in a sentence; never an exception."""
+    try:
+        return _find(model, calls)
+    except Exception as error:  # whatever it is, the report of what was found before goes on
+        return f"not found: running the step's batches again raised {type(error).__name__}: {error}"
+
+
+def _find(model: nn.Module, calls: Sequence[Call]) -> str:
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     bad = [name for name, p in parameters.items() if not _is_finite(p)]
     if bad:
         return (
             f"in the model itself: {bad[0]} is not finite{f', nor are {len(bad) - 1} more tensors' if bad[1:] else ''}"
         )
+    had_no_loss = False
     devices = {p.device for p in parameters.values() if p.device.type == "cuda"}
     for args, kwargs in calls:
         with torch.random.fork_rng(list(devices)), _watched(model) as seen, torch.enable_grad():
@@ -41,6 +49,7 @@ def find_origin(model: nn.Module, calls: Sequence[Call]) -> str:
             if seen.forward is not None:
                 return seen.forward
             if loss is None or not loss.requires_grad:
+                had_no_loss = True
                 continue
             if not _is_finite(loss):
                 return f"in the output head or the loss: the loss is {loss.item()}, and what the layers give is finite"
@@ -52,6 +61,11 @@ def find_origin(model: nn.Module, calls: Sequence[Call]) -> str:
         own = [name for name, g in zip(names, gradients, strict=True) if g is not None and not _is_finite(g)]
         if own:
             return f"in the gradient of {own[-1]} itself: what the layers hand on and back is finite"
+    if had_no_loss:
+        return (
+            "not found: run once more, the layers' outputs are finite; loss and backward could not be repeated, as "
+            "the model returns no loss (compute_loss makes it)"
+        )
     return (
         "not found: run once more, the step's batches give finite numbers (dropout draws other masks; sums over "
         "processes and batches are not repeated)"

@@ -20,6 +20,7 @@ from torch.serialization import get_crc32_options
 from transformers.trainer import (
     OPTIMIZER_NAME,
     OPTIMIZER_NAME_BIN,
+    SCALER_NAME,
     SCHEDULER_NAME,
     TRAINER_STATE_NAME,
     TRAINING_ARGS_NAME,
@@ -33,7 +34,8 @@ class CheckpointError(ValueError):
     """A checkpoint that training cannot go on from; the message says why, and from where it can."""
 
 
-ARCHIVES = ("*.pt", "*.pth", TRAINING_ARGS_NAME, OPTIMIZER_NAME_BIN)
+ARCHIVES = (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, SCALER_NAME, TRAINING_ARGS_NAME)
+_RANDOM_NUMBERS = re.compile(r"rng_state(_\d+)?\.pth")  # of each process
 _NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _SHARDED = ("optimizer*", "global_step*", f"rank*-{OPTIMIZER_NAME}")  # of FSDP, DeepSpeed, XLA
 
@@ -74,7 +76,12 @@ def _is_sharded(folder: Path) -> bool:
 
 
 def _archives(folder: Path) -> list[Path]:
-    return sorted({path for pattern in ARCHIVES for path in folder.glob(pattern) if path.is_file()})
+    """Those of Trainer; callbacks may have put others beside them."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if (path.name in ARCHIVES or _RANDOM_NUMBERS.fullmatch(path.name)) and path.is_file()
+    )
 
 
 def _state_problem(path: Path) -> str | None:
@@ -88,7 +95,8 @@ def _state_problem(path: Path) -> str | None:
 
 
 def _archive_problem(folder: Path) -> str | None:
-    for path in _archives(folder):
+    archives = _archives(folder)
+    for path in archives:
         try:
             with zipfile.ZipFile(path) as archive:
                 bad = archive.testzip() if get_crc32_options() else None
@@ -96,8 +104,8 @@ def _archive_problem(folder: Path) -> str | None:
             return f"{path.name} cannot be read ({error})"
         if bad is not None:
             return f"{path.name} is damaged (at {bad})"
-    if has_optimizer(folder) and not _is_sharded(folder):
-        names = {path.name for path in _archives(folder)}
+    names = {path.name for path in archives}
+    if names - {TRAINING_ARGS_NAME} and not _is_sharded(folder):
         if not names & {OPTIMIZER_NAME, OPTIMIZER_NAME_BIN}:
             return f"{OPTIMIZER_NAME} is not there"
         if SCHEDULER_NAME not in names:

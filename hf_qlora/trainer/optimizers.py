@@ -4,32 +4,39 @@ bitsandbytes' optimizers have kernels for some devices and not for others, which
 first step: a step of a parameter that is thrown away is tried first.
 
 PEFT's LoRA-FA takes whatever has "lora" in its name for A and B in turn. A bias, a gain (`lora_magnitude_vector`) or a
-magnitude makes the pairs slip: it would pair a gain with the next layer's A. Here these go into a group of their own,
-under names without "lora", where LoRA-FA is AdamW; without decay, as in `create_optimizer`.
+magnitude makes the pairs slip: it would pair a gain with the next layer's A. Where the model has an adapter of ours,
+these go into a group of their own, under names without "lora", where LoRA-FA is AdamW; without decay, as in
+`create_optimizer`. The optimizer is not given the model, and `create_lorafa_optimizer`, which has it, may have been
+imported before it could be replaced: so its frame is looked into.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.optimizers.lorafa import LoraFAOptimizer
+from peft.optimizers.lorafa import LoraFAOptimizer, create_lorafa_optimizer
 from torch import nn
 from transformers import Trainer
 
+from hf_qlora.config import QLoRAConfig
 from hf_qlora.validation import ConfigError
 
 
 logger = logging.getLogger(__name__)
 
 _LARGE = 2**13  # parameters of fewer weights keep their state in float32
+_LORAFA = inspect.unwrap(create_lorafa_optimizer).__code__
+_NO_KERNELS = (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, NameError)
 _PAIRED = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B")
 
 
 def check_optimizer(trainer: Trainer) -> None:
-    """Refuse an optimizer of bitsandbytes that has no kernels for the device.
+    """Refuse an optimizer of bitsandbytes that has no kernels for the device, or nothing to train.
 
     Raises:
         ConfigError: with what can be used instead.
@@ -40,12 +47,19 @@ def check_optimizer(trainer: Trainer) -> None:
     cls, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
     if not cls.__module__.startswith("bitsandbytes."):
         return
-    device = next(p.device for p in trainer.model.parameters() if p.requires_grad)
+    device = next((p.device for p in trainer.model.parameters() if p.requires_grad), None)
+    if device is None:
+        raise ConfigError(
+            "Nothing in the model is trainable: its adapters are frozen. Load them with "
+            "PeftModel.from_pretrained(..., is_trainable=True), or switch one on with model.set_adapter(name)."
+        )
     trial = nn.Parameter(torch.zeros(_LARGE, device=device))
     trial.grad = torch.ones_like(trial)
     try:
         cls([trial], **kwargs).step()
-    except Exception as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _NO_KERNELS as error:
         raise ConfigError(
             f"optim={name!r} cannot step on {device}, says bitsandbytes ({type(error).__name__}: {error}). It is for "
             "NVIDIA GPUs in this version; use optim='adamw_torch_fused'."
@@ -59,8 +73,22 @@ def check_optimizer(trainer: Trainer) -> None:
 def init_lorafa(
     original: Callable[..., None], optimizer: LoraFAOptimizer, params: Any, *args: Any, **kwargs: Any
 ) -> None:
-    groups = [split for group in params for split in _split(group)] if _is_grouped(params) else params
+    groups = params
+    if _is_grouped(params) and _has_ours(_model_of_caller()):
+        groups = [split for group in params for split in _split(group)]
     original(optimizer, groups, *args, **kwargs)
+
+
+def _model_of_caller() -> Any:
+    """The model that `create_lorafa_optimizer` is making this optimizer for, if it is."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code is not _LORAFA:
+        frame = frame.f_back
+    return frame.f_locals["model"] if frame.f_code is _LORAFA else None
+
+
+def _has_ours(model: Any) -> bool:
+    return any(isinstance(config, QLoRAConfig) for config in getattr(model, "peft_config", {}).values())
 
 
 def _is_grouped(params: Any) -> bool:

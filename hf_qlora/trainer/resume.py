@@ -5,7 +5,7 @@ with another scaling, before anything is loaded. The optimizer's state is compar
 torch looks at the numbers of parameters only, and a state of another optimizer or shape would fail in the first step.
 
 Saving into a folder that holds a checkpoint takes its `trainer_state.json` away first: until the new one is written,
-last of all, the folder is not whole. If the disk is full, what was written is removed.
+last of all, the folder is not whole. If the disk is full, what was written is removed; other errors are left alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import bitsandbytes as bnb
 import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
+from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _BITSANDBYTES = {"state1", "__bnb_optimizer_quant_state__"}  # in a state of its optimizers: in memory, on disk
 _STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2")  # of the parameter's shape
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TORCHS_WRITER = ("inline_container", "PytorchStreamWriter", "iostream")  # in the RuntimeErrors of torch.save
 
 
@@ -71,15 +73,17 @@ def _choose(run: Path) -> Path | bool:
     found = checkpoints(run) if run.is_dir() else []
     if not found:
         return True
-    chosen = last_whole(run)
-    if chosen is None:
-        raise CheckpointError(f"No checkpoint in {run} is whole. Of {found[0].name}, {what_is_wrong(found[0])}.")
-    for passed in found[: found.index(chosen)]:
+    passed: dict[Path, str] = {}
+    for chosen in found:
+        wrong = what_is_wrong(chosen)
+        if wrong is None:
+            break
+        passed[chosen] = wrong
+    else:
+        raise CheckpointError(f"No checkpoint in {run} is whole. Of {found[0].name}, {passed[found[0]]}.")
+    for folder, wrong in passed.items():
         logger.warning(
-            "%s is not whole (%s) and is passed over: training goes on from %s.",
-            passed,
-            what_is_wrong(passed),
-            chosen.name,
+            "%s is not whole (%s) and is passed over: training goes on from %s.", folder, wrong, chosen.name
         )
     _say_without_optimizer(chosen)
     return chosen
@@ -189,20 +193,28 @@ def save_checkpoint(original: Callable[..., None], trainer: Trainer, model: Any,
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
     try:
         original(trainer, model, trial, *args)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCHS_WRITER):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause = _of_full_disk(error)
+        if cause is None or what_is_wrong(folder) is None:  # what comes after it: a push, the rotation
             raise
         if writes and not was_there:
             shutil.rmtree(folder, ignore_errors=True)
         whole = last_whole(run, before=folder)
         kept = f"{whole} is whole; make room and resume from it" if whole else "There is none before it; make room"
-        cause = _first_cause(error)
         raise OSError(
-            getattr(cause, "errno", None) or errno.EIO,
+            getattr(cause, "errno", None) or errno.ENOSPC,
             f"Saving {folder} failed: {str(cause).partition(chr(10))[0]}. What was written of it "
             f"{'stays, and is not resumed from' if was_there else 'is removed'}. {kept}.",
         ) from error
 
 
-def _first_cause(error: BaseException) -> BaseException:
-    return error if error.__cause__ is None else _first_cause(error.__cause__)
+def _of_full_disk(error: BaseException | None) -> BaseException | None:
+    """What says so among an error and its causes, the first of them where there are several."""
+    if error is None:
+        return None
+    is_one = (
+        (isinstance(error, OSError) and error.errno in _FULL)
+        or (isinstance(error, RuntimeError) and any(word in str(error) for word in _TORCHS_WRITER))
+        or (isinstance(error, SafetensorError) and any(f"os error {number}" in str(error) for number in _FULL))
+    )
+    return _of_full_disk(error.__cause__) or (error if is_one else None)

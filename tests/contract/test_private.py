@@ -684,6 +684,15 @@ def _() -> None:
     assert {"params", "names", "scaling_factors", "weight_decay"} <= set(groups[0])
 
 
+@contract("peft.optimizers.lorafa:create_lorafa_optimizer")
+def _() -> None:
+    """It has the model under this name while it makes the optimizer."""
+    function = peft.optimizers.create_lorafa_optimizer
+    assert parameters(function)[0] == "model"
+    assert "model" in function.__code__.co_varnames + function.__code__.co_cellvars
+    assert "return LoraFAOptimizer(" in inspect.getsource(function)
+
+
 @contract("bitsandbytes.optim.optimizer:Optimizer8bit")
 def _() -> None:
     """The base of its optimizers, whose state goes by a name that torch's does not have, and by another on disk."""

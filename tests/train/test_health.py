@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture, llama
-from peft import get_peft_model, prepare_model_for_kbit_training
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from runs import adapters, assert_identical, base, outcome, qlora, trainer
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -178,6 +180,49 @@ def test_nan_is_found_where_it_arose_and_before_the_step(
         assert_identical(now, before.kept)
 
 
+class Spoil(TrainerCallback):
+    """NaN in one gradient at one step, which no run of its batches repeats."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        if state.global_step + 1 == AT:
+            next(p for p in model.parameters() if p.requires_grad).grad[0, 0] = float("nan")  # type: ignore[index]
+
+
+def test_nan_that_running_again_does_not_repeat_is_said_once(tmp_path: Path) -> None:
+    run, health = watched(
+        tmp_path, qlora(), Spoil(), health=AdapterHealthCallback(on_problem="warn", check_base=False), max_steps=AT
+    )
+    (problem,) = health.problems
+    assert (problem.step, run.state.global_step) == (AT, AT)
+    assert problem.where.startswith("not found: run once more")
+    assert health._gradients.losses == []
+
+
+def test_a_loss_of_ones_own_that_cannot_be_repeated_is_said(tmp_path: Path) -> None:
+    def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        logits = model(input_ids=inputs["input_ids"]).logits
+        return logits.float().mean() * float("nan")
+
+    run = trainer(qlora(), tmp_path, health := AdapterHealthCallback(check_base=False))
+    run.compute_loss = compute_loss
+    run.train()
+    assert run.state.global_step == 1
+    assert "could not be repeated, as the model returns no loss" in health.problems[0].where
+
+
+def test_an_error_while_looking_for_the_origin_takes_no_report_away(tmp_path: Path) -> None:
+    class Breaks(TrainerCallback):
+        """Something that a second run of the batches does not find any more."""
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+            if state.global_step + 1 == AT:
+                layer(model, "model.norm").register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyError("gone")))
+
+    run, health = watched(tmp_path, qlora(), Spoil(), Breaks(), max_steps=AT, gradient_accumulation_steps=1)
+    assert "raised KeyError: 'gone'" in health.problems[0].where
+    assert run.state.global_step == AT
+
+
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 def test_nan_is_found_where_it_arose_with_gradient_checkpointing(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
@@ -206,6 +251,40 @@ def test_without_reading_each_step_the_step_is_still_the_first(tmp_path: Path) -
     health = AdapterHealthCallback(on_problem="warn", check_base=False)
     watched(tmp_path, qlora(), Before(poisoned), health=health, logging_nan_inf_filter=False, logging_steps=6)
     assert health.problems[0].step == AT
+    assert health.problems[0].where.startswith("not looked for: with logging_nan_inf_filter=False")
+    assert "has taken the step" in health.problems[0].means
+    assert health._calls == []  # no batches are held for it
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 0.0])
+def test_that_clipping_spreads_it_is_said(tmp_path: Path, max_norm: float) -> None:
+    """Trainer measures the norm by clipping where it does not clip."""
+
+    def one(model: Any) -> None:
+        parameter = next(p for p in model.parameters() if p.requires_grad)
+        parameter.register_hook(lambda gradient: gradient * float("nan"))
+
+    _, health = watched(tmp_path, qlora(), Before(one), max_grad_norm=max_norm, max_steps=AT)
+    (problem,) = health.problems
+    assert "in all 28 trained tensors" in problem.what
+    assert problem.what.endswith("; one is enough, as Trainer's clipping spreads it to all")
+    assert "in the gradient of base_model.model.model.layers.0.self_attn.q_proj.lora_A" in problem.where
+
+
+def test_deepspeed_keeps_gradients_to_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its engine has taken the step and cleared them when Trainer comes to the event."""
+
+    class Engine(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            args.deepspeed_plugin = object()
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+            model.zero_grad()
+
+    run, health = watched(tmp_path, qlora(), Engine(), health=AdapterHealthCallback(idle_steps=3))
+    assert health.problems == []
+    assert run.state.global_step == run.state.max_steps
+    assert "does not see gradients under DeepSpeed" in caplog.text
 
 
 def test_warning_goes_on_and_an_error_is_raised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -330,6 +409,45 @@ def test_a_base_that_changes_is_found(
     assert "AdapterHealthCallback stops training" in caplog.text
 
 
+def stock() -> Any:
+    """bitsandbytes' own layers, under PEFT's adapters."""
+    model = base()
+    for block in model.model.layers:  # type: ignore[union-attr]
+        old = block.mlp.down_proj
+        block.mlp.down_proj = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, quant_type="nf4")
+        block.mlp.down_proj.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
+        block.mlp.down_proj.to("cpu")
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))  # type: ignore[arg-type]
+
+
+def repack(layer: Any) -> None:
+    layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(
+        layer.weight.data, layer.weight.quant_state
+    )
+
+
+def test_layers_that_bitsandbytes_repacks_are_no_changed_base(caplog: pytest.LogCaptureFixture) -> None:
+    """Repacked in an eval forward, and unpacked with other scales by state_dict(); other changes are still found."""
+    model = stock()
+    health = AdapterHealthCallback(on_problem="error", idle_steps=1000)
+    args = SimpleNamespace(logging_nan_inf_filter=True, torch_compile=False, world_size=1)
+    state, control = SimpleNamespace(global_step=0), SimpleNamespace(should_training_stop=False)
+    health.on_train_begin(args, state, control, model=model)
+    down = layer(model, "model.layers.1.mlp.down_proj")
+    for change in (repack, lambda down: down.state_dict()):
+        before = frozen.as_bytes(down.weight).clone()
+        change(down)
+        assert not torch.equal(frozen.as_bytes(down.weight), before)
+        for _ in range(20):
+            health.on_pre_optimizer_step(args, state, control, model=model)
+    (problem,) = [p for p in health.problems if "repacked" in p.what]
+    assert "1 of 2 4-bit layers (base_model.model.model.layers.1.mlp.down_proj)" in problem.what
+    assert "repacked" in caplog.text
+    layer(model, "model.layers.0.mlp.down_proj").weight.data[7, 0] ^= 1
+    with pytest.raises(AdapterHealthError, match=r"changed: base_model.model.model.layers.0.mlp.down_proj.weight\n"):
+        health.on_train_end(args, state, control, model=model)
+
+
 def test_a_base_that_changes_is_found_in_one_round_of_steps(tmp_path: Path) -> None:
     model = qlora()
     rounds = -(-len(FrozenBase(model).pieces) // frozen.PIECES)
@@ -421,6 +539,16 @@ def test_a_base_that_was_cast_up_is_said() -> None:
     assert "float32" in problem.what
     assert not problem.fatal
     assert findings.upcast(qlora()) == []
+
+
+def test_evaluations_before_and_after_training_are_left_alone(tmp_path: Path) -> None:
+    health = AdapterHealthCallback()
+    run = trainer(qlora(), tmp_path, health)
+    run.evaluate()
+    run.train()
+    the_embedding(run.model)
+    run.evaluate()
+    assert health.problems == []
 
 
 @pytest.mark.parametrize("wrong", [{"on_problem": "cry"}, {"idle_steps": 2}, {"idle_steps": 3.5}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from runs import assert_identical, outcome, qlora, trainer
 from torch import Tensor
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
-from hf_qlora import MemoryCallback
+from hf_qlora import MemoryCallback, MemoryPlan, plan_memory
 from hf_qlora.train import memory
 from hf_qlora.validation import ConfigError
 
@@ -32,6 +33,10 @@ class Reporter(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         self.seen.append({"step": state.global_step, **logs})
+
+
+def planned(peak: int) -> MemoryPlan:
+    return replace(plan_memory(qlora(), None, 2, 12, device="cpu"), step_peak_bytes=peak)
 
 
 def watched(folder: Path, plan: Any = None, **options: Any) -> tuple[Trainer, Reporter]:
@@ -54,8 +59,30 @@ def test_every_loss_has_memory_and_speed_beside_it(tmp_path: Path) -> None:
     rss = psutil.Process().memory_info().rss / 2**20
     assert all(rss / 2 < logs["memory/rss_mib"] <= 2 * rss for logs in logged(reporter))
     assert not any("memory/share_of_plan" in logs for logs in reporter.seen)
-    assert any("memory/rss_mib" in entry for entry in run.state.log_history)
+    kept = [entry for entry in run.state.log_history if "loss" in entry]
+    assert kept == logged(reporter)
+    assert len([entry for entry in run.state.log_history if "memory/rss_mib" in entry]) == 3
     assert not run.model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("reports_first", [True, False])
+def test_a_loss_is_logged_once_with_memory_in_it(
+    tmp_path: Path, reports_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's trainers add their metrics in `log`: called for memory alone, it would log them twice."""
+    run, reporter = trainer(qlora(), tmp_path, logging_steps=2), Reporter()
+    callbacks = [reporter, MemoryCallback(run)]
+    for callback in callbacks if reports_first else reversed(callbacks):
+        run.add_callback(callback)
+    calls, log = [], run.log
+    monkeypatch.setattr(run, "log", lambda logs, *args: (calls.append(logs), log(logs, *args)))
+    for _ in range(2):  # a second training, too
+        reporter.seen, calls[:] = [], []
+        run.train()
+        assert len(calls) == len(reporter.seen) == 4  # three losses and the summary
+        assert [("loss" in logs, "memory/rss_mib" in logs) for logs in reporter.seen] == [(True, True)] * 3 + [
+            (False, False)
+        ]
 
 
 def padded(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -126,7 +153,7 @@ def test_evaluations_and_saves_take_no_time_from_the_speed(
 def test_the_share_of_a_plan_is_of_its_peak(tmp_path: Path) -> None:
     shares = []
     for peak in (2**34, 2**35):
-        run, reporter = watched(tmp_path, SimpleNamespace(peak=peak), logging_steps=6)
+        run, reporter = watched(tmp_path, planned(peak), logging_steps=6)
         run.train()
         (logs,) = logged(reporter, "memory/share_of_plan")
         shares.append(logs["memory/share_of_plan"])
@@ -134,16 +161,14 @@ def test_the_share_of_a_plan_is_of_its_peak(tmp_path: Path) -> None:
     assert shares[0] > shares[1]
 
 
-@pytest.mark.parametrize(
-    "plan", [7, SimpleNamespace(peak="8 GiB"), SimpleNamespace(peak=0), SimpleNamespace(peak=True)]
-)
-def test_a_plan_without_a_peak_is_refused(tmp_path: Path, plan: Any) -> None:
+@pytest.mark.parametrize("plan", [7, {"step_peak_bytes": 2**34}, SimpleNamespace(step_peak_bytes=2**34)])
+def test_what_is_no_plan_is_refused(tmp_path: Path, plan: Any) -> None:
     with pytest.raises(ConfigError, match="plan_memory"):
         MemoryCallback(trainer(qlora(), tmp_path), plan)
 
 
 def test_the_progress_bar_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, _ = watched(tmp_path, SimpleNamespace(peak=2**34), disable_tqdm=False, max_steps=2)
+    run, _ = watched(tmp_path, planned(2**34), disable_tqdm=False, max_steps=2)
     assert any(isinstance(callback, ProgressCallback) for callback in run.callback_handler.callbacks)
     run.train()
     shown = capsys.readouterr().err
@@ -162,7 +187,7 @@ def test_watching_memory_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_model_of_images_has_memory_and_no_tokens() -> None:
     model: Any = torch.nn.Linear(2, 2)
-    callback = MemoryCallback(SimpleNamespace(model=model))  # type: ignore[arg-type]
+    callback = MemoryCallback(SimpleNamespace(model=model, callback_handler=SimpleNamespace(callbacks=[])))  # type: ignore[arg-type]
     args = SimpleNamespace(include_num_input_tokens_seen="no", torch_compile=False, world_size=1)
     callback.on_train_begin(args, SimpleNamespace(num_input_tokens_seen=0), None, model=model)
     callback._count(model, (), {"pixel_values": torch.zeros(2, 3, 4, 4)})

@@ -10,7 +10,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from runs import HALF, StopAndSave, adapters, assert_identical, base, log, outcome, rows, trainer
 from torch import nn
@@ -94,6 +94,24 @@ def test_an_optimizer_without_kernels_is_refused_before_training(
         run.train()
     assert run.optimizer is None
     assert run.state.global_step == 0
+
+
+def test_memory_that_is_short_is_not_taken_for_kernels_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*args: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(bnb.optim.optimizer.Optimizer2State, "update_step", short)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^out of memory$"):
+        trainer(make("nf4"), tmp_path, optim="adamw_8bit").train()
+
+
+def test_a_model_that_is_frozen_is_refused(tmp_path: Path) -> None:
+    model = make("nf4")
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="is_trainable=True"):
+        trainer(model, tmp_path, optim="adamw_8bit").train()
 
 
 # PEFT's optimizers
@@ -186,6 +204,15 @@ def test_lorafa_pairs_each_a_with_its_own_b(kind: str) -> None:
         other.step()
     # LoRA-FA adds ε before the bias correction and torch after it: of a step of 0.01, 1e-6 / (0.1 · √0.001), 3e-4
     torch.testing.assert_close(parameter, copy, rtol=0, atol=3 * 1e-2 * 1e-3)
+
+
+def test_lorafa_of_a_stock_adapter_is_as_peft_makes_it() -> None:
+    model = get_peft_model(base(), LoraConfig(r=RANK, target_modules=["q_proj"], lora_bias=True))
+    (group,) = lorafa(model).param_groups
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    assert group["names"] == list(names)
+    assert all(a is b for a, b in zip(group["params"], parameters, strict=True))
+    assert group["weight_decay"] == 0.1
 
 
 # LoRA-FA's frozen A

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.trainer
 from dying import dies
 from peft import LoraConfig, get_peft_model
 from runs import adapters, assert_identical, base, outcome, qlora, trainer
@@ -20,6 +21,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_qlora import AdaptiveDepthLoRAConfig, QLoRAConfig
+from hf_qlora.trainer import resume
 from hf_qlora.trainer.checkpoint import CheckpointError, has_optimizer, last_whole, what_is_wrong
 
 
@@ -118,6 +120,22 @@ def test_where_none_is_whole_it_is_said(run_folder: Path) -> None:
         trainer(qlora(), run_folder).train(resume_from_checkpoint=True)
     with pytest.raises(CheckpointError, match="There is no whole checkpoint before it"):
         trainer(qlora(), run_folder).train(resume_from_checkpoint=str(run_folder / "checkpoint-6"))
+
+
+def test_files_of_others_are_left_to_them(run_folder: Path, finished: tuple[Path, Any]) -> None:
+    for name in ("ema.pt", "rng_state_of_mine.pth"):
+        (run_folder / "checkpoint-4" / name).write_bytes(b"no archive of torch's")
+    run = trainer(qlora(), run_folder, **SAVING)
+    run.train(resume_from_checkpoint=str(run_folder / "checkpoint-4"))
+    assert_identical(outcome(run), finished[1])
+
+
+def test_each_checkpoint_is_read_once(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(resume, "what_is_wrong", lambda folder: read.append(folder.name) or what_is_wrong(folder))
+    cut("optimizer.pt")(run_folder / "checkpoint-6")
+    assert resume._choose(run_folder) == run_folder / "checkpoint-4"
+    assert read == ["checkpoint-6", "checkpoint-4"]
 
 
 def test_whole_checkpoints_are_found_by_number(run_folder: Path) -> None:
@@ -280,6 +298,32 @@ def test_another_error_of_a_save_stays_what_it_is(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Trainer, "_save_rng_state", wrong)
     with pytest.raises(RuntimeError, match=r"^something else$"):
+        trainer(qlora(), tmp_path, **SAVING).train()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC])
+def test_an_error_after_a_whole_save_removes_nothing(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in taking old checkpoints away, or in a push."""
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise OSError(number, "an old checkpoint stays")
+
+    monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", fails)
+    with pytest.raises(OSError, match=r"^\[Errno \d+\] an old checkpoint stays$"):
+        trainer(qlora(), tmp_path, **SAVING).train()
+    assert what_is_wrong(tmp_path / "checkpoint-2") is None
+
+
+def test_an_error_in_a_save_that_is_no_full_disk_stays_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*args: Any) -> None:
+        raise PermissionError(errno.EACCES, "denied")
+
+    monkeypatch.setattr(Trainer, "_save_rng_state", denied)
+    with pytest.raises(PermissionError, match=r"^\[Errno 13\] denied$"):
         trainer(qlora(), tmp_path, **SAVING).train()
 
 
