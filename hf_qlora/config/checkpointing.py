@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch.utils.checkpoint import checkpoint
 
 from hf_qlora.validation import ConfigError
 
 
 MODES = ("full", "budget", "offload")
-OURS = ("mode", "budget_bytes", "chunk_size")  # the rest are torch.utils.checkpoint's own
+OURS = ("mode", "budget_bytes", "chunk_size")
+_TORCHS = inspect.signature(checkpoint).parameters.keys() - {"function", "args", "kwargs"} | {"preserve_rng_state"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,14 @@ class Checkpointing:
     def of_keywords(cls, keywords: Mapping[str, Any]) -> Checkpointing | None:
         """From `gradient_checkpointing_kwargs`; None where they have nothing of ours."""
         own = {name: keywords[name] for name in OURS if name in keywords}
-        return cls(**own, options={k: v for k, v in keywords.items() if k not in OURS}) if own else None
+        options = {name: value for name, value in keywords.items() if name not in OURS}
+        unknown = options.keys() - _TORCHS
+        if own and unknown:
+            raise ConfigError(
+                f"{', '.join(sorted(unknown))}: not known beside {', '.join(own)} in the settings of checkpointing; "
+                f"choose from {(*OURS, *sorted(_TORCHS))}."
+            )
+        return cls(**own, options=options) if own else None
 
     def keywords(self) -> dict[str, Any]:
         """As `gradient_checkpointing_kwargs` have it."""

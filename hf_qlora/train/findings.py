@@ -50,32 +50,37 @@ def not_finite(found: Found, of: int, where: str, is_late: bool) -> Problem:
     )
 
 
+# What gets a gradient only from batches that hold its tokens, by a part of its name: what it means, and what to do.
+_SELDOM = {
+    "expert": (
+        "no token reached these experts",
+        "nothing, if the router is meant to leave them out; otherwise larger batches",
+    ),
+    "trainable_tokens": (
+        "no batch held one of these tokens",
+        "nothing, if they are rare; otherwise see how the data is tokenized",
+    ),
+}
+
+
 def idle(found: Found, of: int, steps: int) -> list[Problem]:
-    """Tensors that have learned nothing for many steps; experts apart."""
+    """Tensors that have learned nothing for many steps; those that seldom do apart."""
+    groups: dict[str, list[str]] = {part: [] for part in ("", *_SELDOM)}
+    for name in found.idle:
+        groups[next((part for part in _SELDOM if part in name), "")].append(name)
     problems = []
-    for names, is_expert in (
-        ([name for name in found.idle if "expert" not in name], False),
-        ([name for name in found.idle if "expert" in name], True),
-    ):
+    for part, names in groups.items():
         if not names:
             continue
         absent = all(name in found.never for name in names)
         kind = "no gradient" if absent else "a gradient of zero, or none,"
-        problems.append(
-            Problem(
-                found.step,
-                f"{kind} for {steps} steps in a row in {named(names, of, TRAINED)}",
-                "no token reached these experts" if is_expert else "they learn nothing",
-                _remedy(is_expert, len(names) == of),
-                fatal=not is_expert,
-            )
-        )
+        means, remedy = _SELDOM.get(part, ("they learn nothing", _remedy(len(names) == of)))
+        what = f"{kind} for {steps} steps in a row in {named(names, of, TRAINED)}"
+        problems.append(Problem(found.step, what, means, remedy, fatal=not part))
     return problems
 
 
-def _remedy(is_expert: bool, everything: bool) -> str:
-    if is_expert:
-        return "nothing, if the router is meant to leave them out; otherwise larger batches"
+def _remedy(everything: bool) -> str:
     if everything:
         return "look at the labels (all -100?), the learning rate (0?) and whether the model is in training mode"
     return (

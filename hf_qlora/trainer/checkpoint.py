@@ -110,6 +110,8 @@ def _archive_problem(folder: Path) -> str | None:
             return f"{OPTIMIZER_NAME} is not there"
         if SCHEDULER_NAME not in names:
             return f"{SCHEDULER_NAME} is not there"
+        if not any(map(_RANDOM_NUMBERS.fullmatch, names)):
+            return "rng_state.pth is not there"
     return None
 
 

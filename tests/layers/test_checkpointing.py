@@ -379,6 +379,13 @@ def test_every_way_is_the_same(way: str) -> None:
     assert all(type(layer.mlp) is tf.models.llama.modeling_llama.LlamaMLP for layer in layers_of(model))
 
 
+def test_a_misspelt_keyword_is_refused() -> None:
+    model = llama()
+    with pytest.raises(ConfigError, match=r"chunksize: not known beside mode.*'chunk_size'"):
+        model.gradient_checkpointing_enable({"mode": "full", "chunksize": 8})
+    assert not model.is_gradient_checkpointing
+
+
 def test_keywords_of_transformers_mean_what_they_meant() -> None:
     model = adapted(four_llamas())
     for given in (None, {"use_reentrant": True}, {"use_reentrant": False}):

@@ -358,6 +358,13 @@ def test_idle_steps_are_counted_in_a_row() -> None:
     assert found == [Found(6, idle=["a"])]
 
 
+def test_tokens_that_no_batch_held_stop_nothing() -> None:
+    name = "embed_tokens.token_adapter.trainable_tokens_delta.default"
+    (found,) = findings.idle(Found(9, idle=[name], never=[]), 10, 5)
+    assert not found.fatal
+    assert "no batch held one of these tokens" in found.means
+
+
 def test_experts_stop_nothing() -> None:
     names = ["layers.0.mlp.experts.3.up_proj.lora_A.default.weight", "layers.0.self_attn.q_proj.lora_A.default.weight"]
     others, experts = findings.idle(Found(9, idle=names, never=names), 10, 5)
