@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -81,10 +80,10 @@ def init_lorafa(
 
 def _model_of_caller() -> Any:
     """The model that `create_lorafa_optimizer` is making this optimizer for, if it is."""
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code is not _LORAFA:
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not _LORAFA:
         frame = frame.f_back
-    return frame.f_locals["model"] if frame.f_code is _LORAFA else None
+    return None if frame is None else frame.f_locals["model"]
 
 
 def _has_ours(model: Any) -> bool:
