@@ -65,6 +65,7 @@ def flip(name: str) -> Callable[[Path], None]:
 
 
 DAMAGES = {
+    "random numbers gone": (remove("rng_state.pth"), "rng_state.pth is not there"),
     "killed before the state": (
         remove("trainer_state.json"),
         "trainer_state.json, which is written last, is not there",
