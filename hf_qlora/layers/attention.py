@@ -39,7 +39,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.modeling_utils import AttentionInterface
 
 from hf_qlora.kernels.functional import is_in_backward
-from hf_qlora.kernels.loss import planned_device
 from hf_qlora.layers import depth
 from hf_qlora.layers.names import adapted_layers
 from hf_qlora.validation import ConfigError
@@ -90,7 +89,7 @@ class Watch:
         return learns and (layer not in self.seen or (torch.is_grad_enabled() and not with_gradients))
 
     def observe(self, layer: str, value: Tensor | None) -> None:
-        if value is None and planned_device.get() is None:
+        if value is None:
             _say_once(layer)
         _live.add(self)
         self.seen[layer] = value, torch.is_grad_enabled()

@@ -100,7 +100,7 @@ def _archive_problem(folder: Path) -> str | None:
         try:
             with zipfile.ZipFile(path) as archive:
                 bad = archive.testzip() if get_crc32_options() else None
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:  # zipfile's, of changed bytes
             return f"{path.name} cannot be read ({error})"
         if bad is not None:
             return f"{path.name} is damaged (at {bad})"

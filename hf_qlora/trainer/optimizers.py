@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _LARGE = 2**13  # parameters of fewer weights keep their state in float32
 _LORAFA = inspect.unwrap(create_lorafa_optimizer).__code__
+# What versions of bitsandbytes raise where a kernel, or a function of their library, is not there for the device.
 _NO_KERNELS = (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, NameError)
 _PAIRED = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B")
 

@@ -10,6 +10,7 @@ import torch
 from architectures import VOCAB, llama
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from transformers import Trainer, TrainingArguments
 
 from hf_qlora import AdaptiveDepthLoRAConfig, QLoRAConfig
@@ -69,3 +70,26 @@ def test_trainer_compiles_and_learns_the_same(backend: str, checkpointing: Any, 
     loaded = PeftModel.from_pretrained(run.model.unload(), tmp_path / "adapter").eval()
     assert any("lora_B" in name and p.any() for name, p in loaded.named_parameters())
     assert loaded(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_compiled_products_are_in_the_models_dtype(quantized: bool) -> None:
+    """PEFT's own forward would multiply in the adapters' float32, which GPUs do many times slower."""
+    torch._dynamo.reset()
+    options = {} if quantized else {"quantization": None}
+    config = QLoRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1, **options)
+    model = get_peft_model(llama().bfloat16(), config).train()
+    layer = model.get_base_model().model.layers[0].mlp.down_proj
+    dtypes: list[torch.dtype] = []
+
+    def record(graph: Any, inputs: Any) -> Any:
+        products = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+        dtypes.extend(node.meta["val"].dtype for node in graph.graph.nodes if node.target in products)
+        return graph.forward
+
+    x = torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True)
+    compiled(x).sum().backward()
+    assert len(dtypes) >= 6  # of W, A and B, forward and backward
+    assert set(dtypes) == {torch.bfloat16}
+    assert layer.lora_B["default"].weight.grad.dtype == torch.float32

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
-from hf_qlora import MemoryPlan, NF4Config, QLoRAConfig, plan_memory, quantize_model
+from hf_qlora import AdaptiveDepthLoRAConfig, MemoryPlan, NF4Config, QLoRAConfig, plan_memory, quantize_model
 from hf_qlora.cli import app
 from hf_qlora.config.checkpointing import Checkpointing
 from hf_qlora.kernels import loss
+from hf_qlora.layers import attention
 from hf_qlora.train.plan.checkpointing import number_to_checkpoint
 from hf_qlora.train.plan.optimizers import OPTIMIZERS
 from hf_qlora.train.plan.solve import largest_that_fits
@@ -501,3 +502,10 @@ def test_more_tokens_than_positions_are_said(caplog: pytest.LogCaptureFixture) -
     assert "positions" not in caplog.text
     plan(llama(max_position_embeddings=8), seq_len=16)
     assert "has 8 positions, and is planned with 16" in caplog.text
+
+
+def test_attention_without_values_is_not_observed(caplog: pytest.LogCaptureFixture) -> None:
+    options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "attention": "concentration"}
+    attention._say_once.cache_clear()
+    plan(given=AdaptiveDepthLoRAConfig(**options))
+    assert "cannot be observed" not in caplog.text

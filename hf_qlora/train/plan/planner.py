@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.config.checkpointing import Checkpointing
+from hf_qlora.layers import attention
 from hf_qlora.layers.checkpointable import checkpointable_layers
 from hf_qlora.quant.base import is_quantized
 from hf_qlora.quant.footprint import footprint
@@ -225,6 +226,7 @@ class _LaidOut:
             shapes, dtype = layout.pack(base, config)
             peak = conversion_peak(dense, shapes, dtype, quantization, device)
         model = layout.adapted(base, config).train()
+        attention.unwatch(model)  # it has no attention to observe
         counted = footprint(model)
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -296,7 +298,7 @@ class _Run:
                 accumulate=planner.accumulate,
                 resident=resident,
             )
-        except (NotImplementedError, RuntimeError, TypeError) as error:
+        except (NotImplementedError, RuntimeError, TypeError) as error:  # of operations that need values
             experts = " Models of experts can be planned in bfloat16 (dtype=)." if "BF16" in str(error) else ""
             raise ConfigError(
                 f"A step of {type(laid.model.get_base_model()).__name__} cannot be run without values:{experts} "
