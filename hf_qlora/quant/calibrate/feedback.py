@@ -1,0 +1,143 @@
+"""Rounding a weight to given levels so that its products stay right, not its values.
+
+For a target T, (N, K), inputs with Gram matrix H = Xᵀ X, (K, K), and scales S, codes are sought that make
+
+    ‖X (Q − T)ᵀ‖² = tr (Q − T) H (Q − T)ᵀ,   Q = NF4 level[codes] · S
+
+small. With H = I, that is rounding to nearest.
+
+    round_with_feedback   goes through the inputs one by one, rounds a column to nearest, and lets the columns that are
+                          still to come make up for what was lost (GPTQ, arXiv 2210.17323, with a table of levels in
+                          place of a grid)
+    refine                goes through them again: each weight moves to the best level while all others stay
+                          (coordinate descent, as QuantEase, arXiv 2309.01885), so that the error can only fall
+    refit_scales          the best scales for given codes, by least squares, row by row
+
+Weights are held transposed, (K, N): what is read and written together is then contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_qlora.quant.codebook import nf4_levels
+
+
+STRIPE = 64  # columns whose corrections are gathered before they reach the rest of the weight
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """H + damping · mean(diag H) · I: text leaves many directions with few samples or none.
+
+    Where no input was ever other than zero, I.
+    """
+    mean = float(gram.diagonal().double().mean())
+    result = gram.clone()
+    result.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    return result
+
+
+def round_with_feedback(target: Tensor, scales: Tensor, gram: Tensor, order: Tensor | None = None) -> Tensor:
+    """Codes of a weight, by error feedback.
+
+    Args:
+        target: Tᵀ, (K, N), float32.
+        scales: the scale of each weight, (K, N), float32; zero and negative ones too.
+        gram: H, (K, K), positive definite.
+        order: the inputs in the order in which to go through them, (K,); as they are by default.
+
+    Returns:
+        (K, N), uint8.
+
+    Raises:
+        torch.linalg.LinAlgError: H is not positive definite.
+    """
+    if order is not None:
+        codes = torch.empty_like(target, dtype=torch.uint8)
+        codes[order] = round_with_feedback(target[order], scales[order], gram[order][:, order])
+        return codes
+    upper = _inverse_factor(gram).to(target.dtype)
+    rest, codes, nearest = target.clone(), torch.empty_like(target, dtype=torch.uint8), Nearest(scales)
+    pivots = upper.diagonal().tolist()
+    for start in range(0, len(rest), STRIPE):
+        stop = min(start + STRIPE, len(rest))
+        stripe, U = rest[start:stop], upper[start:stop, start:stop]
+        errors = torch.empty_like(stripe)
+        for j in range(stop - start):
+            codes[start + j], values = nearest(start + j, stripe[j])
+            torch.sub(stripe[j], values, out=errors[j]).div_(pivots[start + j])
+            stripe[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
+        rest[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    return codes
+
+
+def refine(codes: Tensor, target: Tensor, scales: Tensor, gram: Tensor) -> Tensor:
+    """Better codes, by one pass of coordinate descent; arguments as for `round_with_feedback`."""
+    nearest = Nearest(scales)
+    codes, values = codes.clone(), nearest.values(codes)
+    slope = gram @ (values - target)
+    curvature = gram.diagonal().tolist()
+    for start in range(0, len(values), STRIPE):
+        stop = min(start + STRIPE, len(values))
+        near, moved, H = slope[start:stop].clone(), torch.empty_like(slope[start:stop]), gram[start:stop, start:stop]
+        for j in range(stop - start):
+            i = start + j
+            codes[i], best = nearest(i, torch.sub(values[i], near[j], alpha=1 / curvature[i]))
+            torch.sub(best, values[i], out=moved[j])
+            near.addr_(H[:, j], moved[j])
+        slope.addmm_(gram[:, start:stop], moved)
+    return codes
+
+
+def refit_scales(codes: Tensor, target: Tensor, scales: Tensor, gram: Tensor, trust: float = 0.01) -> Tensor:
+    """The best scales for given codes, of a weight whose rows are whole blocks.
+
+    Args:
+        codes, target: (K, N).
+        scales: what they are, (K / block size, N).
+        trust: how much they are held where they are, as a share of the mean curvature.
+
+    Returns:
+        (K / block size, N); some may be negative.
+    """
+    blocks, N = scales.shape
+    size = len(codes) // blocks
+    levels = nf4_levels(codes.device)[codes.int()]
+    parts = levels.view(blocks, size, N)
+    curvature = torch.stack(  # [a, b, n] = what the blocks a and b of row n have to do with each other
+        [((gram[:, b * size : (b + 1) * size] @ parts[b]).view(blocks, size, N) * parts).sum(1) for b in range(blocks)]
+    )
+    rest = target - levels * scales.repeat_interleave(size, 0)
+    slope = ((gram @ rest).view(blocks, size, N) * parts).sum(1)
+    curvature = curvature.permute(2, 0, 1).contiguous()
+    diagonal = curvature.diagonal(dim1=1, dim2=2)
+    diagonal.add_(diagonal.mean(1, keepdim=True).mul(trust).clamp(min=1e-30))  # rows of zeros have none
+    step: Tensor = torch.linalg.solve(curvature, slope.t().unsqueeze(-1)).squeeze(-1)
+    return scales + step.t()
+
+
+class Nearest:
+    """The nearest levels of a weight's columns, with given scales, (K, N); a scale of zero makes zeros."""
+
+    def __init__(self, scales: Tensor) -> None:
+        self.levels = nf4_levels(scales.device)
+        self.midpoints = (self.levels[1:] + self.levels[:-1]) / 2
+        self.scales = scales
+        self.inverse = torch.where(scales == 0, 0.0, 1 / scales)
+
+    def __call__(self, i: int, column: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and values for column i, (N,)."""
+        codes = torch.bucketize(column * self.inverse[i], self.midpoints, out_int32=True)
+        return codes, self.levels[codes] * self.scales[i]
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What codes stand for, (K, N)."""
+        return self.levels[codes.int()] * self.scales
+
+
+def _inverse_factor(gram: Tensor) -> Tensor:
+    """U, upper triangular, with Uᵀ U = H⁻¹, in float64."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor

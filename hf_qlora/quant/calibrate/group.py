@@ -1,0 +1,159 @@
+"""Layers that read the same inputs, rounded together: from weights and Gram matrices to packed codes.
+
+With X the inputs that the quantized model produces, (tokens, K), X₀ those of the model that it stands for, and T the
+weights:
+
+    H = Xᵀ X,   D = Xᵀ X₀,   T' = T + T (D − H)ᵀ (H + μI)⁻¹
+
+T' is the weight whose products X T'ᵀ come nearest to X₀ Tᵀ: it makes up for what earlier layers got wrong. T' is
+rounded: its blocks' absmax, written as they are stored, are the scales; codes are found for these by error feedback,
+the inputs that weigh most first; then the scales are fitted to the codes, written, and the codes gone through again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from bitsandbytes.functional import QuantState
+from torch import Tensor
+
+from hf_qlora.config import NF4Config
+from hf_qlora.quant.calibrate.feedback import damped, refine, refit_scales, round_with_feedback
+from hf_qlora.quant.codebook import nf4_levels
+from hf_qlora.quant.dequantize import block_scales
+from hf_qlora.quant.linear4bit import nest_scales, share_tables
+from hf_qlora.quant.reference import pack
+from hf_qlora.validation import ConfigError
+
+
+Packed = tuple[Tensor, QuantState]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How weights are rounded. The defaults were chosen by `hf-qlora bench calibrated-nf4 --methods`.
+
+    Attributes:
+        correction: make up for what earlier layers got wrong; without it T' = T.
+        damping: λ of H + λI, which codes are sought for, as a share of H's mean diagonal.
+        correction_damping: μ, likewise.
+        order: "activation", the inputs with the largest H first, or "given".
+        refits: how often scales are fitted to the codes, where rows are whole blocks.
+        passes: how often codes are gone through again, after each fit of the scales and at least once.
+    """
+
+    correction: bool = True
+    damping: float = 0.01
+    correction_damping: float = 0.1
+    order: str = "activation"
+    refits: int = 1
+    passes: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("damping", "correction_damping"):
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise ConfigError(f"{name}={value!r} must be a positive number, such as 0.01.")
+        for name in ("refits", "passes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ConfigError(f"{name}={value!r} must be a whole number, 0 or more.")
+        if self.order not in ("activation", "given"):
+            raise ConfigError(f"order={self.order!r} is not known; choose 'activation' or 'given'.")
+
+
+def round_group(
+    weights: Sequence[Tensor],
+    gram: Tensor,
+    cross: Tensor | None,
+    config: NF4Config,
+    method: Method,
+    *,
+    dtype: torch.dtype,
+    scales: Sequence[QuantState] | None = None,
+) -> list[Packed]:
+    """Round the weights of layers that read the same inputs.
+
+    Args:
+        weights: T of each, (out_features, in_features), float32.
+        gram: H, (K, K), float32.
+        cross: D, (K, K), float32; None where X₀ = X.
+        dtype: that the layers compute in.
+        scales: of each weight, to be kept as they are, instead of its own.
+
+    Returns:
+        for each, the packed codes and their state, as `quantize_weight` gives them.
+    """
+    H, widths = damped(gram, method.damping), [len(weight) for weight in weights]
+    target = torch.cat([weight.t() for weight in weights], 1)
+    if method.correction and cross is not None:
+        target = target + _correction(target, gram, cross, method.correction_damping)
+    if scales is None:
+        states = [_state(_absmax(part.t(), config.block_size), part.t().shape, dtype, config)
+                  for part in target.split(widths, 1)]
+    else:
+        states = list(scales)
+    order = gram.diagonal().argsort(descending=True, stable=True) if method.order == "activation" else None
+    spread = _spread(states)
+    codes = round_with_feedback(target, spread, H, order)
+    fits = method.refits if scales is None and target.shape[0] % config.block_size == 0 else 0
+    for _ in range(fits):
+        states = _refitted(codes, target, states, H, config)
+        spread = _spread(states)
+        for _ in range(method.passes):
+            codes = refine(codes, target, spread, H)
+    for _ in range(0 if fits else method.passes):
+        codes = refine(codes, target, spread, H)
+    parts = codes.split(widths, 1)
+    return [(pack(part.t().reshape(-1)).view(-1, 1), state) for part, state in zip(parts, states, strict=True)]
+
+
+def _correction(target: Tensor, gram: Tensor, cross: Tensor, damping: float) -> Tensor:
+    """T' − T, transposed as `target` is, (K, N)."""
+    factor = torch.linalg.cholesky(damped(gram, damping).double())
+    return torch.cholesky_solve(((cross - gram) @ target).double(), factor).to(target.dtype)
+
+
+def _absmax(weight: Tensor, block_size: int) -> Tensor:
+    """The largest magnitude of each block of the flat weight, (blocks,)."""
+    flat = weight.reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size).abs().amax(1)
+
+
+def _state(scales: Tensor, shape: torch.Size, dtype: torch.dtype, config: NF4Config) -> QuantState:
+    """How a weight is packed with given scales, (blocks,), which double quantization may round."""
+    state = QuantState(
+        absmax=scales.contiguous(),
+        shape=shape,
+        dtype=dtype,
+        blocksize=config.block_size,
+        code=nf4_levels(scales.device),
+        quant_type=config.quant_type,
+    )
+    if config.double_quant:
+        nest_scales(state)
+    share_tables(state)
+    return state
+
+
+def _spread(states: Sequence[QuantState]) -> Tensor:
+    """The scale of each weight of all layers side by side, (K, ΣN)."""
+    return torch.cat(
+        [
+            block_scales(state).repeat_interleave(state.blocksize)[: state.shape.numel()].view(state.shape).t()
+            for state in states
+        ],
+        1,
+    )
+
+
+def _refitted(
+    codes: Tensor, target: Tensor, states: Sequence[QuantState], gram: Tensor, config: NF4Config
+) -> list[QuantState]:
+    flat = torch.cat([block_scales(state).view(state.shape[0], -1).t() for state in states], 1)
+    fitted = refit_scales(codes, target, flat, gram).split([state.shape[0] for state in states], 1)
+    return [
+        _state(part.t().reshape(-1), state.shape, state.dtype, config)
+        for part, state in zip(fitted, states, strict=True)
+    ]

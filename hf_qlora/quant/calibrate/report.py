@@ -1,0 +1,131 @@
+"""What a calibrated rounding did: the report, as a table, a dict and JSON.
+
+A layer's error is that of its outputs on the held-out rows, ‖X Q̂ᵀ − X₀ Tᵀ‖ / ‖X₀ Tᵀ‖, with X what the quantized model
+feeds it and X₀ what the model that it stands for does; nearest's is measured on the same X. What rounding to nearest
+loses in a layer depends on what came before it, so that a layer may be worse than nearest and the model better: the
+losses decide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+UNCUT = 200  # columns where no terminal says how many
+
+
+@dataclass(frozen=True)
+class LayerCalibration:
+    """One layer, measured on the held-out rows.
+
+    Attributes:
+        error: of its outputs, relative, as it was rounded.
+        nearest: the same rounded to nearest.
+        dropped: the same with the base's weights, without the adapter; None where nothing was merged.
+        changed: the share of codes that are other than the base's, or, where nothing was merged, than nearest's.
+    """
+
+    name: str
+    error: float
+    nearest: float
+    dropped: float | None
+    changed: float
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """A calibrated rounding, and what it loses.
+
+    Attributes:
+        rows: what it was calibrated on, in words.
+        tokens: how many, without padding and without the held-out rows; 0 for models that read no text.
+        method: as `Method` has it.
+        layers: in the order of the forward.
+        losses: nats a token on the held-out rows, of the model before ("dense"), "nearest" and "calibrated"; empty for
+            models other than causal language models.
+        seconds: of the rounding, without the losses.
+        notes: what else a reader must know.
+    """
+
+    rows: str
+    tokens: int
+    method: dict[str, Any]
+    layers: list[LayerCalibration]
+    losses: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def closed(self) -> float | None:
+        """The share of what rounding to nearest loses that is not lost; None where nearest loses nothing."""
+        gap = self.losses.get("nearest", math.nan) - self.losses.get("dense", math.nan)
+        return (self.losses["nearest"] - self.losses["calibrated"]) / gap if gap > 0 else None
+
+    @property
+    def error(self) -> float:
+        """The mean of the layers' errors."""
+        return sum(layer.error for layer in self.layers) / max(len(self.layers), 1)
+
+    @property
+    def nearest(self) -> float:
+        """The mean of the layers' errors, rounded to nearest."""
+        return sum(layer.nearest for layer in self.layers) / max(len(self.layers), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        return {**dataclasses.asdict(self), "closed": self.closed, "error": self.error, "nearest": self.nearest}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Headings and sentences."""
+        on = f", {self.tokens:,} tokens" if self.tokens else ""
+        found = [("calibrated", f"on {self.rows}{on}, in {self.seconds:.0f} s")]
+        if self.losses:
+            losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self.losses.items())
+            closed = "" if self.closed is None else f": {self.closed:.0%} of what rounding to nearest loses is kept"
+            found.append(("loss", f"{losses} nats a token on held-out rows{closed}"))
+        found.append(("outputs", f"error {self.error:.2%} a layer on held-out rows; nearest {self.nearest:.2%}"))
+        return found + [("note", note) for note in self.notes]
+
+    def show(self, console: Console | None = None) -> None:
+        """Print the lines, and a table by kind of layer."""
+        to = console or Console(width=UNCUT)
+        for name, line in self.lines():
+            to.print(f"{name:<10} {line}", highlight=False, markup=False, soft_wrap=True)
+        to.print(_table(self.layers))
+
+    def __str__(self) -> str:
+        console = Console(width=UNCUT, no_color=True)
+        with console.capture() as captured:
+            self.show(console)
+        return captured.get().rstrip("\n")
+
+
+def _table(layers: list[LayerCalibration]) -> Table:
+    kinds: dict[str, list[LayerCalibration]] = defaultdict(list)
+    for layer in layers:
+        kinds[layer.name.rpartition(".")[2]].append(layer)
+    merged = any(layer.dropped is not None for layer in layers)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("mean of", no_wrap=True)
+    for column in ("layers", "error", "nearest", *(["dropped"] if merged else []), "codes changed", "worse"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for kind, found in kinds.items():
+        n = len(found)
+        cells = [f"{sum(layer.error for layer in found) / n:.2%}", f"{sum(layer.nearest for layer in found) / n:.2%}"]
+        if merged:
+            cells.append(f"{sum(layer.dropped or 0 for layer in found) / n:.2%}")
+        cells.append(f"{sum(layer.changed for layer in found) / n:.1%}")
+        cells.append(str(sum(layer.error > layer.nearest for layer in found)))
+        table.add_row(kind, str(n), *cells)
+    return table

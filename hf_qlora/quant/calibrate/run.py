@@ -1,0 +1,178 @@
+"""Calibrated rounding of a model's layers, from rows to the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from hf_qlora.config import NF4Config
+from hf_qlora.quant.calibrate.group import Packed
+from hf_qlora.quant.calibrate.kept import Kept, key_of
+from hf_qlora.quant.calibrate.loss import evaluating, mean_loss
+from hf_qlora.quant.calibrate.report import CalibrationReport
+from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows, plausible
+from hf_qlora.quant.calibrate.settings import Calibration
+from hf_qlora.quant.calibrate.siblings import Heard, listen
+from hf_qlora.quant.calibrate.streams import OnLayer, Streams
+from hf_qlora.quant.linear4bit import Linear4bit, become_linear4bit, dense_weight, quantize_weight, set_packed
+from hf_qlora.validation import ConfigError
+
+
+logger = logging.getLogger(__name__)
+
+LISTENED_ROWS = 2
+_REPORT = "_hf_qlora_calibration"
+
+
+def checked_calibration(given: Any, model: nn.Module, config: NF4Config) -> Calibration:
+    """A Calibration with rows that fit the model, of one or of whatever `calibration_rows` takes.
+
+    Raises:
+        CalibrationError: rows that cannot be used.
+        ConfigError: a base in FP4, whose levels are not sought here.
+    """
+    if config.quant_type != "nf4":
+        raise ConfigError(f"calibration= rounds to NF4 alone; quant_type is {config.quant_type!r}. Leave it out.")
+    calibration = given if isinstance(given, Calibration) else Calibration(given)
+    rows = calibration_rows(calibration.rows, model, calibration.tokenizer)
+    plausible(model, rows)
+    return dataclasses.replace(calibration, rows=rows)
+
+
+def calibration_report(model: nn.Module) -> CalibrationReport | None:
+    """What the calibrated rounding of this model did; None where there was none since it was loaded."""
+    return getattr(model, _REPORT, None)
+
+
+def calibrate(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear | Conv1D],
+    config: NF4Config,
+    calibration: Calibration,
+    *,
+    base: Mapping[str, Packed] | None = None,
+    on_layer: OnLayer | None = None,
+    delay: float = 0.0,
+) -> CalibrationReport:
+    """Turn dense layers into NF4 ones, calibrated.
+
+    Args:
+        layers: of the model, by name.
+        calibration: as `checked_calibration` gave it.
+        base: packed weights that the layers' weights came from, for merges, by name.
+        on_layer: as for `quantize_model`.
+        delay: seconds before a progress bar is shown.
+
+    Raises:
+        CalibrationError: inputs that are not finite.
+    """
+    rows, started = calibration.rows, time.monotonic()
+    inputs = _inputs(model, rows)
+    losses = {"dense": mean_loss(model, measured_inputs(rows))}
+    with evaluating(model), _without_cache(model):
+        heard = listen(model, layers, {name: tensor[:LISTENED_ROWS] for name, tensor in inputs.items()})
+        kept = None
+        if calibration.resume is not None:
+            settings = (config, calibration.method, calibration.scales)
+            kept = Kept(calibration.resume, key_of(model, rows.fingerprint, settings))
+        with tqdm(total=len(layers), desc="Calibrating NF4", unit="layer", delay=delay, leave=False) as bar:
+            streams = Streams(
+                layers, heard, config, calibration, rows, base=base, on_layer=on_layer, kept=kept, progress=bar
+            )
+            streams.run(model, inputs)
+    uncalibrated = _round_the_rest(layers, config, on_layer)
+    seconds = time.monotonic() - started
+    losses["nearest"] = _nearest_loss(model, layers, streams.nearest, rows)
+    losses["calibrated"] = mean_loss(model, measured_inputs(rows))
+    report = CalibrationReport(
+        rows=rows.source,
+        tokens=rows.tokens,
+        method={**dataclasses.asdict(calibration.method), "scales": calibration.scales},
+        layers=streams.found,
+        losses={name: loss for name, loss in losses.items() if loss is not None},
+        seconds=seconds,
+        notes=_notes(rows, streams, heard, uncalibrated),
+    )
+    setattr(model, _REPORT, report)
+    for note in report.notes:
+        logger.warning("%s", note)
+    return report
+
+
+def measured_inputs(rows: CalibrationRows) -> dict[str, Tensor]:
+    """The held-out rows, or all where none are held out."""
+    return rows.measured if rows.held_out else rows.inputs
+
+
+def _inputs(model: Any, rows: CalibrationRows) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in rows.inputs.items() if name != "labels"}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return inputs
+
+
+@contextmanager
+def _without_cache(model: Any) -> Iterator[None]:
+    """No keys and values are kept for a next token."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before and "use_cache" in inspect.signature(model.forward).parameters:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if before:
+            config.use_cache = before
+
+
+def _round_the_rest(
+    layers: Mapping[str, nn.Linear | Conv1D], config: NF4Config, on_layer: OnLayer | None
+) -> list[str]:
+    """Round to nearest what the rows did not reach; the names."""
+    names = [name for name, layer in layers.items() if not isinstance(layer, Linear4bit)]
+    for name in names:
+        weight = dense_weight(layers[name])
+        quantized = become_linear4bit(layers[name], *quantize_weight(weight, config), config.compute_dtype)
+        if on_layer is not None:
+            on_layer(name, weight, quantized)
+    return names
+
+
+def _nearest_loss(
+    model: nn.Module, layers: Mapping[str, Any], nearest: Mapping[str, Packed], rows: CalibrationRows
+) -> float | None:
+    """The loss with all layers rounded to nearest, which they are for the time of this call."""
+    own = {name: (layers[name].weight.data, layers[name].state) for name in nearest}
+    try:
+        for name, packed in nearest.items():
+            set_packed(layers[name], *packed)
+        return mean_loss(model, measured_inputs(rows))
+    finally:
+        for name, packed in own.items():
+            set_packed(layers[name], *packed)
+
+
+def _notes(rows: CalibrationRows, streams: Streams, heard: Heard, uncalibrated: list[str]) -> list[str]:
+    notes = []
+    if not rows.held_out:
+        notes.append("No rows were held out: the errors are of the rows calibrated on, and say too little.")
+    if streams.singular:
+        notes.append(
+            f"{len(streams.singular)} groups of layers have more inputs than there are tokens ({streams.singular[0]}, "
+            "…): what the tokens say nothing of was left to damping. More rows are better."
+        )
+    if uncalibrated:
+        why = "do not see the rows in their order" if heard.scattered else "were not reached by the rows"
+        notes.append(f"{len(uncalibrated)} layers were rounded to nearest, since they {why} ({uncalibrated[0]}, …).")
+    return notes

@@ -1,0 +1,102 @@
+"""Which layers read the same inputs, and how often each is called: a forward of a few rows, listened to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_qlora.quant.calibrate.errors import CalibrationError
+
+
+Forward = Callable[..., Any]
+
+
+@dataclass
+class Heard:
+    """What was heard.
+
+    Attributes:
+        groups: the names of layers that read one tensor, one after another, in the order of the forward.
+        calls: how often each layer is called.
+        scattered: the layers that do not see the rows in their order, as experts do not.
+    """
+
+    groups: list[list[str]] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
+    scattered: set[str] = field(default_factory=set)
+
+
+def listen(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> Heard:
+    """Run a forward, and hear which layers are called with what.
+
+    Args:
+        inputs: what the model's forward takes, the first dimension rows.
+
+    Raises:
+        CalibrationError: a layer's inputs are not finite; it is named.
+    """
+    heard, rows = Heard(), len(next(iter(inputs.values())))
+    lengths = {1, *(tensor.shape[1] for tensor in inputs.values() if tensor.ndim > 1)}
+    last: list[tuple[Tensor, int]] = []
+
+    def hear(name: str, forward: Forward) -> Forward:
+        def heard_forward(x: Tensor) -> Any:
+            if not x.isfinite().all():
+                raise CalibrationError(
+                    f"The inputs of {name} have NaN or infinite values: the model's own forward is broken on these "
+                    "rows before anything is rounded. Check the checkpoint and its dtype (float16 overflows where "
+                    "bfloat16 does not)."
+                )
+            if not in_rows(x, rows, lengths):
+                heard.scattered.add(name)
+            if not heard.calls[name]:
+                if last and last[0][0] is x and last[0][1] == x._version:
+                    heard.groups[-1].append(name)
+                else:
+                    heard.groups.append([name])
+            last[:] = [(x, x._version)]
+            heard.calls[name] += 1
+            return forward(x)
+
+        return heard_forward
+
+    with replaced_forwards(layers, hear), torch.no_grad():
+        model(**inputs)
+    return heard
+
+
+def in_rows(x: Tensor, rows: int, lengths: set[int]) -> bool:
+    """Whether x, (…, K), has the rows of a batch in their order, flattened or not."""
+    return x.shape[0] == rows or (x.ndim == 2 and x.shape[0] in {rows * length for length in lengths})
+
+
+@contextmanager
+def replaced_forwards(
+    layers: Mapping[str, nn.Module], change: Callable[[str, Forward], Forward]
+) -> Iterator[Callable[[str], None]]:
+    """Put `change(name, forward)` in the place of each layer's forward, for the time of the block.
+
+    Yields:
+        a function that gives a layer its own forward back before that, by name.
+    """
+    own = {name: layer.__dict__.get("forward") for name, layer in layers.items()}  # accelerate's hooks are there
+
+    def restore(name: str) -> None:
+        forward, layer = own.pop(name), layers[name]
+        layer.__dict__.pop("forward", None)
+        if forward is not None:
+            layer.forward = forward
+
+    for name, layer in layers.items():
+        layer.forward = change(name, layer.forward)
+    try:
+        yield restore
+    finally:
+        for name in list(own):
+            restore(name)

@@ -1,0 +1,235 @@
+"""One forward with two streams: the model as it is, and the model as it is being quantized.
+
+Every row goes in twice. A layer multiplies the first half of what it gets, X₀, by its own weight, and the second half,
+X, by the rounded one; everything between the layers treats rows apart, so that the halves stay what two models would
+make of them. When the first of the layers that read the same inputs is called, all of these are rounded, from exactly
+the inputs that the quantized model produces; then the forward goes on. So one forward calibrates any architecture
+whose layers see the rows of a batch in their order, and the memory is that of the model, of one layer's Gram matrices,
+and of the hidden states of all rows.
+
+The last rows are held out: they go through the layers too and are in no Gram matrix, and the errors are theirs.
+
+Rejected: block after block, each run again for each of its layers, as most implementations of GPTQ do. It takes less
+memory for very many rows, and has to know every architecture's blocks and what they are called with.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes.functional import QuantState
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from hf_qlora.config import NF4Config
+from hf_qlora.quant.calibrate.errors import CalibrationError
+from hf_qlora.quant.calibrate.group import Packed, round_group
+from hf_qlora.quant.calibrate.report import LayerCalibration
+from hf_qlora.quant.calibrate.rows import CalibrationRows
+from hf_qlora.quant.calibrate.settings import Calibration
+from hf_qlora.quant.calibrate.siblings import Forward, Heard, in_rows, replaced_forwards
+from hf_qlora.quant.dequantize import dequantize_weight
+from hf_qlora.quant.linear4bit import Linear4bit, become_linear4bit, dense_weight, quantize_weight
+
+
+OnLayer = Callable[[str, Tensor, Linear4bit], None]
+
+TOKENS_AT_A_TIME = 4096  # in the products of a Gram matrix
+
+
+class _Finished(BaseException):
+    """The last layer has been called; heads and losses are not needed."""
+
+
+@dataclass
+class _Rounded:
+    """A layer after its group was rounded, until its last call."""
+
+    packed: Packed
+    nearest: Packed
+    sums: Tensor  # of squares on the held-out rows: error, nearest's, dropped's, and the output's
+    changed: float
+
+
+class Streams:
+    """The layers of a dense model, rounded one group after another while it runs.
+
+    Args:
+        layers: to be rounded, by name.
+        heard: what `siblings.listen` heard.
+        base: packed weights that the layers' weights came from, for merges, by name.
+        on_layer: as for `quantize_model`.
+        kept: rounded groups of an earlier run, and where to keep these.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Linear | Conv1D],
+        heard: Heard,
+        config: NF4Config,
+        calibration: Calibration,
+        rows: CalibrationRows,
+        *,
+        base: Mapping[str, Packed] | None = None,
+        on_layer: OnLayer | None = None,
+        kept: Any = None,
+        progress: Any = None,
+    ) -> None:
+        self.layers, self.config, self.calibration, self.rows = dict(layers), config, calibration, rows
+        self.base, self.on_layer, self.kept = base or {}, on_layer, kept
+        self.group_of = {name: group for group in heard.groups for name in group}
+        self.left = Counter({name: n for name, n in heard.calls.items() if name not in heard.scattered})
+        self.names = [name for group in heard.groups for name in group if name in self.left]
+        self.rounded: dict[str, _Rounded] = {}
+        self.shared: dict[int, tuple[Tensor, Packed]] = {}  # by the parameter's id, which is kept for it
+        self.nearest: dict[str, Packed] = {}
+        self.found: list[LayerCalibration] = []
+        self.singular: list[str] = []
+        self.progress = progress
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+        """Round the layers in one forward.
+
+        Args:
+            inputs: what the forward takes, the held-out rows last; each tensor is doubled here.
+        """
+        twice = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
+        self.count = len(next(iter(twice.values())))
+        self.lengths = {1, *(tensor.shape[1] for tensor in twice.values() if tensor.ndim > 1)}
+        with replaced_forwards({name: self.layers[name] for name in self.names}, self._in_place_of) as self.restore:
+            try:
+                with torch.no_grad():
+                    model(**twice)
+            except _Finished:
+                return
+
+    def _in_place_of(self, name: str, forward: Forward) -> Forward:
+        def both(x: Tensor) -> Tensor:
+            if not in_rows(x, self.count, self.lengths):
+                raise CalibrationError(f"{name} does not see the rows of a batch in their order; add it to skip_modules.")
+            teacher, student = x.chunk(2)
+            if name not in self.rounded:
+                self._round(self.group_of[name], teacher, student)
+            result = torch.cat([forward(teacher), self._product(name, student)])
+            self._measure(name, *result.chunk(2), student)
+            self.left[name] -= 1
+            if not self.left[name]:
+                self._convert(name)
+            if not +self.left:
+                raise _Finished
+            return result
+
+        return both
+
+    def _round(self, group: list[str], teacher: Tensor, student: Tensor) -> None:
+        names = [name for name in group if name in self.left]
+        weights = {name: dense_weight(self.layers[name]) for name in names}
+        packed = self.kept.get(names, student.device) if self.kept else None
+        if packed is None:
+            packed = self._packed(names, weights, teacher, student)
+            if self.kept:
+                self.kept.put(names, packed)
+        for name, own in zip(names, packed, strict=True):
+            nearest = quantize_weight(weights[name], self.config)
+            before = self.base.get(name, nearest)
+            self.rounded[name] = _Rounded(own, nearest, torch.zeros(4, dtype=torch.float64), _changed(own[0], before[0]))
+            self.shared.setdefault(id(self.layers[name].weight), (self.layers[name].weight, own))
+            self.nearest[name] = nearest
+
+    def _packed(
+        self, names: list[str], weights: Mapping[str, Tensor], teacher: Tensor, student: Tensor
+    ) -> list[Packed]:
+        found = {name: self.shared.get(id(self.layers[name].weight), (None, None))[1] for name in names}
+        new = [name for name in names if found[name] is None]
+        if new:
+            gram, cross, tokens = self._grams(teacher, student)
+            if not (gram.isfinite().all() and (cross is None or cross.isfinite().all())):
+                raise CalibrationError(
+                    f"The inputs of {new[0]} have NaN or infinite values after the layers before it were rounded. "
+                    "Load the model in bfloat16 or float32, or leave out the rows that do this."
+                )
+            if tokens < gram.shape[0]:
+                self.singular.append(new[0])
+            scales = [self.base[name][1] for name in new] if self.calibration.scales == "base" else None
+            packed = round_group(
+                [weights[name].float() for name in new],
+                gram,
+                cross,
+                self.config,
+                self.calibration.method,
+                dtype=weights[new[0]].dtype,
+                scales=scales,
+            )
+            found.update(zip(new, packed, strict=True))
+        return [packed for packed in found.values() if packed is not None]
+
+    def _grams(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor | None, int]:
+        """H, D and the number of tokens; D is None where both streams are one."""
+        X0, X = self._tokens(teacher), self._tokens(student)
+        same = torch.equal(X0, X)
+        K = X.shape[-1]
+        gram = torch.zeros(K, K, device=X.device)
+        cross = None if same or not self.calibration.method.correction else torch.zeros_like(gram)
+        for part, part0 in zip(X.split(TOKENS_AT_A_TIME), X0.split(TOKENS_AT_A_TIME), strict=True):
+            part = part.float()
+            gram.addmm_(part.t(), part)
+            if cross is not None:
+                cross.addmm_(part.t(), part0.float())
+        return gram, cross, len(X)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """The calibration rows' inputs, (tokens, K), without padding."""
+        return self._unpadded(x, slice(None, -self.rows.held_out or None))
+
+    def _held_out(self, x: Tensor) -> Tensor:
+        return self._unpadded(x, slice(-self.rows.held_out, None))
+
+    def _unpadded(self, x: Tensor, rows: slice) -> Tensor:
+        count, mask = self.count // 2, self.rows.mask
+        x = x.view(count, -1, x.shape[-1])[rows]
+        if mask is not None and x.shape[1] == mask.shape[1]:
+            return x[mask[rows].to(x.device)]
+        return x.reshape(-1, x.shape[-1])
+
+    def _product(self, name: str, x: Tensor, packed: Packed | None = None) -> Tensor:
+        weight = dequantize_weight(*(packed or self.rounded[name].packed), x.dtype)
+        bias = self.layers[name].bias
+        return nn.functional.linear(x, weight, bias)
+
+    def _measure(self, name: str, expected: Tensor, found: Tensor, student: Tensor) -> None:
+        rounded, x = self.rounded[name], self._held_out(student)
+        y = self._held_out(expected).float()
+        others = [self._product(name, x, rounded.nearest)]
+        if name in self.base:
+            others.append(self._product(name, x, self.base[name]))
+        outputs = [self._held_out(found), *others]
+        squares = [(output.float() - y).double().square().sum() for output in outputs]
+        squares += [torch.zeros_like(squares[0])] * (3 - len(squares))
+        rounded.sums += torch.stack([*squares, y.double().square().sum()]).cpu()
+
+    def _convert(self, name: str) -> None:
+        """The layer becomes NF4; its dense weight goes."""
+        layer, rounded = self.layers[name], self.rounded.pop(name)
+        weight = dense_weight(layer)
+        self.restore(name)
+        quantized = become_linear4bit(layer, *rounded.packed, self.config.compute_dtype)
+        if self.on_layer is not None:
+            self.on_layer(name, weight, quantized)
+        error, nearest, dropped = (rounded.sums[:3] / rounded.sums[3].clamp(min=1e-300)).sqrt().tolist()
+        self.found.append(
+            LayerCalibration(name, error, nearest, dropped if name in self.base else None, rounded.changed)
+        )
+        if self.progress is not None:
+            self.progress.set_postfix_str(f"{name}: {error:.2%}, nearest {nearest:.2%}", refresh=False)
+            self.progress.update()
+
+
+def _changed(packed: Tensor, before: Tensor) -> float:
+    """The share of codes that differ."""
+    differ = packed.view(-1) ^ before.view(torch.uint8).view(-1)
+    return float(((differ >> 4) != 0).sum() + ((differ & 15) != 0).sum()) / (2 * differ.numel())
