@@ -149,8 +149,8 @@ def _as_rows(packed: Packed, name: str, reader: Reader, model: Any, size: Size) 
     every = [*packed.rows, *packed.held_out]
     if len(packed.rows) < LEAST_ROWS:
         raise CalibrationError(
-            f"{name} gives {len(packed.rows)} rows of {size.length} tokens to calibrate on; at least {LEAST_ROWS} rows "
-            f"and {LEAST_TOKENS} tokens are needed. Give more text, or a smaller length."
+            f"{name} gives {len(packed.rows)} rows of {size.length} tokens to calibrate on; at least {LEAST_ROWS} "
+            f"rows and {LEAST_TOKENS} tokens are needed. Give more text, or a smaller length."
         )
     longest = max(map(len, every))
     pad = getattr(reader.tokenizer, "pad_token_id", None) or 0
