@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,7 @@ def test_chats_go_through_the_template() -> None:
     tokenizer = byte_tokenizer(chat=True)
     rows = [{"prompt": f"{n} plus one?", "completion": f"It is {n + 1}."} for n in range(40)]
     ids = calibration_rows(rows, tokenizer=tokenizer, rows=16, length=32, held_out=0).inputs["input_ids"]
-    said = [piece for piece in tokenizer.decode(ids.flatten()).split("<|end|>")[1:-1]]
-    assert said[:2] == sorted(said[:2], reverse=said[0].startswith("user"))
+    said = tokenizer.decode(ids.flatten()).split("<|end|>")[1:-1]
     assert {text.split(":")[0] for text in said} == {"user", "assistant"}  # and no EOS behind the template's own
     with pytest.raises(CalibrationError, match="chat template cannot render an example"):
         calibration_rows(rows, tokenizer=byte_tokenizer())
@@ -379,8 +378,8 @@ def test_enough_rows_are_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None
 
 
 @pytest.fixture
-def rows() -> Iterator[CalibrationRows]:
-    yield calibration_rows(torch.randint(1, VOCAB, (12, 32)), held_out=3)
+def rows() -> CalibrationRows:
+    return calibration_rows(torch.randint(1, VOCAB, (12, 32)), held_out=3)
 
 
 def test_an_untrained_model_is_plausible(rows: CalibrationRows) -> None:
