@@ -475,6 +475,72 @@ def quant_report(
         raise typer.Exit(INTERRUPTED) from None
 
 
+@app.command("quantize")
+def quantize(
+    model: Annotated[str, typer.Argument(help="A folder, or a Hub id, of a dense model.")],
+    output: Annotated[Path, typer.Option(help="Folder for the quantized model: new or empty.")],
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            help="Fit the rounding to text: a .txt, .jsonl or .json file, a folder of them, or, with the datasets "
+            "package, a Hub id, as me/data:split. A column is named behind it, as rows.jsonl#body."
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=2, help="Of text, to calibrate on.")] = 64,
+    length: Annotated[int, typer.Option(min=8, help="Of a row, in tokens.")] = 256,
+    held_out: Annotated[int, typer.Option(min=0, help="Further rows, to measure on.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of rows.")] = 0,
+    block_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
+    no_double_quant: Annotated[
+        bool, typer.Option("--no-double-quant", help="Keep the scales in float32, not in 8 bits.")
+    ] = False,
+    skip_modules: Annotated[
+        list[str] | None, typer.Option(help="Leave modules of that name dense, beside heads; give it again for more.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default what the model's config says.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; CUDA where there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a saved model in OUTPUT.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write the whole report into this .json file.")] = None,
+) -> None:
+    """Quantize a saved model to NF4, as bitsandbytes and transformers load it; calibrated on text, if it is given."""
+    from hf_qlora import NF4Config
+    from hf_qlora.config.record import write_json
+    from hf_qlora.quantize_files import quantize_files
+
+    try:
+        if report is not None:
+            _make_place(report)
+        skipped = {} if skip_modules is None else {"skip_modules": tuple(skip_modules)}
+        config = NF4Config(double_quant=not no_double_quant, block_size=block_size, **skipped)
+        with _terminated_as_interrupted():
+            found = quantize_files(
+                model,
+                output,
+                config,
+                calibrate=calibrate,
+                rows=rows,
+                length=length,
+                held_out=held_out,
+                seed=seed,
+                dtype=dtype,
+                device=device,
+                overwrite=overwrite,
+            )
+    except (ImportError, OSError, ValueError) as error:
+        raise _misused(str(error)) from None
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped; {output} is as it was.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    typer.echo(str(found))
+    if report is not None:
+        try:
+            write_json(report, found.to_dict())
+        except OSError as error:
+            raise _misused(f"The model is in {output}, but its report could not be written: {error}.") from None
+
+
 @app.command("merge")
 def merge_adapter(
     adapter: Annotated[str, typer.Argument(help="A folder, or a Hub id; of this package or of stock PEFT.")],

@@ -84,7 +84,7 @@ def describe(model: nn.Module, config: QLoRAConfig, adapter: str, saved: Collect
     if config.inference_mode and record.get("quantization") == config.to_dict()["quantization"]:
         return {key: record[key] for key in ("base", "fingerprint") if key in record}  # it was trained there
     base = _base_of(model)
-    result: dict[str, Any] = {"base": _description(base)}
+    result: dict[str, Any] = {"base": description(base)}
     in_file = {wrapped_name(name.removeprefix("base_model.model.")) for name in saved}
     if not _changes_base(config):
         _warn_of_change(base, adapter, in_file)
@@ -123,7 +123,7 @@ def check(model: nn.Module, config: QLoRAConfig, adapter: str, record: dict[str,
     if result.verdict == "rounding":
         _say_rounded(source, result)
     elif result.verdict == "differs":
-        message = _message(source, result, record.get("base", {}), _description(base))
+        message = _message(source, result, record.get("base", {}), description(base))
         if on_mismatch == "error":
             raise BaseModelError(message)
         logger.warning("%s", message)
@@ -179,7 +179,7 @@ def _changes_base(config: QLoRAConfig) -> bool:
     return isinstance(init, str) and init.startswith(CHANGES_BASE)
 
 
-def _description(base: Any) -> dict[str, str | None]:
+def description(base: Any) -> dict[str, str | None]:
     """What can be said of a base without reading its weights; a path on this machine is nobody's business."""
     config = getattr(base, "config", None)
     name = str(getattr(base, "name_or_path", None) or "")

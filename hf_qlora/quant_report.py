@@ -6,24 +6,16 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
 
 from hf_qlora import plots
 from hf_qlora.config import NF4Config
 from hf_qlora.config.nf4 import COMPUTE_DTYPES
 from hf_qlora.config.record import write_json
-from hf_qlora.merge.names import first_sentence
-from hf_qlora.merge.skeleton import class_named
-from hf_qlora.merge.sources import base_source
+from hf_qlora.merge.load import load_model
 from hf_qlora.quant import report_text, skip_list
 from hf_qlora.quant.scheme import QUANT_TYPES, grid
 from hf_qlora.quant.survey import quantization_report
 from hf_qlora.validation import ConfigError
-
-
-class LoadError(ValueError):
-    """A model that cannot be loaded; the message says why."""
 
 
 def show(
@@ -51,7 +43,7 @@ def show(
     """
     config = NF4Config(block_size=block_sizes[0])
     _check(config, block_sizes, budget, dtype, json, plot)
-    loaded = load(model, dtype)
+    loaded = load_model(model, dtype)
     found = quantization_report(loaded, config, block_sizes=block_sizes, budget=budget)
     to = console or Console(width=None if sys.stdout.isatty() else report_text.UNCUT)
     report_text.show(found, to, every_layer)
@@ -62,25 +54,6 @@ def show(
     if plot is not None:
         found.plot(plot)
         to.print(f"Drawn in {plot}", highlight=False, markup=False)
-
-
-def load(model: str, dtype: str | None) -> PreTrainedModel:
-    """A model of the class that its config names, with all of its weights."""
-    folder = base_source(model, None)
-    try:
-        cls = class_named(AutoConfig.from_pretrained(folder).architectures or ())
-        if cls is None:
-            raise LoadError(f"The config of {model} names no class of transformers in 'architectures'.")
-        loaded, found = cls.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-        )
-    except (ImportError, OSError, RuntimeError, KeyError, SafetensorError) as error:
-        raise LoadError(f"{model} cannot be loaded: {first_sentence(error)}") from error
-    lacking = sorted(found["missing_keys"])
-    if lacking:
-        raise LoadError(f"{model} lacks {len(lacking)} of its weights: {lacking[0]}, …")
-    result: PreTrainedModel = loaded.eval()
-    return result
 
 
 def _check(

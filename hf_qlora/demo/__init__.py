@@ -18,11 +18,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from hf_qlora.data.errors import short
 from hf_qlora.demo.chats import TASK, read_chats
 from hf_qlora.demo.errors import DemoError
 from hf_qlora.demo.examples import choose, typical
 from hf_qlora.demo.models import answer, default_model, load_chat_model, perplexity
-from hf_qlora.demo.report import Report, quiet_libraries, short
+from hf_qlora.demo.report import Report, quiet_libraries
 from hf_qlora.demo.settings import Settings, check_output
 from hf_qlora.demo.steps import merge, quantize, save_and_reload, train
 

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from hf_qlora.demo.chats import TASK, Messages
-from hf_qlora.demo.errors import DemoError, first_line
+from hf_qlora.data.chats import Messages, render
+from hf_qlora.data.errors import DataError
+from hf_qlora.demo.chats import TASK
+from hf_qlora.demo.errors import DemoError, explained
 from hf_qlora.demo.settings import Settings
 
 
@@ -58,13 +59,9 @@ def typical(examples: Sequence[Example]) -> Example:
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Example:
     """Render a chat with the tokenizer's template; question and answer are tokenized apart, as in generation."""
-    try:
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, ValueError) as error:
-        raise DemoError(
-            f"The model's chat template cannot render an example: {first_line(error)} Choose a model made for chat."
-        ) from error
+    with explained(DataError):
+        prompt = render(tokenizer, messages[:-1], add_generation_prompt=True)
+        whole = render(tokenizer, messages)
     said = messages[-1]["content"]
     # Templates that open the answer otherwise when it is still to come (with a thought) are no prefix of the whole.
     end = whole.removeprefix(prompt) if whole.startswith(prompt) else said + (tokenizer.eos_token or "")

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_qlora import assets
-from hf_qlora.demo.errors import DemoError, explained, first_line, offline
+from hf_qlora.data.errors import first_line, offline
+from hf_qlora.demo.errors import DemoError, explained
 from hf_qlora.demo.examples import NO_LABEL, Example, collate
 
 

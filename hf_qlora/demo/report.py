@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -52,8 +51,3 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()  # "Loading weights", a second or two for a small model
     # PEFT 0.21 asks for an attribute that transformers 5.23 has renamed; both know.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-
-
-def short(text: str) -> str:
-    """A text on one line of at most 240 characters."""
-    return textwrap.shorten(text, 240, placeholder=" …") or "(nothing)"

@@ -91,7 +91,7 @@ def add_adapter(
     licence_fields = {"license": licence} if licence else of_base
     facts = {
         "method": _method(config),
-        "base": _linked(name, config.revision),
+        "base": linked(name, config.revision),
         "adapter": _table(model, config, adapter),
         "scales": _scales(model, adapter, config),
         "picture": PICTURE if picture and _draw(model, adapter, config, folder / PICTURE) else None,
@@ -181,7 +181,7 @@ def _method(config: QLoRAConfig) -> str:
     return f"A {kind} adapter{' scaled by depth' if depth_scaled else ''}"
 
 
-def _linked(name: str, revision: str | None) -> str:
+def linked(name: str, revision: str | None) -> str:
     """The base as others may know it; the folder that it lies in on this machine is nobody's business."""
     if not name:
         return "a base without a name"
@@ -200,7 +200,7 @@ def _table(model: PeftModel, config: QLoRAConfig, adapter: str) -> dict[str, str
     kinds = [name for name in ("use_rslora", "use_dora") if getattr(config, name)]
     others = [name for name in model.peft_config if name != adapter]
     rows = {
-        "Base, quantized": _quantization(cast("NF4Config | None", config.quantization)),
+        "Base, quantized": quantization_of(cast("NF4Config | None", config.quantization)),
         "Rank, alpha": f"{config.r}, {config.lora_alpha}" + "".join(f", {card.code(kind)}" for kind in kinds),
         "Ranks of their own": _patterns(config.rank_pattern),
         "Alphas of their own": _patterns(config.alpha_pattern),
@@ -218,7 +218,7 @@ def _table(model: PeftModel, config: QLoRAConfig, adapter: str) -> dict[str, str
     return {name: value for name, value in rows.items() if value}
 
 
-def _quantization(config: NF4Config | None) -> str:
+def quantization_of(config: NF4Config | None) -> str:
     if config is None:
         return "no"
     scales = "scales in 8 bits (double quantization)" if config.double_quant else "scales in float32"

@@ -25,6 +25,7 @@ layers' own merge (`layers/linear.py`) does the arithmetic. `merge` works on a m
     layerwise.py the same merge, from tensors to tensors
     seen.py      the base that is read, against the one trained on
     sources.py   folders and Hub ids of adapters and bases
+    load.py      a model of the class that its config names
     stream.py    merge_files
 """
 

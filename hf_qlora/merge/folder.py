@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,8 +47,11 @@ MODEL = (CONFIG_NAME, SAFE_WEIGHTS_NAME, "model-?????-of-?????.safetensors", SAF
 REPORT_KEYS = {"onto", "base", "adapters", "layers", "kept"}  # of `MergeReport.to_dict`
 
 
-def check_folder(target: Path, overwrite: bool) -> None:
+def check_folder(target: Path, overwrite: bool, known: Collection[str] = ()) -> None:
     """Refuse an output folder that cannot be taken.
+
+    Args:
+        known: names of further files that may be in it, because the caller writes or keeps them.
 
     Raises:
         MergeError: a file; a folder with things in it, which are not to be overwritten, or not all of a saved model.
@@ -61,7 +64,9 @@ def check_folder(target: Path, overwrite: bool) -> None:
         raise MergeError(
             f"{target} is not empty; name a new folder, or replace the model in it: overwrite=True (--overwrite)."
         )
-    foreign = next((path.name for path in sorted(target.iterdir()) if not _is_of_model(path)), None)
+    foreign = next(
+        (path.name for path in sorted(target.iterdir()) if not (path.name in known or _is_of_model(path))), None
+    )
     if foreign is None and not (target / CONFIG_NAME).is_file():
         foreign = f"no {CONFIG_NAME}"
     if foreign is not None:
@@ -72,8 +77,11 @@ def check_folder(target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+def whole_folder(target: Path, overwrite: bool, known: Collection[str] = ()) -> Iterator[Path]:
     """Give an empty folder to fill, and put it in the target's place if nothing was raised.
+
+    Args:
+        known: see `check_folder`.
 
     Raises:
         MergeError: see `check_folder`.
@@ -82,14 +90,14 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     target = Path(os.path.abspath(target))
     with _told(target):
         _repair(target)
-        check_folder(target, overwrite)
+        check_folder(target, overwrite, known)
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.merging-"))
     try:
         with _told(target, stage):
             yield stage
         with _told(target):
-            check_folder(target, overwrite)  # it took a while
+            check_folder(target, overwrite, known)  # it took a while
             _give_default_permissions(stage)
             _put(stage, target)
     finally:
@@ -105,9 +113,7 @@ def _told(target: Path, stage: Path | None = None) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else None
         if stage is not None and isinstance(error, OSError) and not _is_of_writing(error, stage):
             raise
-        raise OSError(
-            number, f"Saving the merged model in {target} failed: {error}. What was there is unchanged."
-        ) from error
+        raise OSError(number, f"Saving the model in {target} failed: {error}. What was there is unchanged.") from error
 
 
 def _is_of_writing(error: OSError, stage: Path) -> bool:

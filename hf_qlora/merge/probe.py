@@ -6,15 +6,14 @@ beside it that of the unmerged model with the adapter switched off. The share th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
+from hf_qlora.data.tokenizer import reads_text, tokenizer_of, vocabulary_of
 from hf_qlora.layers.errors import MergeError
 
 
@@ -55,11 +54,11 @@ def rows(model: nn.Module, texts: Texts | None, tokenizer: Any) -> tuple[list[Te
     Raises:
         MergeError: texts that are no strings or token ids of the model, or strings and no tokenizer.
     """
-    if "input_ids" not in inspect.signature(model.forward).parameters:
+    if not reads_text(model):
         if texts is not None:
             raise MergeError(f"texts were given, but {type(model).__name__} reads no token ids; leave them out.")
         return [], "not measured: the model reads no text"
-    vocabulary, reader = _vocabulary(model), tokenizer or _tokenizer_of(model)
+    vocabulary, reader = vocabulary_of(model), tokenizer or tokenizer_of(model)
     if texts is not None:
         texts = [texts] if isinstance(texts, str) else texts
         if not len(texts):
@@ -119,17 +118,3 @@ def _ids(text: str | Sequence[int], tokenizer: Any, vocabulary: int) -> Tensor:
     if not row.numel() or int(row.min()) < 0 or int(row.max()) >= vocabulary:
         raise MergeError(f"texts: a row has no tokens, or ids outside 0 to {vocabulary - 1}, the model's vocabulary.")
     return row
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
-
-
-def _tokenizer_of(model: Any) -> Any:
-    name = getattr(model, "name_or_path", "")
-    if not name:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):  # none there, or not a whole one
-        return None

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from hf_qlora.data.chats import as_messages
 from hf_qlora.demo import DemoError, Settings
-from hf_qlora.demo.chats import as_messages, read_chats
+from hf_qlora.demo.chats import read_chats
 from hf_qlora.demo.examples import NO_LABEL, Example, choose, collate, encode, typical
 
 

@@ -180,7 +180,7 @@ def test_errors_in_reading_are_not_called_errors_in_saving(tmp_path: Path) -> No
         with pytest.raises(type(error)) as found, whole_folder(tmp_path / "merged", overwrite=False):
             raise error
         assert found.value is error
-    with pytest.raises(OSError, match="Saving the merged model"), whole_folder(tmp_path / "merged", False) as stage:
+    with pytest.raises(OSError, match="Saving the model"), whole_folder(tmp_path / "merged", False) as stage:
         (stage / "no" / "file").write_text("")
 
 
@@ -195,9 +195,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, saved: Callable[..., 
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
-        with pytest.raises(
-            OSError, match=r"Saving the merged model in .*merged failed: .*What was there is unchanged"
-        ):
+        with pytest.raises(OSError, match=r"Saving the model in .*merged failed: .*What was there is unchanged"):
             merge_files(str(adapter), target, base=str(base), overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

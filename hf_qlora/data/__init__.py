@@ -1,0 +1,8 @@
+"""Text to train or calibrate on: from files, folders and the Hub, as documents or chats, and the tokenizer of a model.
+
+errors.py     what cannot be read
+files.py      .txt, .jsonl and .json files, folders of them, and data sets of the Hub
+chats.py      rows in the usual layouts, as chats
+documents.py  rows as documents: a text, a chat, or token ids
+tokenizer.py  the tokenizer that lies with a model
+"""

@@ -1,0 +1,69 @@
+"""Rows of a data set as chats: lists of messages whose last one is the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import TemplateError
+
+from hf_qlora.data.errors import DataError, first_line, short
+
+
+UNDERSTOOD = "messages; prompt and completion; or instruction and output"
+
+Messages = list[dict[str, str]]
+
+
+def as_messages(row: Mapping[str, Any], understood: str = UNDERSTOOD) -> Messages:
+    """A row as a chat that ends with the assistant's answer.
+
+    Args:
+        understood: the columns that the caller reads, for the message.
+
+    Raises:
+        DataError: columns that are not understood, or no such chat in them.
+    """
+    if "messages" in row:
+        messages = row["messages"]
+    elif {"prompt", "completion"} <= row.keys():
+        messages = exchange(row["prompt"], row["completion"])
+    elif {"instruction", "output"} <= row.keys():
+        question = [str(row[name]) for name in ("instruction", "input") if row.get(name)]
+        messages = exchange("\n\n".join(question), row["output"])
+    else:
+        raise DataError(f"The data set has the columns {', '.join(row) or 'none'}; understood are {understood}.")
+    if not _is_chat(messages):
+        raise DataError(
+            f"A row is no chat of 'role' and 'content' that ends with the assistant's answer: {short(str(messages))}"
+        )
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def exchange(question: Any, answer: Any) -> Messages:
+    """Two texts, or two lists of messages, as one chat."""
+    said = (("user", question), ("assistant", answer))
+    return [m for role, text in said for m in (text if isinstance(text, list) else [{"role": role, "content": text}])]
+
+
+def render(tokenizer: Any, messages: Messages, **options: Any) -> str:
+    """A chat as one text, by the tokenizer's template.
+
+    Raises:
+        DataError: there is none, or it refuses the chat.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except (TemplateError, ValueError) as error:
+        raise DataError(
+            f"The model's chat template cannot render an example: {first_line(error)} Choose a model made for chat."
+        ) from error
+
+
+def _is_chat(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and len(messages) > 1
+        and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and "role" in m for m in messages)
+        and messages[-1]["role"] == "assistant"
+    )

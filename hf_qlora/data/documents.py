@@ -1,0 +1,100 @@
+"""Documents: texts, chats, or token ids, out of rows, files, folders and data sets of the Hub.
+
+A source is named by one string: `speeches.txt`, a folder, `chats.jsonl`, `me/data`, `me/data:validation`. A column is
+named behind it, `rows.jsonl#body`; without one it is `text`, or a chat in one of the usual layouts. A .txt file is one
+document, each row of anything else is one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_qlora.data.chats import UNDERSTOOD, Messages, as_messages
+from hf_qlora.data.errors import DataError, short
+from hf_qlora.data.files import hub_rows, json_rows, read_text
+
+
+SUFFIXES = (".txt", ".jsonl", ".json")
+FILES = "a .txt, .jsonl or .json file nor a folder with some"
+COLUMNS = f"text; {UNDERSTOOD}; or input_ids"
+LONGEST_NAME = 300
+
+Document = str | Messages | list[int]
+
+
+def read_documents(source: str, seed: int = 0) -> tuple[list[Document], str]:
+    """The documents of a source, and its name without the folders on this machine.
+
+    Args:
+        seed: of the rows that are drawn from a data set on the Hub.
+
+    Raises:
+        DataError: nothing of that name, no documents in it, a file that is not read, or a column that is not there.
+    """
+    path, column = Path(source), None
+    if "\n" in source or len(source) > LONGEST_NAME:
+        raise DataError(f"{short(source)!r} is a text and no name of a file or data set; give a list of texts.")
+    if not path.exists() and "#" in source:
+        name, _, column = source.rpartition("#")
+        source, path = name, Path(name)
+    if path.is_file():
+        found = _of_file(path, column)
+    elif path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        if not files:
+            raise DataError(f"The folder {path} has no files that end in {', '.join(SUFFIXES)}.")
+        found = [document for file in files for document in _of_file(file, column)]
+    elif _is_path(source):
+        raise DataError(f"The file {source} is not there.")
+    else:
+        name, _, split = source.partition(":")
+        found = [document_of(row, column) for row in hub_rows(name, split or "train", seed, FILES)]
+        return found, source
+    return found, path.absolute().name
+
+
+def document_of(row: Any, column: str | None = None) -> Document:
+    """A row as a document.
+
+    Raises:
+        DataError: columns that are not understood, or not of text.
+    """
+    if isinstance(row, str):
+        return row
+    if not isinstance(row, Mapping):
+        raise DataError(f"A row is neither a text nor has it columns, but {short(repr(row))}")
+    if column is not None and column not in row:
+        raise DataError(f"There is no column {column!r}; found are {', '.join(map(str, row)) or 'none'}.")
+    for name in (column,) if column is not None else ("text", "input_ids"):
+        if name in row:
+            return _value(name, row[name])
+    return as_messages(row, COLUMNS)
+
+
+def _value(name: str, value: Any) -> Document:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence) and value and isinstance(value[0], Mapping):
+        return as_messages({"messages": list(value)})
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Sequence) and all(type(token) is int for token in value):
+        return list(value)
+    raise DataError(f"The column {name!r} has no text, chat or token ids, but {short(repr(value))}")
+
+
+def _of_file(file: Path, column: str | None) -> list[Document]:
+    if file.suffix == ".txt":
+        return [read_text(file)]
+    if file.suffix not in SUFFIXES:
+        raise DataError(f"{file} is not read; name a file that ends in {', '.join(SUFFIXES)}, or a folder of them.")
+    return [document_of(row, column) for row in json_rows(file)]
+
+
+def _is_path(source: str) -> bool:
+    return (
+        source.startswith((".", "~", os.sep)) or "\\" in source or source.count("/") > 1 or source.endswith(SUFFIXES)
+    )

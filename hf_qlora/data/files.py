@@ -1,0 +1,81 @@
+"""Rows of JSON files, and of data sets that the `datasets` package finds."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_qlora.data.errors import DataError, first_line, offline, short
+
+
+MAX_ROWS = 20_000  # of a data set on the Hub
+
+
+def read_text(file: Path) -> str:
+    """A file's text.
+
+    Raises:
+        DataError: it is not UTF-8, or not to be read.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as text in UTF-8: {first_line(error)}") from error
+
+
+def json_lines(file: Path) -> Iterator[Mapping[str, Any]]:
+    """The objects of a file with one on each line; empty lines are none.
+
+    Raises:
+        DataError: a line that is no JSON object, by its number.
+    """
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{file}, line {number} is not JSON: {error.msg}.") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{file}, line {number} is no JSON object, but {short(line)}")
+            yield row
+
+
+def json_rows(file: Path) -> list[Any]:
+    """The elements of a file that is one JSON list, or the objects of one with an object on each line.
+
+    Raises:
+        DataError: see `json_lines`.
+    """
+    text = read_text(file)
+    if text.lstrip()[:1] != "[":
+        return list(json_lines(file))
+    try:
+        found: list[Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}, line {error.lineno} is not JSON: {error.msg}.") from error
+    return found
+
+
+def hub_rows(name: str, split: str, seed: int, local: str, limit: int = MAX_ROWS) -> list[Mapping[str, Any]]:
+    """At most `limit` rows, drawn by the seed, of what `datasets.load_dataset` finds.
+
+    Args:
+        local: what `name` might have been instead, for the message.
+
+    Raises:
+        DataError: no `datasets` package; nothing of that name, or not to be had.
+    """
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise DataError(
+            f"{name!r} is neither {local}. For data sets of the Hub and other files: pip install datasets"
+        ) from error
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot load the data set {name!r}: {first_line(error)}{offline()}") from error
+    return list(rows.shuffle(seed=seed).select(range(min(len(rows), limit))))

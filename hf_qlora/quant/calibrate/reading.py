@@ -1,0 +1,196 @@
+"""What a user gives to calibrate on, as inputs of a model: documents that are cut into rows, or rows as they are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_qlora.data.documents import Document, document_of, read_documents
+from hf_qlora.data.errors import short
+from hf_qlora.data.files import MAX_ROWS
+from hf_qlora.data.tokenizer import tokenizer_of
+from hf_qlora.quant.calibrate.batches import join_batches
+from hf_qlora.quant.calibrate.checks import positions_of
+from hf_qlora.quant.calibrate.errors import CalibrationError
+from hf_qlora.quant.calibrate.loss import base_of, is_causal_lm
+from hf_qlora.quant.calibrate.packing import (
+    LEAST_ROWS,
+    LEAST_TOKENS,
+    Packed,
+    Reader,
+    Size,
+    in_order,
+    is_ids,
+    one_a_row,
+    pack,
+)
+
+
+logger = logging.getLogger(__name__)
+
+KINDS = (
+    "a file, a folder or a data set's id; a list of texts or of lists of token ids; a tensor of token ids (rows, "
+    "length); a datasets.Dataset; a list of dicts of tensors or a DataLoader"
+)
+
+Read = tuple[dict[str, Tensor], int, str]  # inputs, how many rows are held out, and words for reports
+
+
+def read(data: Any, model: nn.Module | None, tokenizer: Any, size: Size) -> Read:
+    """Rows out of whatever was given; see `calibration_rows`."""
+    if isinstance(data, Tensor):
+        if data.ndim != 2:
+            raise CalibrationError(f"A tensor of shape {tuple(data.shape)} was given; token ids are (rows, length).")
+        return _ready([{"input_ids": data}], model, size, "a tensor")
+    if isinstance(data, Mapping) and _is_batch(data):
+        return _ready([data], model, size, "a batch")
+    if isinstance(data, str | Path):
+        documents, name = read_documents(str(data), size.seed)
+        return _of_documents(documents, name, model, tokenizer, size)
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        what = f"a {type(data).__name__} with {', '.join(map(str, data))}" if isinstance(data, Mapping) else repr(data)
+        raise CalibrationError(f"{short(what)} cannot be calibrated on; give {KINDS}.")
+    if iter(data) is data:
+        raise CalibrationError(
+            f"A {type(data).__name__} can be gone through once only, and calibration goes on where it was "
+            "interrupted; give a list, or what the iterator is made from."
+        )
+    first = next(iter(data), None)
+    if first is None:
+        raise CalibrationError(f"There is nothing to calibrate on: the {type(data).__name__} is empty.")
+    if _is_batch(first):
+        return _ready(data, model, size, "batches")
+    return _of_documents(_documents_in(data, size), _described(data), model, tokenizer, size)
+
+
+def _is_batch(value: Any) -> bool:
+    """Whether it is a dict of tensors with rows; one row alone, as data sets have them, is a document."""
+    if not isinstance(value, Mapping):
+        return False
+    ids = value.get("input_ids")
+    tensors = [tensor for tensor in value.values() if isinstance(tensor, Tensor)]
+    return bool(tensors) and not (isinstance(ids, Tensor) and ids.ndim == 1)
+
+
+def _documents_in(data: Iterable[Any], size: Size) -> list[Document]:
+    if hasattr(data, "shuffle") and hasattr(data, "select"):  # a datasets.Dataset
+        data = data.shuffle(seed=size.seed).select(range(min(len(data), MAX_ROWS)))  # type: ignore[arg-type]
+    found: list[Document] = []
+    for number, item in enumerate(data):
+        if number == MAX_ROWS:
+            logger.info("Of the documents the first %d are read.", MAX_ROWS)
+            break
+        found.append(_document(number, item))
+    return found
+
+
+def _document(number: int, item: Any) -> Document:
+    if isinstance(item, str | Mapping):
+        return document_of(item)
+    if isinstance(item, Tensor) and item.ndim == 1 and not item.is_floating_point():
+        return [int(token) for token in item.tolist()]
+    if isinstance(item, Sequence) and all(isinstance(token, int) for token in item):
+        return list(item)
+    raise CalibrationError(
+        f"Element {number} is {short(repr(item))}, no text, no list of token ids and no dict; give {KINDS}."
+    )
+
+
+def _described(data: Any) -> str:
+    return f"a {type(data).__name__}" if type(data).__module__.startswith("datasets") else "given documents"
+
+
+def _of_documents(documents: list[Document], name: str, model: nn.Module | None, tokenizer: Any, size: Size) -> Read:
+    positions = None if model is None else positions_of(model)
+    if positions is not None and size.length > positions:
+        raise CalibrationError(
+            f"length={size.length} is more than the model's {positions} positions; give {positions} or less."
+        )
+    ordered = in_order(documents, size.seed)
+    if not ordered:
+        raise CalibrationError(f"{name} has {len(documents)} documents, all of them empty.")
+    reader = _reader(ordered, model, tokenizer)
+    joined = model is None or is_causal_lm(model)
+    packed = (pack if joined else one_a_row)(ordered, reader, size)
+    if packed.cut:
+        logger.warning(
+            "The held-out rows are the end of the longest document: %s has %d documents, too few or too short to keep "
+            "whole ones from calibration.",
+            name,
+            len(ordered),
+        )
+    return _as_rows(packed, name, reader, model, size)
+
+
+def _reader(documents: list[Document], model: nn.Module | None, tokenizer: Any) -> Reader:
+    texts = not all(map(is_ids, documents))
+    if tokenizer is None and texts and model is not None:
+        tokenizer = tokenizer_of(base_of(model))
+    if tokenizer is None and texts:
+        raise CalibrationError(
+            "The data are texts, and no tokenizer lies with the model; pass tokenizer=, or give token ids."
+        )
+    eos = getattr(tokenizer, "eos_token_id", None)
+    if tokenizer is None:
+        eos = getattr(getattr(model, "config", None), "eos_token_id", None)
+        eos = eos[0] if isinstance(eos, list | tuple) and eos else eos
+    bos = getattr(tokenizer, "bos_token_id", None) if texts else None
+    if bos is not None and tokenizer("a")["input_ids"][:1] != [bos]:
+        bos = None
+    return Reader(tokenizer, eos, bos)
+
+
+def _as_rows(packed: Packed, name: str, reader: Reader, model: Any, size: Size) -> Read:
+    every = [*packed.rows, *packed.held_out]
+    if len(packed.rows) < LEAST_ROWS:
+        raise CalibrationError(
+            f"{name} gives {len(packed.rows)} rows of {size.length} tokens to calibrate on; at least {LEAST_ROWS} "
+            f"rows and {LEAST_TOKENS} tokens are needed. Give more text, or a smaller length."
+        )
+    longest = max(map(len, every))
+    pad = getattr(reader.tokenizer, "pad_token_id", None) or 0
+    ids, mask = torch.full((len(every), longest), pad), torch.zeros(len(every), longest, dtype=torch.long)
+    for number, row in enumerate(every):
+        ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs |= {"decoder_input_ids": ids.clone(), "decoder_attention_mask": mask.clone()}
+    kept = len(packed.held_out)
+    held = f", and {kept} held out" if kept else ""
+    long = "" if all(len(row) == longest for row in every) else "up to "
+    return inputs, kept, (f"{len(packed.rows)} rows of {long}{longest} tokens from {name}{held}")
+
+
+def _ready(batches: Iterable[Any], model: Any, size: Size, name: str) -> Read:
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    joined, more = join_batches(batches, size.rows + size.held_out, labels=bool(is_encoder_decoder))
+    inputs = _without_padding_rows(joined)
+    count = len(next(iter(inputs.values())))
+    for name in {"input_ids", "attention_mask"} & inputs.keys():
+        if "input_ids" in inputs and not inputs[name].is_floating_point():
+            inputs[name] = inputs[name].long()
+    if more:
+        logger.info("Of %s the first %d rows are used; rows= takes more.", name, count)
+    kept = f", the last {size.held_out} held out" if size.held_out else ""
+    width = f" of {inputs['input_ids'].shape[1]} tokens" if "input_ids" in inputs else ""
+    return inputs, size.held_out, (f"{count} rows{width} from {name}{kept}")
+
+
+def _without_padding_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without rows that are nothing but padding."""
+    if "attention_mask" not in inputs:
+        return inputs
+    full = inputs["attention_mask"].flatten(1).any(1)
+    count = len(full)
+    if not bool(full.any()):
+        raise CalibrationError(
+            f"All {count} rows are padding, by their attention_mask; give rows with tokens, or the right mask."
+        )
+    if not bool(full.all()):
+        logger.warning("%d of %d rows are nothing but padding and are left out.", int((~full).sum()), count)
+    return {name: value[full] for name, value in inputs.items()}

@@ -1,0 +1,127 @@
+"""Documents out of files, folders and data sets; and what is said of others."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_qlora.data import files
+from hf_qlora.data.documents import document_of, read_documents
+from hf_qlora.data.errors import DataError
+
+
+CHAT = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two."}]
+ROWS = [{"text": "a"}, {"text": "b"}]
+
+
+def lines(rows: list[Any]) -> str:
+    return "\n".join(map(json.dumps, rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "one\n\ntwo\n", ["one\n\ntwo\n"]),
+        ("a.jsonl", lines(ROWS), ["a", "b"]),
+        ("a.json", lines(ROWS), ["a", "b"]),
+        ("a.json", json.dumps(ROWS), ["a", "b"]),
+        ("a.json", json.dumps(["a", "b"]), ["a", "b"]),
+        ("a.jsonl", lines([{"prompt": "one?", "completion": "two."}]), [CHAT]),
+        ("a.jsonl", lines([{"text": "a", "prompt": "one?", "completion": "two."}]), ["a"]),
+        ("a.jsonl", lines([{"input_ids": [3, 4], "labels": [3, 4]}]), [[3, 4]]),
+    ],
+)
+def test_a_file_is_its_documents(tmp_path: Path, name: str, content: str, expected: list[Any]) -> None:
+    (tmp_path / name).write_text(content)
+    assert read_documents(str(tmp_path / name)) == (expected, name)
+
+
+def test_a_column_is_named_behind_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(lines([{"text": "no", "body": "yes", "said": CHAT}]))
+    assert read_documents(f"{file}#body")[0] == ["yes"]
+    assert read_documents(f"{file}#said")[0] == [CHAT]
+    (tmp_path / "c#.txt").write_text("a file of that name")
+    assert read_documents(str(tmp_path / "c#.txt"))[0] == ["a file of that name"]
+
+
+def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "a.jsonl").write_text(lines(ROWS[:1]))
+    (tmp_path / "README.md").write_text("not read")
+    assert read_documents(str(tmp_path)) == (["a", "b"], tmp_path.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "source", "message"),
+    [
+        ("a.txt", "", "{}/b.txt", "The file {}/b.txt is not there."),
+        ("a.csv", "", "{}/a.csv", "{}/a.csv is not read; name a file that ends in .txt, .jsonl, .json"),
+        ("a.csv", "", "{}", "The folder {} has no files that end in .txt"),
+        ("a.jsonl", '{"text": "a"}\n{"te', "{}/a.jsonl", "{}/a.jsonl, line 2 is not JSON"),
+        ("a.json", '[{"text": "a"},\n{"te', "{}/a.json", "{}/a.json, line 2 is not JSON"),
+        ("a.jsonl", "3", "{}/a.jsonl", "{}/a.jsonl, line 1 is no JSON object, but 3"),
+        ("a.json", "[3]", "{}/a.json", "A row is neither a text nor has it columns, but 3"),
+        ("a.jsonl", '{"a": 1, "b": 2}', "{}/a.jsonl", "has the columns a, b; understood are text; messages; prompt"),
+        ("a.jsonl", '{"a": 1, "b": 2}', "{}/a.jsonl#text", "There is no column 'text'; found are a, b."),
+        ("a.jsonl", '{"a": 1, "b": 2}', "{}/a.jsonl#a", "The column 'a' has no text, chat or token ids, but 1"),
+        ("a.txt", "", "A text.\nAnd more.", "'A text. And more.' is a text and no name of a file"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: str, source: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=re.escape(message.replace("{}", str(tmp_path)))):
+        read_documents(source.replace("{}", str(tmp_path)))
+
+
+def test_bytes_that_are_no_utf8_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"a\.txt cannot be read as text in UTF-8"):
+        read_documents(str(tmp_path / "a.txt"))
+
+
+class Rows(list[Any]):
+    """What is used of `datasets.Dataset`."""
+
+    def shuffle(self, seed: int) -> Rows:
+        return self
+
+    def select(self, numbers: range) -> Rows:
+        return Rows(self[number] for number in numbers)
+
+
+def test_data_sets_are_left_to_the_datasets_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, split: str) -> Rows:
+        asked.append((name, split))
+        if name != "me/data":
+            raise FileNotFoundError(f"Dataset {name!r} doesn't exist on the Hub.\nMore about that.")
+        return Rows({"text": f"{n}", "body": f"b{n}"} for n in range(5))
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert read_documents("me/data") == ([f"{n}" for n in range(5)], "me/data")
+    assert read_documents("me/data:test#body")[0] == [f"b{n}" for n in range(5)]
+    assert asked == [("me/data", "train"), ("me/data", "test")]
+    with pytest.raises(DataError, match=r"^Cannot load the data set 'me/none': Dataset 'me/none' doesn't exist on"):
+        read_documents("me/none")
+    assert len(files.hub_rows("me/data", "train", 0, "", limit=3)) == 3
+
+
+def test_without_the_datasets_package_the_pip_line_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"'me/data' is neither a .txt, .jsonl or .json file .* pip install datasets"):
+        read_documents("me/data")
+
+
+def test_token_ids_of_any_kind_are_a_document() -> None:
+    assert document_of({"input_ids": torch.tensor([1, 2])}) == document_of({"input_ids": (1, 2)}) == [1, 2]
+    with pytest.raises(DataError, match="has no text, chat or token ids"):
+        document_of({"input_ids": [0.5]})

@@ -1,0 +1,401 @@
+"""The rows that calibration reads: which documents they are of, what they are held to, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers as tf
+from architectures import VOCAB, bert, gpt2, llama
+from byte_tokenizer import byte_tokenizer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding
+
+from hf_qlora.quant.calibrate.errors import CalibrationError
+from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows, plausible
+
+
+END, START = 0, 257  # of the byte tokenizer
+
+
+def documents(count: int = 40, length: int = 20) -> list[list[int]]:
+    """Document i is token i + 1, over and over."""
+    return [[number + 1] * length for number in range(count)]
+
+
+def sentences(count: int = 40) -> list[str]:
+    return [f"This is sentence number {number}, and it says {number * 7}." for number in range(count)]
+
+
+def with_tokenizer(model: Any, folder: Path, **settings: bool) -> Any:
+    """The model as if it had been loaded from a folder with a tokenizer."""
+    byte_tokenizer(**settings).save_pretrained(folder)
+    model.name_or_path = str(folder)
+    return model
+
+
+def pieces(rows: Tensor) -> list[list[int]]:
+    """What is between one EOS and the next in rows that follow each other, without the first and the last."""
+    found: list[list[int]] = [[]]
+    for token in rows.flatten().tolist():
+        if token == END:
+            found.append([])
+        else:
+            found[-1].append(token)
+    return found[1:-1]
+
+
+# ── Documents ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_no_document_is_in_both_parts() -> None:
+    found = calibration_rows(documents(), tokenizer=byte_tokenizer(), rows=16, length=16, held_out=4)
+    ids = found.inputs["input_ids"]
+    assert (ids.shape, ids.dtype, found.held_out, found.count) == ((20, 16), torch.int64, 4, 20)
+    calibrated, measured = (
+        set(part["input_ids"].unique().tolist()) - {END} for part in (found.calibration, found.measured)
+    )
+    assert not calibrated & measured
+    assert len(measured) >= 3  # documents of 20 tokens and their end, in 4 rows of 16
+    assert found.calibration["input_ids"].equal(ids[:16])
+    assert found.measured["input_ids"].equal(ids[16:])
+
+
+def test_rows_are_whole_documents_joined_by_eos() -> None:
+    given = documents()
+    found = calibration_rows(given, tokenizer=byte_tokenizer(), rows=24, length=16, held_out=0)
+    joined = pieces(found.inputs["input_ids"])
+    assert len(joined) > 15
+    assert all(piece in given for piece in joined)
+    assert bool(found.inputs["attention_mask"].all())
+    assert found.tokens == 24 * 16
+
+
+def test_the_seed_chooses() -> None:
+    options: dict[str, Any] = {"tokenizer": byte_tokenizer(), "rows": 8, "length": 16, "held_out": 2}
+    first, again, other = (calibration_rows(documents(), seed=seed, **options) for seed in (0, 0, 1))
+    assert first.inputs["input_ids"].equal(again.inputs["input_ids"])
+    assert first.fingerprint == again.fingerprint
+    assert not first.inputs["input_ids"].equal(other.inputs["input_ids"])
+    assert len({first.fingerprint, other.fingerprint, CalibrationRows(first.inputs, 1, "").fingerprint}) == 3
+
+
+def test_a_document_that_is_there_twice_counts_once() -> None:
+    given = documents(10) * 4
+    found = calibration_rows(given, tokenizer=byte_tokenizer(), rows=64, length=8, held_out=4)
+    measured = set(found.measured["input_ids"].unique().tolist()) - {END}
+    assert not measured & set(found.calibration["input_ids"].unique().tolist())
+    assert found.tokens <= 10 * 21
+
+
+def test_rows_begin_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
+    model = with_tokenizer(llama(), tmp_path, start=True)
+    ids = calibration_rows(sentences(), model, rows=8, length=32, held_out=2).inputs["input_ids"]
+    assert ids.shape == (10, 32)
+    assert bool((ids[:, 0] == START).all())
+    assert int((ids == START).sum()) == len(ids)
+    assert ids[0].tolist()[1:].count(END) <= 1
+    plain = calibration_rows(sentences(), with_tokenizer(llama(), tmp_path), rows=8, length=32, held_out=2)
+    assert plain.inputs["input_ids"][0, :31].equal(ids[0, 1:])
+
+
+def test_a_single_document_is_cut_and_its_end_held_out(caplog: pytest.LogCaptureFixture) -> None:
+    text = list(range(1, 401))
+    found = calibration_rows([text], rows=64, length=16, held_out=8)
+    rows = found.inputs["input_ids"]
+    assert rows[:-2].flatten().tolist() == text[: (400 - 2 * 16) // 16 * 16]
+    assert rows[-2:].flatten().tolist() == text[-32:]  # 8 of 72 rows, where there are 25
+    assert "The held-out rows are the end of the longest document" in caplog.text
+    assert "There are 23 rows to calibrate on and 2 held out, where 64 and 8 were asked for." in caplog.text
+
+
+def test_the_end_of_a_long_document_is_held_out_and_rows_are_drawn_from_all_the_rest() -> None:
+    text = [1 + number % 499 for number in range(100_000)]
+    ids = calibration_rows([text], rows=64, length=16, held_out=8).inputs["input_ids"]
+    assert ids[64:].flatten().tolist() == text[-8 * 16 :]
+    place = {tuple(text[i : i + 16]): i for i in range(0, 100_000 - 128, 16)}  # each 499 rows the same again
+    found = [place[tuple(row.tolist())] for row in ids[:64]]
+    assert len(set(found)) > 32
+
+
+def test_a_book_among_sentences_stays_with_the_rest() -> None:
+    """Held out, it would leave nothing to calibrate on."""
+    for seed in range(5):
+        given = [[400] * 5000, *documents(30, 16)]
+        found = calibration_rows(given, rows=64, length=16, held_out=8, seed=seed)
+        assert 400 not in found.measured["input_ids"].unique().tolist()
+        assert found.held_out == 8
+
+
+def test_chats_go_through_the_template() -> None:
+    tokenizer = byte_tokenizer(chat=True)
+    rows = [{"prompt": f"{n} plus one?", "completion": f"It is {n + 1}."} for n in range(40)]
+    ids = calibration_rows(rows, tokenizer=tokenizer, rows=16, length=32, held_out=0).inputs["input_ids"]
+    said = tokenizer.decode(ids.flatten()).split("<|end|>")[1:-1]
+    assert {text.split(":")[0] for text in said} == {"user", "assistant"}  # and no EOS behind the template's own
+    with pytest.raises(CalibrationError, match="chat template cannot render an example"):
+        calibration_rows(rows, tokenizer=byte_tokenizer())
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "list", "Dataset", "IterableDataset", "tokenized"])
+def test_all_ways_to_give_documents_mean_the_same(kind: str, tmp_path: Path) -> None:
+    texts, tokenizer = sentences(), byte_tokenizer()
+    options: dict[str, Any] = {"tokenizer": tokenizer, "rows": 8, "length": 32, "held_out": 2}
+    expected = set(calibration_rows(texts, **options).inputs["input_ids"].unique().tolist())
+    rows = [{"text": text, "id": number} for number, text in enumerate(texts)]
+    given: Any = texts
+    if kind == "txt":
+        for number, text in enumerate(texts):
+            (tmp_path / f"{number:02}.txt").write_text(text)
+        given = tmp_path
+    elif kind == "jsonl":
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        given = str(tmp_path / "a.jsonl")
+    elif kind == "Dataset":
+        given = datasets.Dataset.from_list(rows)
+    elif kind == "IterableDataset":
+        given = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    elif kind == "tokenized":
+        given = [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
+    found = calibration_rows(given, **options)
+    assert found.inputs["input_ids"].shape == (10, 32)
+    decoded = tokenizer.decode(found.inputs["input_ids"].flatten())
+    assert len([text for text in texts if text in decoded]) >= 4
+    assert set(found.inputs["input_ids"].unique().tolist()) <= expected | set(range(1, 257))
+    name = {"txt": tmp_path.name, "jsonl": "a.jsonl"}.get(kind, "a " if "Dataset" in kind else "given documents")
+    assert found.source.startswith(f"8 rows of 32 tokens from {name}")
+    assert found.source.endswith(", and 2 held out")
+
+
+def test_an_encoder_gets_one_document_a_row_as_its_tokenizer_makes_it(tmp_path: Path) -> None:
+    model = with_tokenizer(bert(), tmp_path, pair=True)
+    texts = sentences()
+    found = calibration_rows(texts, model, rows=16, length=40, held_out=4)
+    ids, mask = found.inputs["input_ids"], found.inputs["attention_mask"]
+    tokenizer = byte_tokenizer(pair=True)
+    expected = tokenizer(texts, truncation=True, max_length=40, padding=True, return_tensors="pt")
+    known = {tuple(row.tolist()) for row in expected["input_ids"]}
+    assert len(ids) == 20
+    assert {tuple(row.tolist()) for row in ids} <= known
+    assert len({tuple(row.tolist()) for row in ids}) == 20
+    assert mask.equal((torch.arange(ids.shape[1])[None] < mask.sum(1, keepdim=True)).long())
+    assert bool((ids[mask.bool()] != END).all())
+    assert found.mask is not None
+    assert found.mask.equal(mask.bool())
+    assert found.tokens == int(mask[:16].sum())
+
+
+def test_an_encoder_with_a_decoder_decodes_the_document_too(tmp_path: Path) -> None:
+    config = tf.T5Config(d_model=64, d_ff=64, num_layers=1, num_heads=2, d_kv=32, vocab_size=VOCAB)
+    model = with_tokenizer(tf.T5ForConditionalGeneration(config).eval(), tmp_path, pair=True)
+    found = calibration_rows(sentences(), model, rows=8, length=40, held_out=2)
+    assert found.inputs["decoder_input_ids"].equal(found.inputs["input_ids"])
+    assert model(**found.measured).logits.isfinite().all()
+
+
+# ── Rows that are ready ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_tensor_is_rows_as_they_are() -> None:
+    given = torch.randint(1, VOCAB, (12, 32))
+    found = calibration_rows(given.int(), llama(), rows=64, length=256, held_out=3)
+    assert found.inputs["input_ids"].equal(given)
+    assert found.inputs["input_ids"].dtype == torch.int64
+    assert found.measured["input_ids"].equal(given[-3:])
+    assert found.source == "12 rows of 32 tokens from a tensor, the last 3 held out"
+    assert calibration_rows(given, rows=5, held_out=2).inputs["input_ids"].equal(given[:7])
+
+
+def test_a_loaders_batches_are_joined_and_padded_on_the_right() -> None:
+    tokenizer = byte_tokenizer()
+    given = [tokenizer(text[: 8 + 5 * number]) for number, text in enumerate(sentences(9))]
+    loader = DataLoader(given, batch_size=2, collate_fn=DataCollatorWithPadding(tokenizer))  # type: ignore[arg-type]
+    found = calibration_rows(loader, llama(), held_out=2)
+    for row, mask, item in zip(found.inputs["input_ids"], found.inputs["attention_mask"], given, strict=True):
+        assert row[mask.bool()].tolist() == item["input_ids"]
+        assert mask.tolist() == [1] * len(item["input_ids"]) + [0] * (len(mask) - len(item["input_ids"]))
+    assert found.tokens == sum(len(item["input_ids"]) for item in given[:-2])
+
+
+def test_batches_of_different_length_without_a_mask_get_one() -> None:
+    given = [{"input_ids": torch.ones(4, length, dtype=torch.long), "labels": torch.ones(4)} for length in (32, 8)]
+    found = calibration_rows(given, llama(), held_out=1)
+    assert set(found.inputs) == {"input_ids", "attention_mask"}
+    assert found.inputs["attention_mask"].sum(1).tolist() == [32] * 4 + [8] * 4
+    assert found.inputs["input_ids"].equal(found.inputs["attention_mask"])
+
+
+def test_images_are_rows() -> None:
+    images = torch.randn(6, 3, 32, 32)
+    found = calibration_rows([{"pixel_values": part} for part in images.split(4)], vit(), rows=4, held_out=2)
+    assert found.inputs["pixel_values"].equal(images)
+    assert (found.text, found.tokens, found.mask) == (False, 0, None)
+    assert plausible(vit(), found) is None
+
+
+def test_rows_of_padding_are_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    mask = torch.ones(10, 32, dtype=torch.long)
+    mask[[2, 5]] = 0
+    batch = {"input_ids": torch.arange(320).reshape(10, 32), "attention_mask": mask}
+    found = calibration_rows(batch, llama(), held_out=2)
+    assert found.inputs["input_ids"][:, 0].tolist() == [32 * n for n in (0, 1, 3, 4, 6, 7, 8, 9)]
+    assert "2 of 10 rows are nothing but padding and are left out." in caplog.text
+
+
+def test_rows_are_checked_and_returned() -> None:
+    rows = calibration_rows(torch.randint(300, VOCAB, (12, 32)), held_out=3)
+    assert calibration_rows(rows, llama()) is rows
+    with pytest.raises(CalibrationError, match="knows 0 to 299: the text was tokenized for another tokenizer"):
+        calibration_rows(rows, llama(vocab_size=300))
+    with pytest.raises(CalibrationError, match="ViTForImageClassification reads no input_ids"):
+        calibration_rows(rows, vit())
+
+
+# ── What is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def vit() -> nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return tf.ViTForImageClassification(tf.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=3)).eval()
+
+
+def images_with_nan() -> list[dict[str, Tensor]]:
+    images = torch.zeros(10, 3, 32, 32)
+    images[3, 0, 0, 0] = torch.nan
+    return [{"pixel_values": images}]
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (lambda: ids(10, 32), {"rows": 1}, "rows=1 must be a whole number of at least 2."),
+        (lambda: ids(10, 32), {"length": 4}, "length=4 must be a whole number of at least 8."),
+        (lambda: ids(10, 32), {"held_out": -1}, "held_out=-1 must be a whole number of at least 0."),
+        (lambda: ids(10, 32), {"seed": None}, "seed=None must be a whole number of at least 0."),
+        (lambda: ids(8, 32), {}, "held_out=8 of 8 rows leaves none to calibrate on"),
+        (lambda: ids(9, 32), {}, "There are 1 rows with 32 tokens that are no padding to calibrate on and 8 held out"),
+        (lambda: ids(10, 32), {}, "at least 2 rows and, of text, 128 tokens are needed"),
+        (lambda: ids(320), {}, "A tensor of shape (320,) was given; token ids are (rows, length)."),
+        (lambda: torch.ones(16, 32), {}, "input_ids are of shape (16, 32) and torch.float32; they must be whole"),
+        (lambda: ids(16, 32) * VOCAB, {}, f"input_ids has ids from {VOCAB} to {VOCAB}, and LlamaForCausalLM knows 0"),
+        (lambda: -ids(16, 32), {}, "input_ids has ids from -1 to -1"),
+        (
+            lambda: {"input_ids": ids(16, 32), "attention_mask": 0 * ids(16, 32)},
+            {},
+            "All 16 rows are padding, by their attention_mask",
+        ),
+        (lambda: {"input_ids": ids(16, 32), "attention_mask": ids(16, 8)}, {}, "attention_mask is of shape (16, 8)"),
+        (lambda: [{"input_ids": ids(16, 32), "x": ids(3)}], {}, "not all as many rows: {'input_ids': 16, 'x': 3}"),
+        (lambda: [{"input_ids": ids(16, 32)}, ids(16, 32)], {"rows": 40}, "Batch 1 is no dict of tensors"),
+        (lambda: [{"input_ids": ids(16, 32)}, {"x": ids(3)}], {"rows": 40}, "Batch 1 has ['x'], and batch 0 ['atten"),
+        (lambda: [{"input_ids": ids(16, 32), "n": 3}], {}, "Batch 0 has n=3, which is no tensor with rows"),
+        (lambda: {"input_ids": [[1, 2], [3]]}, {}, "a dict with input_ids cannot be calibrated on; give a file"),
+        (lambda: 3, {}, "3 cannot be calibrated on; give a file, a folder or a data set's id"),
+        (lambda: iter(sentences()), {}, "A list_iterator can be gone through once only"),
+        (lambda: (text for text in sentences()), {}, "A generator can be gone through once only"),
+        (list, {}, "There is nothing to calibrate on: the list is empty."),
+        (lambda: ["", " \n"], {}, "given documents has 2 documents, all of them empty."),
+        (lambda: [[], []], {}, "given documents has 2 documents, all of them empty."),
+        (lambda: [[1, 2], 3.5], {}, "Element 1 is 3.5, no text, no list of token ids and no dict"),
+        (lambda: ["a text"], {}, "The data are texts, and no tokenizer lies with the model; pass tokenizer="),
+        (lambda: [[1] * 300], {}, "given documents gives 0 rows of 256 tokens to calibrate on; at least 2 rows"),
+        (lambda: [{"a": 1}], {}, "has the columns a; understood are text; messages"),
+        (lambda: "./nowhere.txt", {}, "The file ./nowhere.txt is not there."),
+        (lambda: documents(), {"length": 4096}, "length=4096 is more than the model's 2048 positions"),
+        (lambda: ids(16, 4096), {}, "The rows have 4096 tokens and LlamaForCausalLM 2048 positions"),
+    ],
+)
+def test_what_cannot_be_calibrated_on_is_said(data: Callable[[], Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CalibrationError, match=re.escape(message)):
+        calibration_rows(data(), llama(), **options)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (images_with_nan, "pixel_values has NaN or infinite values; clean the data."),
+        (lambda: ids(16, 32), "ViTForImageClassification reads no input_ids, and the rows are of text; give batches"),
+        (lambda: [{"images": torch.zeros(16, 3, 32, 32)}], "There"),
+        (
+            lambda: [{"pixel_values": torch.zeros(8, 3, n, n)} for n in (16, 32)],
+            "pixel_values has rows of shapes [(3, 16, 16), (3, 32, 32)], which cannot be joined",
+        ),
+        (lambda: [{"pixel_values": torch.zeros(9, 3, 32, 32)}], "There are 1 rows to calibrate on and 8 held out"),
+    ],
+)
+def test_images_that_cannot_be_calibrated_on_are_said(data: Callable[[], Any], message: str) -> None:
+    if message == "There":  # its forward takes further names
+        assert "kwargs" in str(vit().forward.__code__.co_varnames)
+        return
+    with pytest.raises(CalibrationError, match=re.escape(message)):
+        calibration_rows(data(), vit())
+
+
+def test_inputs_that_a_model_does_not_take_are_named() -> None:
+    class Plain(nn.Module):
+        def forward(self, pixels: Tensor) -> Tensor:
+            return pixels
+
+    calibration_rows([{"pixels": torch.zeros(16, 3)}], Plain())
+    with pytest.raises(CalibrationError, match=re.escape("Plain does not take ['images']; it takes pixels.")):
+        calibration_rows([{"images": torch.zeros(16, 3)}], Plain())
+
+
+def test_positions_are_those_of_the_family() -> None:
+    with pytest.raises(CalibrationError, match="length=256 is more than the model's 64 positions; give 64 or less"):
+        calibration_rows(documents(), gpt2())
+
+
+def test_fewer_rows_than_asked_for_are_said_and_used(caplog: pytest.LogCaptureFixture) -> None:
+    found = calibration_rows(documents(20), tokenizer=byte_tokenizer(), rows=64, length=16, held_out=8)
+    total = 20 * 21 // 16
+    assert total - 3 <= found.count <= total
+    assert found.held_out >= 1
+    assert (
+        f"There are {found.count - found.held_out} rows to calibrate on and {found.held_out} held out" in caplog.text
+    )
+
+
+def test_enough_rows_are_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        calibration_rows(documents(), tokenizer=byte_tokenizer(), rows=16, length=16, held_out=4)
+    assert not caplog.records
+
+
+# ── Plausible ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def rows() -> CalibrationRows:
+    return calibration_rows(torch.randint(1, VOCAB, (12, 32)), held_out=3)
+
+
+def test_an_untrained_model_is_plausible(rows: CalibrationRows) -> None:
+    model = llama()
+    loss = plausible(model, rows)
+    expected = model(**rows.measured, labels=rows.measured["input_ids"]).loss.item()
+    assert loss == pytest.approx(expected, rel=1e-5)  # float32, summed in another order
+    nothing_held_out = CalibrationRows(rows.inputs, 0, "")
+    few = {name: value[:4] for name, value in rows.inputs.items()}
+    expected = model(**few, labels=few["input_ids"]).loss.item()
+    assert plausible(model, nothing_held_out) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [40.0, float("nan")])
+def test_a_model_that_does_worse_than_guessing_is_refused(rows: CalibrationRows, scale: float) -> None:
+    model = llama()
+    model.lm_head.weight.data *= scale
+    with pytest.raises(CalibrationError, match=r"nats a token, and guessing among its tokens has 6\.21: the text was"):
+        plausible(model, rows)

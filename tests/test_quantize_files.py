@@ -1,0 +1,357 @@
+"""`hf-qlora quantize` writes what `quantize_model` makes, for stock transformers to read; or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from architectures import VOCAB, bert, gpt2, llama, tokens
+from byte_tokenizer import byte_tokenizer
+from merging import differences, logits
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner, Result
+
+from hf_qlora import NF4Config, QLoRAConfig, cli, quantize_files, quantize_model
+from hf_qlora.config.fingerprint import Fingerprint
+from hf_qlora.quant.fingerprint import take_fingerprint
+
+
+# Stock transformers and bitsandbytes, in a process where this package cannot be imported.
+STOCK = """
+import sys
+from pathlib import Path
+
+sys.modules["hf_qlora"] = None
+import torch, transformers
+from safetensors.torch import load_file, save_file
+
+folder, kind, probe = sys.argv[1:]
+torch.set_num_threads(1)
+model = getattr(transformers, kind).from_pretrained(folder, dtype="auto").eval()
+layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+assert layers and all(type(layer).__module__ == "bitsandbytes.nn.modules" for layer in layers)
+for layer in layers:
+    layer.support_avx512bf16_for_cpu = False  # repacking for such processors rounds the scales
+with torch.no_grad():
+    found = model(input_ids=load_file(probe)["ids"]).logits
+save_file({"logits": found.float()}, probe)
+print(len(layers), model.dtype)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """The offset of nested scales depends on the number of threads; and tiny models are slower on two."""
+    torch.set_num_threads(1)
+
+
+def invoke(*arguments: str | Path) -> Result:
+    settings = {"COLUMNS": "200", "NO_COLOR": "1"}
+    return CliRunner().invoke(cli.app, ["quantize", *map(str, arguments)], env=settings)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A dense model with a tokenizer, a generation config and a card."""
+    base = tmp_path / "base"
+    model: Any = llama().to(torch.bfloat16)
+    model.generation_config.top_k = 7
+    model.save_pretrained(base)
+    byte_tokenizer(chat=True).save_pretrained(base)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# The base\n")
+    return base
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "out" / "nf4"
+
+
+def test_without_calibration_it_is_what_quantize_model_makes(folder: Path, target: Path) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    result = invoke(folder, "--output", target, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    expected = quantize_model(AutoModelForCausalLM.from_pretrained(folder))
+    found = AutoModelForCausalLM.from_pretrained(target)
+    assert not differences(found, expected)
+    assert len([key for key in found.state_dict() if "quant_state" in key]) == 14
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert found.generation_config.top_k == 7
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert tokenizer("a b").input_ids == byte_tokenizer()("a b").input_ids
+    assert tokenizer.chat_template == byte_tokenizer(chat=True).chat_template
+    assert [path.name for path in target.parent.iterdir()] == ["nf4"]
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "dtype", "settings"),
+    [
+        (llama, "AutoModelForCausalLM", torch.float32, NF4Config()),
+        (llama, "AutoModelForCausalLM", torch.bfloat16, NF4Config()),
+        (llama, "AutoModelForCausalLM", torch.float32, NF4Config(double_quant=False, block_size=128)),
+        (llama, "AutoModelForCausalLM", torch.float32, NF4Config(skip_modules=("down_proj",))),
+        (gpt2, "AutoModelForCausalLM", torch.float32, NF4Config()),
+        (bert, "AutoModelForSequenceClassification", torch.float32, NF4Config()),
+    ],
+    ids=["float32", "bfloat16", "other settings", "dense layers", "gpt2", "bert"],
+)
+def test_stock_transformers_computes_the_same_logits(
+    make: Callable[[], nn.Module], kind: str, dtype: torch.dtype, settings: NF4Config, tmp_path: Path
+) -> None:
+    model: Any = make().to(dtype)
+    model.save_pretrained(tmp_path / "base")
+    quantize_files.quantize_files(str(tmp_path / "base"), tmp_path / "nf4", settings, device="cpu")
+    ids, probe = tokens(), tmp_path / "probe.safetensors"
+    save_file({"ids": ids}, probe)
+    command = [sys.executable, "-c", STOCK, str(tmp_path / "nf4"), kind, str(probe)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    expected = logits(quantize_model(model, settings), ids)
+    count = sum(type(module).__name__ == "Linear4bit" for module in model.modules())
+    assert child.stdout.splitlines()[-1] == f"{count} {dtype}"
+    # The same codes and products in the same dtype: bitsandbytes may add in another order than we do.
+    tolerance = 2e-6 if dtype is torch.float32 else 2**-7
+    found = load_file(probe)["logits"]
+    assert float((found - expected).abs().max() / expected.abs().max()) <= tolerance
+
+
+def test_an_adapter_trained_on_it_refers_to_it(
+    folder: Path, target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quantize_files.quantize_files(str(folder), target, device="cpu")
+    base = AutoModelForCausalLM.from_pretrained(target)
+    config = QLoRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(base, config)
+    model.save_pretrained(tmp_path / "adapter")
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(target)
+    record = json.loads((target / "hf_qlora_quantization.json").read_text())
+    assert saved["hf_qlora"]["fingerprint"] == record["fingerprint"]
+    ids = tokens()
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype="auto")
+    assert logits(again, ids).equal(logits(model, ids))
+    assert "was trained on another base" not in caplog.text
+
+
+def test_what_is_written_beside_it_says_what_it_is(folder: Path, target: Path, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "report.json"
+    result = invoke(folder, "--output", target, "--device", "cpu", "--report", file)
+    assert result.exit_code == 0, result.output
+    written = json.loads((target / "hf_qlora_quantization.json").read_text())
+    assert json.loads(file.read_text()) == written
+    assert Fingerprint.from_dict(written["fingerprint"]) == take_fingerprint(
+        AutoModelForCausalLM.from_pretrained(target)
+    )
+    assert written["quantization"] == NF4Config(compute_dtype="bfloat16").to_dict()
+    assert (written["calibration"], written["report"]) == (None, None)
+    assert written["base"] == {"id": None, "commit": None, "class": "LlamaForCausalLM", "dtype": "bfloat16"}
+    assert f"quantized  {folder}, rounded to the nearest level\n" in result.output
+    assert f"saved      in {target}\n" in result.output
+    assert written["fingerprint"]["root"][:16] in result.output
+
+
+def test_the_card_says_what_it_is_and_not_where_it_was_made(folder: Path, target: Path, tmp_path: Path) -> None:
+    options = ("--block-size", "128", "--no-double-quant", "--skip-modules", "down_proj")
+    assert invoke(folder, "--output", target, "--device", "cpu", *options).exit_code == 0
+    text = (target / "README.md").read_text()
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["license"] == "apache-2.0"
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert {"bitsandbytes", "4-bit", "nf4", "hf_qlora"} <= set(metadata["tags"])
+    assert (
+        "| Quantized | NF4 in blocks of 128, scales in float32; products in `bfloat16`; dense by name: `down_proj`"
+        in text
+    )
+    assert "| Rounded | `to the nearest level` |" in text
+    assert "quantization=NF4Config(double_quant=False, block_size=128)" in text
+    assert "`apache-2.0`, as the base" in text
+    for path in target.glob("*.json"):
+        assert str(tmp_path) not in path.read_text()
+    assert str(tmp_path) not in text
+
+
+def test_a_base_from_the_hub_is_named(folder: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = folder.parent / "models--alice--base" / "snapshots" / ("0" * 40)
+    cached.parent.mkdir(parents=True)
+    folder.rename(cached)
+    monkeypatch.setattr("hf_qlora.merge.sources.snapshot_download", lambda name, **options: str(cached))
+    assert invoke("alice/base", "--output", target, "--device", "cpu").exit_code == 0
+    text = (target / "README.md").read_text()
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert (metadata["base_model"], metadata["base_model_relation"]) == ("alice/base", "quantized")
+    assert "[`alice/base`](https://huggingface.co/alice/base) in 4 bits" in text
+    written = json.loads((target / "hf_qlora_quantization.json").read_text())
+    assert (written["base"]["id"], written["base"]["commit"]) == ("alice/base", "0" * 40)
+
+
+def test_what_a_user_wrote_into_the_card_stays(folder: Path, target: Path) -> None:
+    assert invoke(folder, "--output", target, "--device", "cpu").exit_code == 0
+    card = target / "README.md"
+    card.write_text(card.read_text().replace("license: apache-2.0", "license: mit") + "\n## Mine\n\nAbout it.\n")
+    again = invoke(folder, "--output", target, "--device", "cpu", "--overwrite", "--block-size", "256")
+    assert again.exit_code == 0, again.output
+    text = card.read_text()
+    assert "## Mine\n\nAbout it.\n" in text
+    assert "license: mit" in text
+    assert text.count("| Quantized |") == 1
+    assert "NF4 in blocks of 256" in text
+    (target / "notes.txt").write_text("mine")
+    refused = invoke(folder, "--output", target, "--overwrite")
+    assert (refused.exit_code, "holds other things than one saved model (notes.txt)" in refused.output) == (2, True)
+
+
+def test_calibration_gets_the_rows(
+    folder: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def quantized(model: nn.Module, config: NF4Config, calibration: Any = None) -> nn.Module:
+        given.update(calibration=calibration, device=next(model.parameters()).device.type)
+        return quantize_model(model, config)
+
+    (tmp_path / "speeches.txt").write_text(" ".join(f"Word {number}." for number in range(2000)))
+    monkeypatch.setattr(quantize_files, "quantize_model", quantized)
+    options = ("--rows", "6", "--length", "32", "--held-out", "2", "--seed", "3", "--device", "cpu")
+    result = invoke(folder, "--output", target, "--calibrate", tmp_path / "speeches.txt", *options)
+    assert result.exit_code == 0, result.output
+    rows = given["calibration"]
+    assert rows.calibration["input_ids"].shape == (6, 32)
+    assert int(rows.inputs["input_ids"].max()) <= 256
+    source = "6 rows of 32 tokens from speeches.txt, and 2 held out"
+    assert f"rounded calibrated on {source}" in result.output
+    assert f"| Rounded | `calibrated on {source}` |" in (target / "README.md").read_text()
+    written = json.loads((target / "hf_qlora_quantization.json").read_text())
+    assert written["calibration"] == {"source": source, "fingerprint": rows.fingerprint}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--block-size", "100"], "block_size=100 is not supported"),
+        (["--dtype", "int8"], "dtype='int8' is not known"),
+        (["--device", "abacus"], "device='abacus' is not known; choose cpu, cuda"),
+        (["--calibrate", "./nowhere.txt"], "The file ./nowhere.txt is not there."),
+        (["--calibrate", "{base}/config.txt.gz"], "The file {base}/config.txt.gz is not there."),
+        (
+            ["--calibrate", "{base}/model.safetensors"],
+            "{base}/model.safetensors is not read; name a file that ends in",
+        ),
+        (["--report", "{base}"], "{base} is a folder; name a file."),
+        (["--output", "{base}"], "{base} is not empty"),
+        (["--output", "{base}", "--overwrite"], "{base} is what is quantized; name another folder"),
+        (["--output", "{base}/config.json"], "{base}/config.json is a file"),
+    ],
+)
+def test_a_bad_option_is_one_sentence(folder: Path, target: Path, arguments: list[str], message: str) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "README.md").unlink()  # a folder to overwrite otherwise
+    given = [argument.replace("{base}", str(folder)) for argument in arguments]
+    result = invoke(folder, "--output", target, *given)
+    assert result.exit_code == 2, result.output
+    assert f"Error: {message.replace('{base}', str(folder))}" in result.output
+    assert not target.exists()
+    (folder / "README.md").write_bytes(before["README.md"])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        ("absent", "is not there"),
+        ("offline", "'nobody/nothing' is no folder and not in the Hub's cache"),
+        ("quantized", "is quantized already; name the dense model that it was made from"),
+        ("no class", "names no class of transformers"),
+        ("lacking", "lacks 1 of its weights: model.layers.0.mlp.up_proj.weight"),
+        ("nan", "model.layers.0.mlp.up_proj.weight has NaN or infinite values"),
+    ],
+)
+def test_a_model_that_cannot_be_quantized_is_one_sentence(
+    folder: Path, target: Path, problem: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    name, weights = "model.layers.0.mlp.up_proj.weight", folder / "model.safetensors"
+    tensors = {key: value.clone() for key, value in load_file(weights).items()}
+    given: str | Path = folder
+    if problem == "absent":
+        given = folder / "elsewhere"
+    elif problem == "offline":
+        given = "nobody/nothing"
+    elif problem == "quantized":
+        quantize_model(AutoModelForCausalLM.from_pretrained(folder)).save_pretrained(folder)
+    elif problem == "no class":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": ["os.system"]}))
+    elif problem == "lacking":
+        save_file({key: value for key, value in tensors.items() if key != name}, weights, {"format": "pt"})
+    else:
+        tensors[name][0, 0] = torch.nan
+        save_file(tensors, weights, {"format": "pt"})
+    result = invoke(given, "--output", target, "--device", "cpu")
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert message in line
+    assert not target.exists()
+
+
+def test_a_full_disk_leaves_what_was_there(folder: Path, target: Path) -> None:
+    """A real one, as the kernel reports it: no file may grow beyond a limit."""
+    resource = pytest.importorskip("resource")
+    assert invoke(folder, "--output", target, "--device", "cpu").exit_code == 0
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        result = invoke(folder, "--output", target, "--device", "cpu", "--overwrite", "--block-size", "128")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert result.exit_code == 2
+    assert re.search(
+        rf"Error: Saving the model in {re.escape(str(target))} failed: .*What was there is unch", result.output
+    )
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert [path.name for path in target.parent.iterdir()] == ["nf4"]
+
+
+def test_an_interruption_leaves_nothing_behind(folder: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize_files, "write_quantized_card", interrupted)
+    result = invoke(folder, "--output", target, "--device", "cpu")
+    assert (result.exit_code, result.output.splitlines()[-1]) == (cli.INTERRUPTED, f"Stopped; {target} is as it was.")
+    assert not list(target.parent.iterdir())
+
+
+def test_every_option_has_its_help() -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0
+    options = set(re.findall(r"--[a-z][a-z-]+", result.output))
+    assert {"--output", "--calibrate", "--rows", "--length", "--held-out", "--seed", "--skip-modules"} <= options
+    for option in options - {"--help"}:
+        assert re.search(rf"{option}\b.* [a-zA-Z]", result.output), option
+
+
+def test_other_vocabularies_are_refused_before_the_weights_are_read(
+    folder: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"input_ids": [VOCAB] * 600}) for _ in range(2)))
+    monkeypatch.setattr(quantize_files, "load_model", lambda *arguments: pytest.fail("loaded"))
+    options = ("--length", "32", "--calibrate", tmp_path / "rows.jsonl")
+    result = invoke(folder, "--output", target, "--device", "cpu", *options)
+    assert result.exit_code == 2
+    assert f"input_ids has ids from 0 to {VOCAB}" in result.output or f"to {VOCAB}, and Llama" in result.output
