@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,6 +32,10 @@ from hf_qlora.quant.base import (
     is_quantized,
     quantize_model,
 )
+from hf_qlora.quant.calibrate.group import Packed
+from hf_qlora.quant.calibrate.loss import mean_loss
+from hf_qlora.quant.calibrate.rows import CalibrationRows
+from hf_qlora.quant.calibrate.run import calibration_report, checked_calibration, measured_inputs
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
 from hf_qlora.quant.linear4bit import dense_weight
 
@@ -48,6 +53,7 @@ def merge(
     *,
     texts: probe.Texts | None = None,
     tokenizer: Any = None,
+    calibration: Any = None,
     force: bool = False,
 ) -> MergeReport:
     """Merge a model's active LoRA adapters into a new model, and measure what that does to it.
@@ -57,11 +63,14 @@ def merge(
     Args:
         model: a PEFT model with LoRA adapters, on a dense or an NF4 base.
         onto: "dequantized" adds ΔW to the base as it was trained on, made dense: the function that was trained.
-            "original" adds it to the dense base that was quantized. "nf4" rounds the sum to NF4 again.
+            "original" adds it to the dense base that was quantized. "nf4" rounds the sum to NF4 again, which without
+            `calibration` loses nearly all of the adapter.
         original: for `onto="original"`: a folder, a Hub id, or a model of the base's class, which stays as it is.
         texts: what to compare the logits on: a string, strings, or lists of token ids. By default two paragraphs of
             prose, or random tokens where the base has no tokenizer.
         tokenizer: for strings; by default the one that lies with the base.
+        calibration: for `onto="nf4"`: rows to calibrate the rounding on, like those that the adapter was trained on;
+            whatever `calibration_rows` takes, or a `Calibration`. Takes minutes.
         force: merge although less than half of the adapter is left in NF4, or although the original is not what the
             base was made of.
 
@@ -70,10 +79,11 @@ def merge(
 
     Raises:
         MergeRefused: less than half of the adapter would be left in NF4.
+        CalibrationError: rows that cannot be used.
         MergeError: a model without LoRA adapters, with none active, merged already, or broken; an unknown `onto`; an
             original that is missing, quantized, of another architecture or with other weights.
     """
-    check_onto(onto, original)
+    check_onto(onto, original, calibration)
     names = _check_model(model)
     reference = twin(model, share=True)
     reference.base_model.check_mergeable(names, safe_merge=False)
@@ -86,12 +96,14 @@ def merge(
             f"original {_name_of(original)} is not what the base was made of: {other}. Name the model that was "
             "quantized; force merges all the same."
         )
+    config, stay_dense = _packing(base)
+    if calibration is not None:
+        calibration = checked_calibration(calibration, base, config, tokenizer)
     merged, notes = _merged(model, names, dense)
     if other:
         notes.append(f"The original is not what the base was made of: {other}.")
     if onto == "nf4":
-        config, stay_dense = _packing(base)
-        quantize_model(merged, config, skip=stay_dense)
+        quantize_model(merged, config, skip=stay_dense, calibration=calibration, base=_packed_weights(base))
     layers = _measured(reference, merged, names, dense, notes)
     logits = probe.divergence(reference, merged, ids) if ids else None
     report = MergeReport(
@@ -106,28 +118,58 @@ def merge(
         quantized=is_quantized(base),
         notes=notes,
         model=merged,
+        calibration=None if calibration is None else calibration_report(merged),
     )
+    if report.calibration is not None:
+        report.losses = _losses(reference, calibration.rows, report.calibration.losses)
     refuse_lost(report, force)
     return report
 
 
-def check_onto(onto: str, original: object) -> Onto:
-    """Refuse an unknown `onto`, and an original that is missing or of no use."""
+def _losses(reference: PeftModel, rows: CalibrationRows, found: Mapping[str, float]) -> dict[str, float]:
+    """On the held-out rows: of the base, of the unmerged model, and of what it was merged into."""
+    inputs = measured_inputs(rows)
+    unmerged = mean_loss(reference, inputs)
+    if unmerged is None:
+        return {}
+    with reference.disable_adapter():
+        without = mean_loss(reference, inputs)
+    assert without is not None
+    return {"base": without, "unmerged": unmerged, "nearest": found["nearest"], "merged": found["calibrated"]}
+
+
+def _packed_weights(base: nn.Module) -> dict[str, Packed]:
+    """The base's packed weights by the names that they have without adapters."""
+    return {
+        wrapped_name(name): (module.weight.data, module.state)
+        for name, module in base.named_modules()
+        if isinstance(module, BaseLinear4bit)
+    }
+
+
+def check_onto(onto: str, original: object, calibration: object = None) -> Onto:
+    """Refuse an unknown `onto`, and an original or a calibration that is missing or of no use."""
     if onto not in ONTO:
         raise MergeError(f"onto={onto!r} is not known; choose one of {ONTO}.")
     if onto == "original" and original is None:
         raise MergeError("onto='original' needs original=: the folder, the Hub id or the model of the dense base.")
     if onto != "original" and original is not None:
         raise MergeError(f"original= is used with onto='original' alone; onto is {onto!r}.")
+    if onto != "nf4" and calibration is not None:
+        raise MergeError(f"Only rounding is calibrated, by onto='nf4'; onto is {onto!r}. Leave calibration out.")
     return onto
 
 
 def refuse_lost(report: MergeReport, force: bool) -> None:
     """Raise MergeRefused for a merge into NF4 that leaves little of the adapter."""
     if report.onto == "nf4" and report.kept < LEAST_KEPT and not force:
+        left = f"Rounded to NF4, {max(report.kept, 0):.1%} of the adapter is left, by {report.kept_by}"
+        why = "the steps between NF4's levels are larger than ΔW. Calibrate the rounding, with rows like those it was "
+        why += "trained on, which keeps most of it in the same 4 bits; merge"
+        if report.calibration is not None:
+            why = "the rows may be too few, or too far from what the adapter was trained on. Give others, merge"
         raise MergeRefused(
-            f"Rounded to NF4, {max(report.kept, 0):.1%} of the adapter is left: the steps between NF4's levels are "
-            "larger than ΔW. Merge with onto='dequantized', which keeps it, or serve the adapter unmerged on the NF4 "
+            f"{left}: {why} with onto='dequantized', which keeps all of it; or serve the adapter unmerged on the NF4 "
             "base; force merges all the same.",
             report,
         )

@@ -18,9 +18,11 @@ from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge.folder import whole_folder
 from hf_qlora.merge.measure import LayerMerge
 from hf_qlora.merge.probe import Divergence
+from hf_qlora.quant.calibrate.report import CalibrationReport
 
 
 WORST = 5
+CLEAR_GAIN = 0.02  # nats a token
 UNCUT = 200  # columns where no terminal says how many
 
 MEANING = {  # by onto, and by whether the adapter was trained on a base in NF4
@@ -31,6 +33,7 @@ MEANING = {  # by onto, and by whether the adapter was trained on a base in NF4
     ("nf4", True): "rounded to NF4 again, each weight to its nearest level",
     ("nf4", False): "rounded to NF4, each weight to its nearest level",
 }
+CALIBRATED = "rounded to NF4 so that the layers' outputs stay right, calibrated on rows"
 ASSUMED = "the base as it is stored, plus ΔW"
 LEGEND = (
     "ΔW/step: ΔW in steps between NF4's levels. error: of the merged weight, against W + ΔW. signal: the share of ΔW "
@@ -63,6 +66,8 @@ class MergeReport:
         notes: what else a reader must know.
         model: the merged model; None if it was written to files alone.
         output: the folder it was written to.
+        calibration: what calibrated rounding did, layer by layer; None where there was none.
+        losses: nats a token on the calibration's held-out rows: "base", "unmerged", "nearest", "merged".
     """
 
     onto: str
@@ -78,6 +83,8 @@ class MergeReport:
     notes: list[str] = field(default_factory=list)
     model: Any = field(default=None, repr=False, compare=False)
     output: str | None = None
+    calibration: CalibrationReport | None = None
+    losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def error(self) -> float:
@@ -89,16 +96,22 @@ class MergeReport:
     def kept(self) -> float:
         """The share of the adapter that is kept: of logits 1 − KL / KL without it, or else of weights, as signal.
 
+        Calibrated, it is the share of what the adapter gains on the held-out rows, where that is over `CLEAR_GAIN`.
         Onto the original always of weights: its logits differ because the base does, which has no share in the
         adapter. An adapter that changes nothing is kept.
         """
-        if self.logits is not None and self._kept_by == "logits":
+        if self.kept_by == "loss":
+            return (self.losses["base"] - self.losses["merged"]) / (self.losses["base"] - self.losses["unmerged"])
+        if self.logits is not None and self.kept_by == "logits":
             return 1 - self.logits.merged / self.logits.without if self.logits.without else 1.0
         found = sum((layer.signal or 0) * layer.delta_norm**2 for layer in self.layers)
         return found / self._squared_delta if self._squared_delta else 1.0
 
     @property
-    def _kept_by(self) -> str:
+    def kept_by(self) -> str:
+        """What `kept` is measured by: "loss", "logits" or "weights"."""
+        if self.losses and self.losses["base"] - self.losses["unmerged"] > CLEAR_GAIN:
+            return "loss"
         return "logits" if self.logits is not None and self.onto != "original" else "weights"
 
     @property
@@ -115,6 +128,7 @@ class MergeReport:
             item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "model"
         }
         values["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
+        values["calibration"] = None if self.calibration is None else self.calibration.to_dict()
         values["logits"] = None if self.logits is None else dataclasses.asdict(self.logits)
         return {**values, "error": self.error, "kept": self.kept}
 
@@ -161,10 +175,16 @@ class MergeReport:
             self.show(console)
         return captured.get().rstrip("\n")
 
+    @property
+    def _held_out(self) -> str:
+        return f"held-out rows of {self.calibration.rows}" if self.calibration else "held-out rows"
+
     def _lines(self) -> Sequence[tuple[str, str]]:
         where = self.original or self.base
         assumed = self.assumed and self.onto == "dequantized"
         meaning = ASSUMED if assumed else MEANING[self.onto, self.quantized]
+        if self.calibration is not None:
+            meaning = CALIBRATED
         what = "with" if self.logits is not None else "as weights, with"
         trained = "as stored, with the adapter" if self.assumed else "with the adapter as it was trained"
         lines = [
@@ -178,7 +198,10 @@ class MergeReport:
             lines.append(("logits", self.text))
         if self.layers:
             lines.append(("weights", f"error {self.error:.3g} of ‖ΔW‖ over {len(self.layers)} layers"))
-        lines.append(("kept", f"{self.kept:.1%} of the adapter, by {self._kept_by}"))
+        if self.losses:
+            losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self.losses.items())
+            lines.append(("loss", f"{losses} nats a token on {self._held_out}"))
+        lines.append(("kept", f"{self.kept:.1%} of the adapter, by {self.kept_by}"))
         lines += [("note", note) for note in self.notes]
         if self.output:
             lines.append(("saved", f"in {self.output}"))

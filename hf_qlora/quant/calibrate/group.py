@@ -90,8 +90,10 @@ def round_group(
     if method.correction and cross is not None:
         target = target + _correction(target, gram, cross, method.correction_damping)
     if scales is None:
-        states = [_state(_absmax(part.t(), config.block_size), part.t().shape, dtype, config)
-                  for part in target.split(widths, 1)]
+        states = [
+            _state(_absmax(part.t(), config.block_size), part.t().shape, dtype, config)
+            for part in target.split(widths, 1)
+        ]
     else:
         states = list(scales)
     order = gram.diagonal().argsort(descending=True, stable=True) if method.order == "activation" else None

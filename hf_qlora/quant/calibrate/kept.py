@@ -62,7 +62,9 @@ class Kept:
             scratch.replace(file)
         except (OSError, SafetensorError) as error:
             scratch.unlink(missing_ok=True)
-            logger.warning("Rounded layers could not be kept in %s for going on after an interruption: %s", self.folder, error)
+            logger.warning(
+                "Rounded layers could not be kept in %s for going on after an interruption: %s", self.folder, error
+            )
 
     def _file(self, names: Sequence[str]) -> Path:
         return self.folder / f"{hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:32]}.safetensors"

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -34,7 +33,7 @@ LISTENED_ROWS = 2
 _REPORT = "_hf_qlora_calibration"
 
 
-def checked_calibration(given: Any, model: nn.Module, config: NF4Config) -> Calibration:
+def checked_calibration(given: Any, model: nn.Module, config: NF4Config, tokenizer: Any = None) -> Calibration:
     """A Calibration with rows that fit the model, of one or of whatever `calibration_rows` takes.
 
     Raises:
@@ -44,7 +43,7 @@ def checked_calibration(given: Any, model: nn.Module, config: NF4Config) -> Cali
     if config.quant_type != "nf4":
         raise ConfigError(f"calibration= rounds to NF4 alone; quant_type is {config.quant_type!r}. Leave it out.")
     calibration = given if isinstance(given, Calibration) else Calibration(given)
-    rows = calibration_rows(calibration.rows, model, calibration.tokenizer)
+    rows = calibration_rows(calibration.rows, model, calibration.tokenizer or tokenizer)
     plausible(model, rows)
     return dataclasses.replace(calibration, rows=rows)
 
@@ -125,7 +124,7 @@ def _inputs(model: Any, rows: CalibrationRows) -> dict[str, Tensor]:
 @contextmanager
 def _without_cache(model: Any) -> Iterator[None]:
     """No keys and values are kept for a next token."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
     if before and "use_cache" in inspect.signature(model.forward).parameters:
         config.use_cache = False

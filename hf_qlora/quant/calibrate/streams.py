@@ -21,9 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.config import NF4Config
@@ -111,18 +109,20 @@ class Streams:
     def _in_place_of(self, name: str, forward: Forward) -> Forward:
         def both(x: Tensor) -> Tensor:
             if not in_rows(x, self.count, self.lengths):
-                raise CalibrationError(f"{name} does not see the rows of a batch in their order; add it to skip_modules.")
+                raise CalibrationError(
+                    f"{name} does not see the rows of a batch in their order; add it to skip_modules."
+                )
             teacher, student = x.chunk(2)
             if name not in self.rounded:
                 self._round(self.group_of[name], teacher, student)
-            result = torch.cat([forward(teacher), self._product(name, student)])
-            self._measure(name, *result.chunk(2), student)
+            expected, found = forward(teacher), self._product(name, student)
+            self._measure(name, expected, found, student)
             self.left[name] -= 1
             if not self.left[name]:
                 self._convert(name)
             if not +self.left:
                 raise _Finished
-            return result
+            return torch.cat([expected, found])
 
         return both
 
@@ -137,7 +137,9 @@ class Streams:
         for name, own in zip(names, packed, strict=True):
             nearest = quantize_weight(weights[name], self.config)
             before = self.base.get(name, nearest)
-            self.rounded[name] = _Rounded(own, nearest, torch.zeros(4, dtype=torch.float64), _changed(own[0], before[0]))
+            self.rounded[name] = _Rounded(
+                own, nearest, torch.zeros(4, dtype=torch.float64), _changed(own[0], before[0])
+            )
             self.shared.setdefault(id(self.layers[name].weight), (self.layers[name].weight, own))
             self.nearest[name] = nearest
 
