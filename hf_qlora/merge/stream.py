@@ -68,8 +68,8 @@ def merge_files(
         onto: as for `merge`.
         base: a folder or Hub id; by default what the adapter names, in the revision trained on. Dense for
             `onto="original"`.
-        calibrate: for `onto="nf4"`: what to calibrate the rounding on, as for `calibration_rows`, with `rows`, `length`,
-            `held_out` and `seed`. The model is then run, in memory; interrupted, it goes on when it is asked for again.
+        calibrate: for `onto="nf4"`: what to calibrate the rounding on, as for `calibration_rows`, with `rows`,
+            `length`, `held_out` and `seed`. The model then runs, in memory; interrupted, it goes on when asked again.
         dtype: "float32", "bfloat16" or "float16": what the base is loaded in, and the result's; by default what the
             adapter was trained in, else what the base's config says.
         trained_on: "nf4" or "dense" for an adapter of stock PEFT, which does not say; "auto" takes the base as stored.
