@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_qlora import assets
 from hf_qlora.assets.cache import cached
@@ -34,12 +34,13 @@ LORA: dict[str, Any] = {
 
 
 def dense(device: str, layers: int | None = None) -> Any:
-    """In bfloat16; only its first layers, to see that all works."""
-    model = copy.deepcopy(_model())
-    if layers is not None:
-        model.model.layers = model.model.layers[:layers]
-        model.config.num_hidden_layers = layers
-    return model.to(device)
+    """In bfloat16; or so many layers of random weights, to see that all works."""
+    if layers is None:
+        return copy.deepcopy(_model()).to(device)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(assets.smollm2_135m_instruct(), num_hidden_layers=layers, pad_token_id=2)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.eval().to(device)
 
 
 @functools.cache
