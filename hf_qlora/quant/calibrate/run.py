@@ -172,6 +172,6 @@ def _notes(rows: CalibrationRows, streams: Streams, heard: Heard, uncalibrated: 
             "…): what the tokens say nothing of was left to damping. More rows are better."
         )
     if uncalibrated:
-        why = "do not see the rows in their order" if heard.scattered else "were not reached by the rows"
+        why = "do not see the rows in their order" if streams.scattered else "were not reached by the rows"
         notes.append(f"{len(uncalibrated)} layers were rounded to nearest, since they {why} ({uncalibrated[0]}, …).")
     return notes
