@@ -475,21 +475,28 @@ def quant_report(
         raise typer.Exit(INTERRUPTED) from None
 
 
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        help="Fit the rounding to text: a .txt, .jsonl or .json file, a folder of them, or, with the datasets "
+        "package, a Hub id, as me/data:split. A column is named behind it, as rows.jsonl#body."
+    ),
+]
+Rows = Annotated[int, typer.Option(min=2, help="Of text, to calibrate on.")]
+Length = Annotated[int, typer.Option(min=8, help="Of a row, in tokens.")]
+HeldOut = Annotated[int, typer.Option(min=0, help="Further rows, to measure on.")]
+RowsSeed = Annotated[int, typer.Option(min=0, help="Of the choice of rows.")]
+
+
 @app.command("quantize")
 def quantize(
     model: Annotated[str, typer.Argument(help="A folder, or a Hub id, of a dense model.")],
     output: Annotated[Path, typer.Option(help="Folder for the quantized model: new or empty.")],
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            help="Fit the rounding to text: a .txt, .jsonl or .json file, a folder of them, or, with the datasets "
-            "package, a Hub id, as me/data:split. A column is named behind it, as rows.jsonl#body."
-        ),
-    ] = None,
-    rows: Annotated[int, typer.Option(min=2, help="Of text, to calibrate on.")] = 64,
-    length: Annotated[int, typer.Option(min=8, help="Of a row, in tokens.")] = 256,
-    held_out: Annotated[int, typer.Option(min=0, help="Further rows, to measure on.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of rows.")] = 0,
+    calibrate: Calibrate = None,
+    rows: Rows = 64,
+    length: Length = 256,
+    held_out: HeldOut = 8,
+    seed: RowsSeed = 0,
     block_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
     no_double_quant: Annotated[
         bool, typer.Option("--no-double-quant", help="Keep the scales in float32, not in 8 bits.")
@@ -512,8 +519,8 @@ def quantize(
     try:
         if report is not None:
             _make_place(report)
-        skipped = {} if skip_modules is None else {"skip_modules": tuple(skip_modules)}
-        config = NF4Config(double_quant=not no_double_quant, block_size=block_size, **skipped)
+        skipped = NF4Config().skip_modules if skip_modules is None else tuple(skip_modules)
+        config = NF4Config(double_quant=not no_double_quant, block_size=block_size, skip_modules=skipped)
         with _terminated_as_interrupted():
             found = quantize_files(
                 model,
@@ -549,9 +556,14 @@ def merge_adapter(
         str,
         typer.Option(
             help="dequantized: the base as the adapter was trained on it, made dense. original: the dense base that "
-            "was quantized. nf4: rounded to NF4 again."
+            "was quantized. nf4: rounded to NF4 again, which without --calibrate loses nearly all of the adapter."
         ),
     ] = "dequantized",
+    calibrate: Calibrate = None,
+    rows: Rows = 64,
+    length: Length = 256,
+    held_out: HeldOut = 8,
+    seed: RowsSeed = 0,
     base: Annotated[
         str | None, typer.Option(help="The base: a folder, or a Hub id. By default what the adapter names.")
     ] = None,
@@ -581,6 +593,11 @@ def merge_adapter(
                 output,
                 onto,
                 base,
+                calibrate=calibrate,
+                rows=rows,
+                length=length,
+                held_out=held_out,
+                seed=seed,
                 dtype=dtype,
                 trained_on=trained_on,
                 force=force,

@@ -32,7 +32,11 @@ from hf_qlora.merge.folder import check_folder, whole_folder
 from hf_qlora.merge.load import load_model, without_weights
 from hf_qlora.merge.sources import base_source, copy_beside
 from hf_qlora.quant.base import checked_config, quantize_model
+from hf_qlora.quant.calibrate.kept import resumable
+from hf_qlora.quant.calibrate.report import CalibrationReport
 from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows
+from hf_qlora.quant.calibrate.run import calibration_report
+from hf_qlora.quant.calibrate.settings import Calibration
 from hf_qlora.quant.fingerprint import take_fingerprint
 from hf_qlora.quant.footprint import Footprint, footprint
 from hf_qlora.saving import versions
@@ -68,7 +72,7 @@ class QuantizedFiles:
     after: Footprint
     fingerprint: Fingerprint | None
     calibration: CalibrationRows | None = None
-    report: Any = None
+    report: CalibrationReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types: the file beside the model."""
@@ -129,6 +133,8 @@ def quantize_files(
         overwrite: replace a saved model that is in `output`; of its card, what a user wrote is kept.
         max_shard_bytes: of one file of weights.
 
+    Calibration that is interrupted goes on where it stopped, when it is asked for again.
+
     Raises:
         MergeError, LoadError: no such model, one that is quantized already, or an output that cannot be used.
         CalibrationError: data that cannot be calibrated on.
@@ -149,24 +155,23 @@ def quantize_files(
     loaded = load_model(model, dtype).to(where)
     before = footprint(loaded)
     config = replace(config, compute_dtype=config.compute_dtype or loaded.dtype)
-    options = {} if data is None else {"calibration": data}
-    quantize_model(loaded, config, **options)
-    report = getattr(loaded, "calibration_report", None)
-    found = QuantizedFiles(
-        model=model,
-        output=str(target),
-        base=description(loaded),
-        quantization=config,
-        before=before,
-        after=footprint(loaded),
-        fingerprint=take_fingerprint(loaded),
-        calibration=data,
-        report=report,
-    )
-    with whole_folder(target, overwrite, KNOWN) as stage:
-        loaded.save_pretrained(stage, max_shard_size=max_shard_bytes)
-        copy_beside(folder, folder, stage)
-        _describe(found, loaded, folder, target, stage)
+    with resumable(target) as kept:
+        quantize_model(loaded, config, calibration=None if data is None else Calibration(data, resume=kept))
+        found = QuantizedFiles(
+            model=model,
+            output=str(target),
+            base=description(loaded),
+            quantization=config,
+            before=before,
+            after=footprint(loaded),
+            fingerprint=take_fingerprint(loaded),
+            calibration=data,
+            report=calibration_report(loaded),
+        )
+        with whole_folder(target, overwrite, KNOWN) as stage:
+            loaded.save_pretrained(stage, max_shard_size=max_shard_bytes)
+            copy_beside(folder, folder, stage)
+            _describe(found, loaded, folder, target, stage)
     return found
 
 

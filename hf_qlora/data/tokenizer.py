@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -11,8 +12,11 @@ from transformers import AutoTokenizer
 def tokenizer_of(model: Any) -> Any:
     """The tokenizer that lies where a model was loaded from; None where there is none, or no whole one."""
     name = getattr(model, "name_or_path", "")
-    if not name:
-        return None
+    return tokenizer_in(name) if name else None
+
+
+def tokenizer_in(name: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a folder or Hub id; None where there is none, or no whole one."""
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):  # none there, or not a whole one

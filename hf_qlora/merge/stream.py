@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.config.nf4 import COMPUTE_DTYPES
+from hf_qlora.data.tokenizer import tokenizer_in
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge import sources
 from hf_qlora.merge.folder import check_folder, whole_folder
@@ -29,6 +30,9 @@ from hf_qlora.merge.seen import SeenBase, trained_base
 from hf_qlora.merge.skeleton import NotStreamable, build, labels, make_base, modules_to_save
 from hf_qlora.merge.tensors import TensorFiles
 from hf_qlora.quant.base import quantize_model
+from hf_qlora.quant.calibrate.kept import resumable
+from hf_qlora.quant.calibrate.rows import calibration_rows
+from hf_qlora.quant.calibrate.settings import Calibration
 from hf_qlora.quant.selection import quantizable_layers
 from hf_qlora.validation import CHANGES_BASE
 
@@ -45,6 +49,11 @@ def merge_files(
     onto: str = "dequantized",
     base: str | None = None,
     *,
+    calibrate: Any = None,
+    rows: int = 64,
+    length: int = 256,
+    held_out: int = 8,
+    seed: int = 0,
     dtype: str | None = None,
     trained_on: str = "auto",
     force: bool = False,
@@ -59,6 +68,8 @@ def merge_files(
         onto: as for `merge`.
         base: a folder or Hub id; by default what the adapter names, in the revision trained on. Dense for
             `onto="original"`.
+        calibrate: for `onto="nf4"`: what to calibrate the rounding on, as for `calibration_rows`, with `rows`,
+            `length`, `held_out` and `seed`. The model then runs, in memory; interrupted, it goes on when asked again.
         dtype: "float32", "bfloat16" or "float16": what the base is loaded in, and the result's; by default what the
             adapter was trained in, else what the base's config says.
         trained_on: "nf4" or "dense" for an adapter of stock PEFT, which does not say; "auto" takes the base as stored.
@@ -72,13 +83,21 @@ def merge_files(
         MergeRefused: what `force` allows.
         OSError: the disk is full or read-only; what was in `output` is unchanged.
     """
-    chosen = check_onto(onto, "the base" if onto == "original" else None)
+    chosen = check_onto(onto, "the base" if onto == "original" else None, calibrate)
     target = Path(output)
     check_folder(target, overwrite)
     job = _job(adapter, chosen, base, dtype, trained_on)
     for used in (job.adapter_folder, job.base_folder):
         if target.exists() and target.samefile(used):
             raise MergeError(f"{target} is what is merged; name another folder for the result.")
+    if calibrate is not None:
+        data = calibration_rows(
+            calibrate, job.skeleton(), job.tokenizer(), rows=rows, length=length, held_out=held_out, seed=seed
+        )
+        with resumable(target) as kept:
+            report = job.in_memory("", force, Calibration(data, resume=kept))
+            job.write(target, report, overwrite, max_shard_bytes)
+        return report
     try:
         stream = job.stream()
         with whole_folder(target, overwrite) as stage:
@@ -88,10 +107,7 @@ def merge_files(
             job.finish(stage, report)
     except NotStreamable as reason:
         report = job.in_memory(f"Merged in memory, not layer by layer: {reason}.", force)
-        with whole_folder(target, overwrite) as stage:
-            report.model.save_pretrained(stage, max_shard_size=max_shard_bytes)
-            job.finish(stage, report)
-        report.model = None
+        job.write(target, report, overwrite, max_shard_bytes)
     report.output = str(target)
     return report
 
@@ -143,8 +159,23 @@ class _Job:
             )
         raise NotStreamable(f"{init} changed the base when training began, which PEFT repeats on the whole model")
 
-    def in_memory(self, note: str, force: bool) -> MergeReport:
-        skeleton = make_base(self.base_folder, self.config, self.dtype)
+    def skeleton(self) -> Any:
+        """The base without its weights."""
+        return make_base(self.base_folder, self.config, self.dtype)
+
+    def tokenizer(self) -> Any:
+        """That of the adapter, or else of the base; None where there is none."""
+        return tokenizer_in(self.adapter_folder) or tokenizer_in(self.base_folder)
+
+    def write(self, target: Path, report: MergeReport, overwrite: bool, max_shard_bytes: int) -> None:
+        """Save a model that was merged in memory, and let it go."""
+        with whole_folder(target, overwrite) as stage:
+            report.model.save_pretrained(stage, max_shard_size=max_shard_bytes)
+            self.finish(stage, report)
+        report.model, report.output = None, str(target)
+
+    def in_memory(self, note: str, force: bool, calibration: Calibration | None = None) -> MergeReport:
+        skeleton = self.skeleton()
         model = type(skeleton).from_pretrained(self.base_folder, dtype=skeleton.dtype, **labels(self.config))
         if self.nf4 is not None and not isinstance(self.config, QLoRAConfig):
             quantize_model(model, self.nf4)
@@ -156,8 +187,15 @@ class _Job:
         peft_model = PeftModel.from_pretrained(model, str(self.adapter_folder), config=config)
         if self.nf4 is not None:
             seen.add("", peft_model.get_base_model())
-        report = merge(peft_model, self.onto, self.base_folder if self.onto == "original" else None, force=force)
-        report.notes.insert(0, note)
+        report = merge(
+            peft_model,
+            self.onto,
+            self.base_folder if self.onto == "original" else None,
+            calibration=calibration,
+            force=force,
+        )
+        if note:
+            report.notes.insert(0, note)
         report.base, report.adapters = self.base, [self.adapter]
         seen.judge(report, force)
         return report

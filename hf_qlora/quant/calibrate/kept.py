@@ -10,7 +10,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,14 @@ def _unpacked(tensors: dict[str, Tensor], prefix: str, device: torch.device) -> 
     state = QuantState.from_dict(own, device=device)
     share_tables(state)
     return codes, state
+
+
+@contextmanager
+def resumable(target: Path) -> Iterator[Path]:
+    """A folder beside `target` for `Calibration(resume=…)`; it is removed when the block ends well."""
+    folder = target.parent / f".{target.name}.calibration"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def key_of(model: nn.Module, rows: str, settings: Any) -> str:

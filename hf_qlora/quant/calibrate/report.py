@@ -79,6 +79,10 @@ class CalibrationReport:
         """The mean of the layers' errors, rounded to nearest."""
         return sum(layer.nearest for layer in self.layers) / max(len(self.layers), 1)
 
+    def card_rows(self) -> dict[str, str]:
+        """What a model card says of it."""
+        return {name.capitalize(): line for name, line in self.lines()[1:] if name != "note"}
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON types."""
         return {**dataclasses.asdict(self), "closed": self.closed, "error": self.error, "nearest": self.nearest}
