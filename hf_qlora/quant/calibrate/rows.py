@@ -94,12 +94,6 @@ class CalibrationRows:
         return None if found is None else found.bool()
 
     @property
-    def masks(self) -> list[Tensor]:
-        """`mask`, and that of what a decoder reads beside it."""
-        names = ("attention_mask", "decoder_attention_mask")
-        return [self.inputs[name].bool() for name in names if name in self.inputs]
-
-    @property
     def tokens(self) -> int:
         """Those to calibrate on that are no padding; 0 where rows are not of text."""
         if not self.text:

@@ -103,14 +103,9 @@ def replaced_forwards(
             layer.forward = forward
 
     for name, layer in layers.items():
-        layer.forward = _by_any_name(change(name, layer.forward))
+        layer.forward = change(name, layer.forward)
     try:
         yield restore
     finally:
         for name in list(own):
             restore(name)
-
-
-def _by_any_name(forward: Forward) -> Forward:
-    """Of one tensor, which models call `input`, `x` or nothing."""
-    return lambda *args, **kwargs: forward(*args, *kwargs.values())

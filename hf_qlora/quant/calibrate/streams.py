@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,6 +39,7 @@ from hf_qlora.quant.linear4bit import Linear4bit, become_linear4bit, dense_weigh
 
 OnLayer = Callable[[str, Tensor, Linear4bit], None]
 
+MASKS = ("attention_mask", "decoder_attention_mask")
 TOKENS_AT_A_TIME = 4096  # in the products of a Gram matrix
 
 
@@ -103,25 +105,25 @@ class Streams:
         if not self.names:
             return
         twice = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
+        self.masks = [inputs[name].bool() for name in MASKS if name in inputs]
         self.count = len(next(iter(twice.values())))
         self.lengths = {1, *(tensor.shape[1] for tensor in twice.values() if tensor.ndim > 1)}
         with replaced_forwards({name: self.layers[name] for name in self.names}, self._in_place_of) as self.restore:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), suppress(_Finished):
                     model(**twice)
-            except _Finished:
-                return
+                for name in list(self.rounded):  # called less often than it was heard
+                    self._convert(name)
             finally:
                 for guard in self.guards:
                     guard.remove()
-            for name in list(self.rounded):  # called less often than it was heard
-                self._convert(name)
 
     def _in_place_of(self, name: str, forward: Forward) -> Forward:
         def both(x: Tensor) -> Tensor:
             if not in_rows(x, self.count, self.lengths):
                 self._give_up(name)
-                return forward(x)
+                alone: Tensor = forward(x)
+                return alone
             teacher, student = x.chunk(2)
             if name not in self.rounded:
                 self._round(self.group_of[name], teacher, student)
@@ -171,9 +173,10 @@ class Streams:
         if new:
             gram, cross, tokens = self._grams(teacher, student)
             if not (gram.isfinite().all() and (cross is None or cross.isfinite().all())):
+                when = "after the layers before it were rounded" if teacher.isfinite().all() else "in some rows"
                 raise CalibrationError(
-                    f"The inputs of {new[0]} have NaN or infinite values after the layers before it were rounded. "
-                    "Load the model in bfloat16 or float32, or leave out the rows that do this."
+                    f"The inputs of {new[0]} have NaN or infinite values {when}. Load the model in bfloat16 or "
+                    "float32, or leave out the rows that do this."
                 )
             if tokens < gram.shape[0]:
                 self.singular.append(new[0])
@@ -214,7 +217,7 @@ class Streams:
     def _unpadded(self, x: Tensor, rows: slice) -> Tensor:
         count = self.count // 2
         x = x.reshape(count, -1, x.shape[-1])[rows]
-        for mask in self.rows.masks:
+        for mask in self.masks:
             if x.shape[1] == mask.shape[1]:
                 return x[mask[rows].to(x.device)]
         return x.reshape(-1, x.shape[-1])
@@ -222,7 +225,8 @@ class Streams:
     def _product(self, name: str, x: Tensor, packed: Packed | None = None) -> Tensor:
         """As `Linear4bit` will make it."""
         codes, state = packed or self.rounded[name].packed
-        dtype, bias = self.config.compute_dtype or state.dtype, self.layers[name].bias
+        dtype: Any = self.config.compute_dtype or state.dtype
+        bias = self.layers[name].bias
         weight = dequantize_weight(codes, state, dtype)
         return nn.functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
