@@ -25,7 +25,10 @@ def tokenizer_in(name: str | os.PathLike[str]) -> Any:
 
 def vocabulary_of(model: Any) -> int:
     """How many token ids a model knows."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except NotImplementedError:  # of models that read more than text, as CLIP
+        return int(model.config.get_text_config().vocab_size)
 
 
 def reads_text(model: Any) -> bool:

@@ -154,10 +154,15 @@ def quantize_model(
     before = footprint(model)
     asked = None if calibration is None else checked_calibration(calibration, model, config)
     setattr(model, _INTERRUPTED, True)
-    if asked is None:
-        _convert(layers, config, on_layer)
-    else:
-        calibrate(model, layers, config, asked, base=base, on_layer=on_layer, delay=PROGRESS_DELAY_S)
+    try:
+        if asked is None:
+            _convert(layers, config, on_layer)
+        else:
+            calibrate(model, layers, config, asked, base=base, on_layer=on_layer, delay=PROGRESS_DELAY_S)
+    except BaseException:
+        if not any(isinstance(layer, Linear4bit) for layer in layers.values()):
+            delattr(model, _INTERRUPTED)  # before it began
+        raise
     _mark(model, config, dense)
     delattr(model, _INTERRUPTED)
     logger.info("Quantized %d linear layers to NF4 in place: %s, was %s.", len(layers), footprint(model), before)

@@ -30,15 +30,23 @@ STRIPE = 64  # columns whose corrections are gathered before they reach the rest
 def damped(gram: Tensor, damping: float) -> Tensor:
     """H + damping · mean(diag H) · I: text leaves many directions with few samples or none.
 
-    Where no input was ever other than zero, I.
+    Where no input was ever other than zero, I. A float32 Gram matrix of K inputs is known to some K roundings of its
+    mean, and may be indefinite by as much, so that damping is that at least.
     """
     mean = float(gram.diagonal().double().mean())
     result = gram.clone()
-    result.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    known = len(gram) * torch.finfo(torch.float32).eps
+    result.diagonal().add_(max(damping, known) * mean if mean > 0 else 1.0)
     return result
 
 
-def round_with_feedback(target: Tensor, scales: Tensor, gram: Tensor, order: Tensor | None = None) -> Tensor:
+def round_with_feedback(
+    target: Tensor,
+    scales: Tensor,
+    gram: Tensor,
+    order: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Codes of a weight, by error feedback.
 
     Args:
@@ -46,6 +54,7 @@ def round_with_feedback(target: Tensor, scales: Tensor, gram: Tensor, order: Ten
         scales: the scale of each weight, (K, N), float32; zero and negative ones too.
         gram: H, (K, K), positive definite.
         order: the inputs in the order in which to go through them, (K,); as they are by default.
+        dtype: that the values of the codes will be rounded to.
 
     Returns:
         (K, N), uint8.
@@ -55,10 +64,10 @@ def round_with_feedback(target: Tensor, scales: Tensor, gram: Tensor, order: Ten
     """
     if order is not None:
         codes = torch.empty_like(target, dtype=torch.uint8)
-        codes[order] = round_with_feedback(target[order], scales[order], gram[order][:, order])
+        codes[order] = round_with_feedback(target[order], scales[order], gram[order][:, order], dtype=dtype)
         return codes
     upper = _inverse_factor(gram).to(target.dtype)
-    rest, codes, nearest = target.clone(), torch.empty_like(target, dtype=torch.uint8), Nearest(scales)
+    rest, codes, nearest = target.clone(), torch.empty_like(target, dtype=torch.uint8), Nearest(scales, dtype)
     pivots = upper.diagonal().tolist()
     for start in range(0, len(rest), STRIPE):
         stop = min(start + STRIPE, len(rest))
@@ -72,9 +81,9 @@ def round_with_feedback(target: Tensor, scales: Tensor, gram: Tensor, order: Ten
     return codes
 
 
-def refine(codes: Tensor, target: Tensor, scales: Tensor, gram: Tensor) -> Tensor:
+def refine(codes: Tensor, target: Tensor, scales: Tensor, gram: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Better codes, by one pass of coordinate descent; arguments as for `round_with_feedback`."""
-    nearest = Nearest(scales)
+    nearest = Nearest(scales, dtype)
     codes, values = codes.clone(), nearest.values(codes)
     slope = gram @ (values - target)
     curvature = gram.diagonal().tolist()
@@ -118,22 +127,29 @@ def refit_scales(codes: Tensor, target: Tensor, scales: Tensor, gram: Tensor, tr
 
 
 class Nearest:
-    """The nearest levels of a weight's columns, with given scales, (K, N); a scale of zero makes zeros."""
+    """The nearest levels of a weight's columns, with given scales, (K, N); a scale of zero makes zeros.
 
-    def __init__(self, scales: Tensor) -> None:
+    Their values are those of the layer that will be: rounded to its dtype. In bfloat16 what is lost so adds up, over
+    inputs that are alike, to steps of the codes.
+    """
+
+    def __init__(self, scales: Tensor, dtype: torch.dtype = torch.float32) -> None:
         self.levels = nf4_levels(scales.device)
         self.midpoints = (self.levels[1:] + self.levels[:-1]) / 2
-        self.scales = scales
+        self.scales, self.dtype = scales, dtype
         self.inverse = torch.where(scales == 0, 0.0, 1 / scales)
 
     def __call__(self, i: int, column: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and values for column i, (N,)."""
         codes = torch.bucketize(column * self.inverse[i], self.midpoints, out_int32=True)
-        return codes, self.levels[codes] * self.scales[i]
+        return codes, self._as_stored(self.levels[codes] * self.scales[i])
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes stand for, (K, N)."""
-        return self.levels[codes.int()] * self.scales
+        return self._as_stored(self.levels[codes.int()] * self.scales)
+
+    def _as_stored(self, values: Tensor) -> Tensor:
+        return values.to(self.dtype).to(values.dtype)
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:

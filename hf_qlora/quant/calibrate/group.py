@@ -12,6 +12,7 @@ the inputs that weigh most first; then the scales are fitted to the codes, writt
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -95,18 +96,18 @@ def round_group(
             for part in target.split(widths, 1)
         ]
     else:
-        states = list(scales)
+        states = [_copied(state) for state in scales]
     order = gram.diagonal().argsort(descending=True, stable=True) if method.order == "activation" else None
     spread = _spread(states)
-    codes = round_with_feedback(target, spread, H, order)
+    codes = round_with_feedback(target, spread, H, order, dtype)
     fits = method.refits if scales is None and target.shape[0] % config.block_size == 0 else 0
     for _ in range(fits):
         states = _refitted(codes, target, states, H, config)
         spread = _spread(states)
         for _ in range(method.passes):
-            codes = refine(codes, target, spread, H)
+            codes = refine(codes, target, spread, H, dtype)
     for _ in range(0 if fits else method.passes):
-        codes = refine(codes, target, spread, H)
+        codes = refine(codes, target, spread, H, dtype)
     parts = codes.split(widths, 1)
     return [(pack(part.t().reshape(-1)).view(-1, 1), state) for part, state in zip(parts, states, strict=True)]
 
@@ -137,6 +138,13 @@ def _state(scales: Tensor, shape: torch.Size, dtype: torch.dtype, config: NF4Con
         nest_scales(state)
     share_tables(state)
     return state
+
+
+def _copied(state: QuantState) -> QuantState:
+    """Moving a layer moves its state in place, and the base's must stay."""
+    result = copy.deepcopy(state)
+    share_tables(result)
+    return result
 
 
 def _spread(states: Sequence[QuantState]) -> Tensor:

@@ -171,9 +171,9 @@ def _ready(batches: Iterable[Any], model: Any, size: Size, name: str) -> Read:
     joined, more = join_batches(batches, size.rows + size.held_out, labels=bool(is_encoder_decoder))
     inputs = _without_padding_rows(joined)
     count = len(next(iter(inputs.values())))
-    for name in {"input_ids", "attention_mask"} & inputs.keys():
-        if "input_ids" in inputs and not inputs[name].is_floating_point():
-            inputs[name] = inputs[name].long()
+    for key in {"input_ids", "attention_mask"} & inputs.keys():
+        if "input_ids" in inputs and not inputs[key].is_floating_point():
+            inputs[key] = inputs[key].long()
     if more:
         logger.info("Of %s the first %d rows are used; rows= takes more.", name, count)
     kept = f", the last {size.held_out} held out" if size.held_out else ""

@@ -15,6 +15,8 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.config import NF4Config
+from hf_qlora.quant.calibrate.batches import LABELS, NO_LABEL
+from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.group import Packed
 from hf_qlora.quant.calibrate.kept import Kept, key_of
 from hf_qlora.quant.calibrate.loss import evaluating, mean_loss
@@ -74,15 +76,21 @@ def calibrate(
 
     Raises:
         CalibrationError: inputs that are not finite.
+        ConfigError: scales of a base that is not in NF4.
     """
     rows, started = calibration.rows, time.monotonic()
+    alone = [name for name in layers if calibration.scales == "base" and name not in (base or {})]
+    if alone:
+        raise ConfigError(
+            f"scales='base' keeps the scales of an NF4 base, which {alone[0]} has none of; take scales='own'."
+        )
     inputs = _inputs(model, rows)
     losses = {"dense": mean_loss(model, measured_inputs(rows))}
     with evaluating(model), _without_cache(model):
         heard = listen(model, layers, {name: tensor[:LISTENED_ROWS] for name, tensor in inputs.items()})
         kept = None
         if calibration.resume is not None:
-            settings = (config, calibration.method, calibration.scales)
+            settings = (config, calibration.method, calibration.scales, list(layers))
             kept = Kept(calibration.resume, key_of(model, rows.fingerprint, settings))
         with tqdm(total=len(layers), desc="Calibrating NF4", unit="layer", delay=delay, leave=False) as bar:
             streams = Streams(
@@ -114,11 +122,25 @@ def measured_inputs(rows: CalibrationRows) -> dict[str, Tensor]:
 
 
 def _inputs(model: Any, rows: CalibrationRows) -> dict[str, Tensor]:
+    """What the forward takes; a decoder beside an encoder reads the labels, or else the same text."""
     device = next(model.parameters()).device
-    inputs = {name: tensor.to(device) for name, tensor in rows.inputs.items() if name != "labels"}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = inputs["input_ids"]
-    return inputs
+    inputs = {name: tensor.to(device) for name, tensor in rows.inputs.items()}
+    labels = inputs.pop(LABELS, None)
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or "decoder_input_ids" in inputs:
+        return inputs
+    if labels is not None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        decoded = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        found = {"decoder_input_ids": decoded, "decoder_attention_mask": (labels != NO_LABEL).long()}
+    elif labels is not None:
+        found = {LABELS: labels}
+    elif rows.text:
+        found = {"decoder_input_ids": inputs["input_ids"]}
+    else:
+        raise CalibrationError(
+            f"{type(model).__name__} has a decoder, and the rows have {sorted(inputs)} alone; give decoder_input_ids "
+            "or labels too."
+        )
+    return inputs | found
 
 
 @contextmanager
@@ -172,6 +194,6 @@ def _notes(rows: CalibrationRows, streams: Streams, heard: Heard, uncalibrated: 
             "…): what the tokens say nothing of was left to damping. More rows are better."
         )
     if uncalibrated:
-        why = "do not see the rows in their order" if heard.scattered else "were not reached by the rows"
+        why = "do not see the rows in their order" if streams.scattered else "were not reached by the rows"
         notes.append(f"{len(uncalibrated)} layers were rounded to nearest, since they {why} ({uncalibrated[0]}, …).")
     return notes

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ from hf_qlora.quant.linear4bit import Linear4bit, become_linear4bit, dense_weigh
 
 OnLayer = Callable[[str, Tensor, Linear4bit], None]
 
+MASKS = ("attention_mask", "decoder_attention_mask")
 TOKENS_AT_A_TIME = 4096  # in the products of a Gram matrix
 
 
@@ -84,10 +87,13 @@ class Streams:
         self.left = Counter({name: n for name, n in heard.calls.items() if name not in heard.scattered})
         self.names = [name for group in heard.groups for name in group if name in self.left]
         self.rounded: dict[str, _Rounded] = {}
+        self.holders = Counter(id(layer.weight) for layer in layers.values())
         self.shared: dict[int, tuple[Tensor, Packed]] = {}  # by the parameter's id, which is kept for it
         self.nearest: dict[str, Packed] = {}
         self.found: list[LayerCalibration] = []
         self.singular: list[str] = []
+        self.scattered = sorted(heard.scattered)
+        self.guards: list[Any] = []
         self.progress = progress
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
@@ -96,22 +102,28 @@ class Streams:
         Args:
             inputs: what the forward takes, the held-out rows last; each tensor is doubled here.
         """
+        if not self.names:
+            return
         twice = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
+        self.masks = [inputs[name].bool() for name in MASKS if name in inputs]
         self.count = len(next(iter(twice.values())))
         self.lengths = {1, *(tensor.shape[1] for tensor in twice.values() if tensor.ndim > 1)}
         with replaced_forwards({name: self.layers[name] for name in self.names}, self._in_place_of) as self.restore:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), suppress(_Finished):
                     model(**twice)
-            except _Finished:
-                return
+                for name in list(self.rounded):  # called less often than it was heard
+                    self._convert(name)
+            finally:
+                for guard in self.guards:
+                    guard.remove()
 
     def _in_place_of(self, name: str, forward: Forward) -> Forward:
         def both(x: Tensor) -> Tensor:
             if not in_rows(x, self.count, self.lengths):
-                raise CalibrationError(
-                    f"{name} does not see the rows of a batch in their order; add it to skip_modules."
-                )
+                self._give_up(name)
+                alone: Tensor = forward(x)
+                return alone
             teacher, student = x.chunk(2)
             if name not in self.rounded:
                 self._round(self.group_of[name], teacher, student)
@@ -125,6 +137,14 @@ class Streams:
             return torch.cat([expected, found])
 
         return both
+
+    def _give_up(self, name: str) -> None:
+        """A layer that does not see the rows in their order, though it seemed to, is left as it is."""
+        del self.left[name]
+        self.rounded.pop(name, None)
+        self.nearest.pop(name, None)
+        self.scattered.append(name)
+        self.restore(name)
 
     def _round(self, group: list[str], teacher: Tensor, student: Tensor) -> None:
         names = [name for name in group if name in self.left]
@@ -140,7 +160,9 @@ class Streams:
             self.rounded[name] = _Rounded(
                 own, nearest, torch.zeros(4, dtype=torch.float64), _changed(own[0], before[0])
             )
-            self.shared.setdefault(id(self.layers[name].weight), (self.layers[name].weight, own))
+            weight = self.layers[name].weight
+            if self.holders[id(weight)] > 1:
+                self.shared.setdefault(id(weight), (weight, own))
             self.nearest[name] = nearest
 
     def _packed(
@@ -151,9 +173,10 @@ class Streams:
         if new:
             gram, cross, tokens = self._grams(teacher, student)
             if not (gram.isfinite().all() and (cross is None or cross.isfinite().all())):
+                when = "after the layers before it were rounded" if teacher.isfinite().all() else "in some rows"
                 raise CalibrationError(
-                    f"The inputs of {new[0]} have NaN or infinite values after the layers before it were rounded. "
-                    "Load the model in bfloat16 or float32, or leave out the rows that do this."
+                    f"The inputs of {new[0]} have NaN or infinite values {when}. Load the model in bfloat16 or "
+                    "float32, or leave out the rows that do this."
                 )
             if tokens < gram.shape[0]:
                 self.singular.append(new[0])
@@ -192,16 +215,20 @@ class Streams:
         return self._unpadded(x, slice(-self.rows.held_out, None))
 
     def _unpadded(self, x: Tensor, rows: slice) -> Tensor:
-        count, mask = self.count // 2, self.rows.mask
-        x = x.view(count, -1, x.shape[-1])[rows]
-        if mask is not None and x.shape[1] == mask.shape[1]:
-            return x[mask[rows].to(x.device)]
+        count = self.count // 2
+        x = x.reshape(count, -1, x.shape[-1])[rows]
+        for mask in self.masks:
+            if x.shape[1] == mask.shape[1]:
+                return x[mask[rows].to(x.device)]
         return x.reshape(-1, x.shape[-1])
 
     def _product(self, name: str, x: Tensor, packed: Packed | None = None) -> Tensor:
-        weight = dequantize_weight(*(packed or self.rounded[name].packed), x.dtype)
+        """As `Linear4bit` will make it."""
+        codes, state = packed or self.rounded[name].packed
+        dtype: Any = self.config.compute_dtype or state.dtype
         bias = self.layers[name].bias
-        return nn.functional.linear(x, weight, bias)
+        weight = dequantize_weight(codes, state, dtype)
+        return nn.functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
     def _measure(self, name: str, expected: Tensor, found: Tensor, student: Tensor) -> None:
         rounded, x = self.rounded[name], self._held_out(student)
@@ -220,6 +247,7 @@ class Streams:
         weight = dense_weight(layer)
         self.restore(name)
         quantized = become_linear4bit(layer, *rounded.packed, self.config.compute_dtype)
+        self.guards.append(quantized.register_forward_pre_hook(partial(_refuse, name)))
         if self.on_layer is not None:
             self.on_layer(name, weight, quantized)
         error, nearest, dropped = (rounded.sums[:3] / rounded.sums[3].clamp(min=1e-300)).sqrt().tolist()
@@ -229,6 +257,14 @@ class Streams:
         if self.progress is not None:
             self.progress.set_postfix_str(f"{name}: {error:.2%}, nearest {nearest:.2%}", refresh=False)
             self.progress.update()
+
+
+def _refuse(name: str, *_: Any) -> None:
+    """A layer that both streams would now go through in NF4."""
+    raise CalibrationError(
+        f"{name} is called more often for all rows than it was for the first ones; add it to skip_modules, and load "
+        "the model anew."
+    )
 
 
 def _changed(packed: Tensor, before: Tensor) -> float:
