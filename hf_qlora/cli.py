@@ -512,7 +512,7 @@ def quantize(
     try:
         if report is not None:
             _make_place(report)
-        skipped = {} if skip_modules is None else {"skip_modules": tuple(skip_modules)}
+        skipped: dict[str, Any] = {} if skip_modules is None else {"skip_modules": tuple(skip_modules)}
         config = NF4Config(double_quant=not no_double_quant, block_size=block_size, **skipped)
         with _terminated_as_interrupted():
             found = quantize_files(

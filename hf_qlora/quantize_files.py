@@ -149,7 +149,7 @@ def quantize_files(
     loaded = load_model(model, dtype).to(where)
     before = footprint(loaded)
     config = replace(config, compute_dtype=config.compute_dtype or loaded.dtype)
-    options = {} if data is None else {"calibration": data}
+    options: dict[str, Any] = {} if data is None else {"calibration": data}
     quantize_model(loaded, config, **options)
     report = getattr(loaded, "calibration_report", None)
     found = QuantizedFiles(

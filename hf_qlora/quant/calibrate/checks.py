@@ -77,7 +77,7 @@ def _check_fits(rows: CalibrationRows, base: nn.Module) -> None:
 
 def positions_of(model: Any) -> int | None:
     """How many tokens a row of a model may have; None where there is no telling."""
-    config = getattr(base_of(model), "config", None)
+    config: Any = getattr(base_of(model), "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = getattr(config, "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
