@@ -213,6 +213,7 @@ def test_a_base_from_the_hub_is_named(folder: Path, target: Path, monkeypatch: p
     text = (target / "README.md").read_text()
     metadata = yaml.safe_load(text.split("---")[1])
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("alice/base", "quantized")
+    assert metadata["license"] == "apache-2.0"
     assert "[`alice/base`](https://huggingface.co/alice/base) in 4 bits" in text
     written = json.loads((target / "hf_qlora_quantization.json").read_text())
     assert (written["base"]["id"], written["base"]["commit"]) == ("alice/base", "0" * 40)
