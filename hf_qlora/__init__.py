@@ -9,8 +9,8 @@ configs behave as before.
 
 Modules import downwards only (`[tool.importlinter]` in pyproject.toml has all of them):
 
-    cli → bench → demo → train → merge → registration → trainer → hooks | hub → saving → tuner → layers → quant → kernels
-    → config
+    cli → bench → demo → train → merge → registration → trainer → hooks | hub → saving → tuner
+        → layers → quant → kernels → config
 """
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
