@@ -71,10 +71,10 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def in_one(folder: Path, name: str, given: dict[str, Any], **environment: str) -> Any:
+def in_one(folder: Path, name: str, given: dict[str, Any]) -> Any:
     """One process on one GPU: with more in sight, Trainer would use them all."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return launch([sys.executable], folder, name, given, CUDA_VISIBLE_DEVICES=first, **environment)
+    return launch([sys.executable], folder, name, given, CUDA_VISIBLE_DEVICES=first)
 
 
 def in_shards(folder: Path, name: str, given: dict[str, Any]) -> Any:
@@ -141,7 +141,7 @@ def test_fsdp2_in_mixed_precision_learns_what_one_process_does(folder: Path, dev
 
 
 @pytest.mark.gpu
-def test_zero_2_in_one_process_trains_as_one_without_does(folder: Path) -> None:
+def test_zero_2_trains_as_one_process_without_does_and_goes_on_from_a_checkpoint(folder: Path) -> None:
     """With torch's AdamW as the client's optimizer, so that DeepSpeed compiles nothing."""
     pytest.importorskip("deepspeed")
     given = settings("cuda", optim="adamw_torch", optim_args=None, learning_rate=1e-2)
@@ -153,15 +153,15 @@ def test_zero_2_in_one_process_trains_as_one_without_does(folder: Path) -> None:
         "zero_optimization": {"stage": 2},
     }
     expected = in_one(folder, "adamw", given)
-    meeting = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-        "WORLD_SIZE": "1",
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-    }
-    found = in_one(folder, "zero-2", {**given, "deepspeed": config}, **meeting)
+    count = min(2, torch.cuda.device_count())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port"]
+    found = launch([*command, free_port()], folder, "zero-2", {**given, "deepspeed": config})
     # AdamW's first step is of the rate's size whatever the gradient: near 0 its sign is that of a rounding
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
     moved, other = (movement(folder / name / "adapter") for name in ("zero-2", "adamw"))
     assert torch.cosine_similarity(moved, other, dim=0) > 0.999
+    resumed = {**given, "deepspeed": config, "resume": str(folder / "zero-2" / "checkpoint-2")}
+    assert launch([*command, free_port()], folder, "zero-2-resumed", resumed)["losses"] == found["losses"]
+    tensors = saved(folder / "zero-2" / "adapter")
+    for name, tensor in saved(folder / "zero-2-resumed" / "adapter").items():
+        assert torch.equal(tensor, tensors[name]), name
