@@ -100,10 +100,11 @@ def shard_on_cpus() -> None:
 
 
 def quantized(folder: Path, dtype: torch.dtype, storage: torch.dtype, device: torch.device) -> nn.Module:
+    """With eager attention, whose backward sums in one order on GPUs too."""
     how = NF4Config().to_bitsandbytes()
     how.bnb_4bit_quant_storage = storage
     base = LlamaForCausalLM.from_pretrained(
-        folder / "base", dtype=dtype, quantization_config=how, device_map={"": device}
+        folder / "base", dtype=dtype, quantization_config=how, device_map={"": device}, attn_implementation="eager"
     )
     return adapted("nf4", base).train()
 
