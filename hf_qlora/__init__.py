@@ -6,6 +6,11 @@
 quantizes the loaded model to double-quantized NF4 in place, wraps its linear layers with LoRA and makes them
 trainable; from there PEFT, Trainer and the Hub work as always. Importing the package registers it with PEFT; stock
 configs behave as before.
+
+Modules import downwards only (`[tool.importlinter]` in pyproject.toml has all of them):
+
+    cli → bench → demo → train → merge → registration → trainer → hooks | hub → saving → tuner
+        → layers → quant → kernels → config
 """
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
