@@ -300,6 +300,34 @@ def bench_learning_curve(
     typer.echo(curves.markdown(results) or f"No runs to compare in {results} yet.")
 
 
+@bench.command("calibrated-nf4")
+def bench_calibrated_nf4(
+    part: Annotated[
+        list[str] | None, typer.Option(help="merge, base, loftq, rows, methods or cost; all by default.")
+    ] = None,
+    results: Annotated[
+        Path, typer.Option(help="JSON lines, one for each run; runs that are there are not done again.")
+    ] = Path("results/calibrated_nf4.jsonl"),
+    quick: Annotated[bool, typer.Option("--quick", help="A little of everything, to see that it works.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    workers: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
+    report_only: Annotated[bool, typer.Option("--report", help="Do nothing; print the tables.")] = False,
+) -> None:
+    """What calibrated rounding keeps of an adapter merged into NF4, and of a base, on SmolLM2 and real text.
+
+    Two hours on two cores; minutes on a GPU with --workers 12.
+    """
+    from hf_qlora.bench.calibrated_nf4 import report, run
+
+    names = tuple(part or run.PARTS)
+    _check_choice("--part", names, run.PARTS)
+    file = results.with_stem(f"{results.stem}_quick") if quick else results
+    if not report_only:
+        run.perform(run.QUICK if quick else run.Plan(), file, names, device, workers)
+        report.plot(file, file.with_suffix(".png"))
+    typer.echo(report.markdown(file) or f"No runs in {file} yet.")
+
+
 @bench.command("skip-list")
 def bench_skip_list(
     budget: Annotated[str, typer.Option(help="For the layers that are left dense, as in quant-report.")] = "5%",

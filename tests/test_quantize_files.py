@@ -17,15 +17,16 @@ import torch
 import yaml
 from architectures import VOCAB, bert, gpt2, llama, tokens
 from byte_tokenizer import byte_tokenizer
-from merging import differences, logits
+from merging import differences, logits, relative
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from hf_qlora import NF4Config, QLoRAConfig, cli, quantize_files, quantize_model
 from hf_qlora.config.fingerprint import Fingerprint
+from hf_qlora.merge import sources
 from hf_qlora.quant.fingerprint import take_fingerprint
 
 
@@ -38,17 +39,18 @@ sys.modules["hf_qlora"] = None
 import torch, transformers
 from safetensors.torch import load_file, save_file
 
-folder, kind, probe = sys.argv[1:]
 torch.set_num_threads(1)
-model = getattr(transformers, kind).from_pretrained(folder, dtype="auto").eval()
-layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
-assert layers and all(type(layer).__module__ == "bitsandbytes.nn.modules" for layer in layers)
-for layer in layers:
-    layer.support_avx512bf16_for_cpu = False  # repacking for such processors rounds the scales
-with torch.no_grad():
-    found = model(input_ids=load_file(probe)["ids"]).logits
-save_file({"logits": found.float()}, probe)
-print(len(layers), model.dtype)
+for place in map(Path, sys.argv[1:]):
+    kind = getattr(transformers, (place / "kind").read_text())
+    model = kind.from_pretrained(place / "nf4", dtype="auto").eval()
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    assert all(type(layer).__module__ == "bitsandbytes.nn.modules" for layer in layers)
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False  # repacking for such processors rounds the scales
+    with torch.no_grad():
+        logits = model(input_ids=load_file(place / "ids.safetensors")["ids"]).logits
+    save_file({"logits": logits.float()}, place / "logits.safetensors")
+    print(place.name, len(layers), model.dtype)
 """
 
 
@@ -68,8 +70,10 @@ def folder(tmp_path: Path) -> Path:
     """A dense model with a tokenizer, a generation config and a card."""
     base = tmp_path / "base"
     model: Any = llama().to(torch.bfloat16)
-    model.generation_config.top_k = 7
     model.save_pretrained(base)
+    settings = json.loads((base / "generation_config.json").read_text())
+    settings["temperature"] = 0.5  # without do_sample, as some models have it: transformers saves it only as it was
+    (base / "generation_config.json").write_text(json.dumps(settings))
     byte_tokenizer(chat=True).save_pretrained(base)
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# The base\n")
     return base
@@ -89,44 +93,60 @@ def test_without_calibration_it_is_what_quantize_model_makes(folder: Path, targe
     assert not differences(found, expected)
     assert len([key for key in found.state_dict() if "quant_state" in key]) == 14
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert found.generation_config.top_k == 7
+    assert found.generation_config.temperature == 0.5
     tokenizer = AutoTokenizer.from_pretrained(target)
     assert tokenizer("a b").input_ids == byte_tokenizer()("a b").input_ids
     assert tokenizer.chat_template == byte_tokenizer(chat=True).chat_template
     assert [path.name for path in target.parent.iterdir()] == ["nf4"]
 
 
-@pytest.mark.parametrize(
-    ("make", "kind", "dtype", "settings"),
-    [
-        (llama, "AutoModelForCausalLM", torch.float32, NF4Config()),
-        (llama, "AutoModelForCausalLM", torch.bfloat16, NF4Config()),
-        (llama, "AutoModelForCausalLM", torch.float32, NF4Config(double_quant=False, block_size=128)),
-        (llama, "AutoModelForCausalLM", torch.float32, NF4Config(skip_modules=("down_proj",))),
-        (gpt2, "AutoModelForCausalLM", torch.float32, NF4Config()),
-        (bert, "AutoModelForSequenceClassification", torch.float32, NF4Config()),
-    ],
-    ids=["float32", "bfloat16", "other settings", "dense layers", "gpt2", "bert"],
-)
-def test_stock_transformers_computes_the_same_logits(
-    make: Callable[[], nn.Module], kind: str, dtype: torch.dtype, settings: NF4Config, tmp_path: Path
-) -> None:
-    model: Any = make().to(dtype)
-    model.save_pretrained(tmp_path / "base")
-    quantize_files.quantize_files(str(tmp_path / "base"), tmp_path / "nf4", settings, device="cpu")
-    ids, probe = tokens(), tmp_path / "probe.safetensors"
-    save_file({"ids": ids}, probe)
-    command = [sys.executable, "-c", STOCK, str(tmp_path / "nf4"), kind, str(probe)]
+CASES: dict[str, tuple[Callable[[], nn.Module], str, torch.dtype, NF4Config]] = {
+    "float32": (llama, "AutoModelForCausalLM", torch.float32, NF4Config()),
+    "bfloat16": (llama, "AutoModelForCausalLM", torch.bfloat16, NF4Config()),
+    "settings": (llama, "AutoModelForCausalLM", torch.float32, NF4Config(double_quant=False, block_size=128)),
+    "skipped": (llama, "AutoModelForCausalLM", torch.float32, NF4Config(skip_modules=("down_proj",))),
+    "gpt2": (gpt2, "AutoModelForCausalLM", torch.float32, NF4Config()),
+    "bert": (bert, "AutoModelForSequenceClassification", torch.float32, NF4Config()),
+}
+
+
+@pytest.fixture(scope="module")
+def read_by_stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor], list[str]]:
+    """All cases, written here and read in one process without this package; what we computed, and what it printed."""
+    threads, place = torch.get_num_threads(), tmp_path_factory.mktemp("stock")
+    torch.set_num_threads(1)
+    ours = {}
+    for name, (make, kind, dtype, settings) in CASES.items():
+        torch.manual_seed(0)
+        model: Any = make().to(dtype)
+        model.save_pretrained(place / name / "base")
+        quantize_files.quantize_files(str(place / name / "base"), place / name / "nf4", settings, device="cpu")
+        (place / name / "kind").write_text(kind)
+        ids = tokens()
+        save_file({"ids": ids}, place / name / "ids.safetensors")
+        quantize_model(model, settings)
+        ours[name] = logits(model, ids)
+    command = [sys.executable, "-c", STOCK, *(str(place / name) for name in CASES)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    torch.set_num_threads(threads)
     assert child.returncode == 0, child.stderr
-    expected = logits(quantize_model(model, settings), ids)
-    count = sum(type(module).__name__ == "Linear4bit" for module in model.modules())
-    assert child.stdout.splitlines()[-1] == f"{count} {dtype}"
+    return place, ours, child.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    [("float32", 14), ("bfloat16", 14), ("settings", 14), ("skipped", 12), ("gpt2", 8), ("bert", 13)],
+)
+def test_stock_transformers_computes_the_same_logits(
+    name: str, packed: int, read_by_stock: tuple[Path, dict[str, Tensor], list[str]]
+) -> None:
+    place, ours, printed = read_by_stock
+    dtype = CASES[name][2]
+    assert f"{name} {packed} {dtype}" in printed
     # The same codes and products in the same dtype: bitsandbytes may add in another order than we do.
     tolerance = 2e-6 if dtype is torch.float32 else 2**-7
-    found = load_file(probe)["logits"]
-    assert float((found - expected).abs().max() / expected.abs().max()) <= tolerance
+    assert relative(load_file(place / name / "logits.safetensors")["logits"], ours[name]) <= tolerance
 
 
 def test_an_adapter_trained_on_it_refers_to_it(
@@ -188,11 +208,12 @@ def test_a_base_from_the_hub_is_named(folder: Path, target: Path, monkeypatch: p
     cached = folder.parent / "models--alice--base" / "snapshots" / ("0" * 40)
     cached.parent.mkdir(parents=True)
     folder.rename(cached)
-    monkeypatch.setattr("hf_qlora.merge.sources.snapshot_download", lambda name, **options: str(cached))
+    monkeypatch.setattr(sources, "snapshot_download", lambda name, **options: str(cached))
     assert invoke("alice/base", "--output", target, "--device", "cpu").exit_code == 0
     text = (target / "README.md").read_text()
     metadata = yaml.safe_load(text.split("---")[1])
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("alice/base", "quantized")
+    assert metadata["license"] == "apache-2.0"
     assert "[`alice/base`](https://huggingface.co/alice/base) in 4 bits" in text
     written = json.loads((target / "hf_qlora_quantization.json").read_text())
     assert (written["base"]["id"], written["base"]["commit"]) == ("alice/base", "0" * 40)

@@ -113,7 +113,8 @@ def _told(target: Path, stage: Path | None = None) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else None
         if stage is not None and isinstance(error, OSError) and not _is_of_writing(error, stage):
             raise
-        raise OSError(number, f"Saving the model in {target} failed: {error}. What was there is unchanged.") from error
+        message = f"Saving the model in {target} failed: {error}. What was there is unchanged."
+        raise (OSError(message) if number is None else OSError(number, message)) from error
 
 
 def _is_of_writing(error: OSError, stage: Path) -> bool:

@@ -12,8 +12,9 @@ import numpy as np
 from scipy import stats
 
 from hf_qlora.bench.depth.arms import ARMS, REFERENCE
-from hf_qlora.bench.depth.run import SWEEP_SEEDS, Run, best_rate, read, rows_of
+from hf_qlora.bench.depth.run import SWEEP_SEEDS, Run, best_rate, read
 from hf_qlora.bench.depth.tasks import TASKS, Task
+from hf_qlora.bench.lines import read_lines
 from hf_qlora.bench.train_step.report import described
 
 
@@ -134,7 +135,7 @@ def markdown(results: Path) -> str:
             )
     if not parts:
         return ""
-    done = rows_of(results)
+    done = read_lines(results)
     codes = {row["with"].get("code", "unknown") for row in done}
     notes = [
         f"Run on {'; '.join(sorted({described(row['with']) for row in done}))}.",

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from peft import get_peft_model
 from torch import nn
@@ -19,6 +17,7 @@ from transformers import set_seed
 
 from hf_qlora.bench.depth.arms import ARMS, Arm
 from hf_qlora.bench.depth.tasks import TASKS, Task
+from hf_qlora.bench.lines import append_line, read_lines
 from hf_qlora.bench.measure import environment
 from hf_qlora.bench.processes import side_by_side
 
@@ -159,32 +158,8 @@ def _schedule(step: int, steps: int) -> float:
 
 def read(results: Path) -> list[tuple[Run, dict[str, Any]]]:
     """The runs in a file, with what they found."""
-    return [(Run(**row["run"]), row["found"]) for row in rows_of(results)]
-
-
-def rows_of(results: Path) -> list[dict[str, Any]]:
-    """The file's lines; none where it is not there."""
-    if not results.is_file():
-        return []
-    lines = results.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last line's end was cut off
+    return [(Run(**row["run"]), row["found"]) for row in read_lines(results)]
 
 
 def _append(results: Path, run: Run, found: dict[str, Any], device: str) -> None:
-    row = {"run": asdict(run), "found": found, "with": environment(device)}
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a+", encoding="utf-8") as file:
-        _cut_off_half_a_line(file)
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _cut_off_half_a_line(file: TextIO) -> None:
-    """What a process left that was killed while it wrote."""
-    file.seek(0)
-    text = file.read()
-    whole = text.rfind("\n") + 1
-    if whole < len(text):
-        file.truncate(len(text[:whole].encode()))
-        file.seek(0, os.SEEK_END)
+    append_line(results, {"run": asdict(run), "found": found, "with": environment(device)})

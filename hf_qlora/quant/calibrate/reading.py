@@ -38,6 +38,8 @@ KINDS = (
     "length); a datasets.Dataset; a list of dicts of tensors or a DataLoader"
 )
 
+LEAST_DISTINCT = 8  # tokens in a text: transformers makes an empty tokenizer where there is none
+
 Read = tuple[dict[str, Tensor], int, str]  # inputs, how many rows are held out, and words for reports
 
 
@@ -142,7 +144,7 @@ def _reader(documents: list[Document], model: nn.Module | None, tokenizer: Any) 
     bos = getattr(tokenizer, "bos_token_id", None) if texts else None
     if bos is not None and tokenizer("a")["input_ids"][:1] != [bos]:
         bos = None
-    return Reader(tokenizer, eos, bos)
+    return Reader(tokenizer, eos, bos, texts)
 
 
 def _as_rows(packed: Packed, name: str, reader: Reader, model: Any, size: Size) -> Read:
@@ -157,13 +159,18 @@ def _as_rows(packed: Packed, name: str, reader: Reader, model: Any, size: Size) 
     ids, mask = torch.full((len(every), longest), pad), torch.zeros(len(every), longest, dtype=torch.long)
     for number, row in enumerate(every):
         ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), 1
+    if reader.of_texts and len(ids[mask.bool()].unique()) < LEAST_DISTINCT:
+        raise CalibrationError(
+            f"The tokenizer makes nearly the same tokens of everything in {name}: it is probably an empty one, of a "
+            "model without files of a tokenizer. Pass tokenizer=, or give other text."
+        )
     inputs = {"input_ids": ids, "attention_mask": mask}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         inputs |= {"decoder_input_ids": ids.clone(), "decoder_attention_mask": mask.clone()}
     kept = len(packed.held_out)
     held = f", and {kept} held out" if kept else ""
     long = "" if all(len(row) == longest for row in every) else "up to "
-    return inputs, kept, (f"{len(packed.rows)} rows of {long}{longest} tokens from {name}{held}")
+    return inputs, kept, f"{len(packed.rows)} rows of {long}{longest} tokens from {name}{held}"
 
 
 def _ready(batches: Iterable[Any], model: Any, size: Size, name: str) -> Read:
@@ -171,14 +178,14 @@ def _ready(batches: Iterable[Any], model: Any, size: Size, name: str) -> Read:
     joined, more = join_batches(batches, size.rows + size.held_out, labels=bool(is_encoder_decoder))
     inputs = _without_padding_rows(joined)
     count = len(next(iter(inputs.values())))
-    for key in {"input_ids", "attention_mask"} & inputs.keys():
-        if "input_ids" in inputs and not inputs[key].is_floating_point():
+    for key in ("input_ids", "attention_mask") if "input_ids" in inputs else ():
+        if key in inputs and not inputs[key].is_floating_point():
             inputs[key] = inputs[key].long()
     if more:
         logger.info("Of %s the first %d rows are used; rows= takes more.", name, count)
     kept = f", the last {size.held_out} held out" if size.held_out else ""
     width = f" of {inputs['input_ids'].shape[1]} tokens" if "input_ids" in inputs else ""
-    return inputs, size.held_out, (f"{count} rows{width} from {name}{kept}")
+    return inputs, size.held_out, f"{count} rows{width} from {name}{kept}"
 
 
 def _without_padding_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,122 @@
+"""SmolLM2 in NF4 and dense, adapters trained on it, and what is measured of a model."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_qlora import assets
+from hf_qlora.assets.cache import cached
+from hf_qlora.bench.calibrated_nf4 import data
+from hf_qlora.bench.measure import code
+from hf_qlora.bench.train_step.arms import with_stock_layers
+from hf_qlora.config import NF4Config, QLoRAConfig
+from hf_qlora.quant.base import quantize_model
+from hf_qlora.quant.calibrate.loss import mean_loss
+
+
+STEPS, BATCH_SIZE, LEARNING_RATE, RANK = 120, 4, 1e-3, 16
+LORA: dict[str, Any] = {
+    "r": RANK,
+    "lora_alpha": 2 * RANK,
+    "target_modules": "all-linear",
+    "task_type": "CAUSAL_LM",
+}
+
+
+def dense(device: str, layers: int | None = None) -> Any:
+    """In bfloat16; or so many layers of random weights, to see that all works."""
+    if layers is None:
+        return copy.deepcopy(_model()).to(device)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(assets.smollm2_135m_instruct(), num_hidden_layers=layers, pad_token_id=2)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.eval().to(device)
+
+
+@functools.cache
+def _model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(assets.smollm2_135m_instruct(), dtype=torch.bfloat16).eval()
+
+
+def adapted(device: str, seed: int, steps: int, layers: int | None = None, init: str = "default") -> PeftModel:
+    """The NF4 base with an adapter that was trained on it.
+
+    Args:
+        init: "default" or "loftq".
+    """
+    model = _fresh(device, seed, layers, init)
+    name = f"calibrated-nf4-{code()}-{init}-{seed}-{steps}-{layers}-{torch.device(device).type}"
+    folder = cached(name, lambda folder, _: _train(model, seed, steps, folder))
+    set_peft_model_state_dict(model, load_file(folder / "adapter.safetensors", device=device))
+    return model.eval()
+
+
+def _fresh(device: str, seed: int, layers: int | None, init: str) -> PeftModel:
+    base = dense(device, layers)
+    torch.manual_seed(seed)
+    return get_peft_model(base, QLoRAConfig(**LORA, init_lora_weights=True if init == "default" else init))
+
+
+def _train(model: PeftModel, seed: int, steps: int, folder: Path) -> None:
+    """Whole chats, the rate falling to 0."""
+    rows, generator = data.training_rows(), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    model.train()
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
+        ids = rows[torch.randint(len(rows), (BATCH_SIZE,), generator=generator)].to(model.device)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_file(
+        {name: t.contiguous() for name, t in get_peft_model_state_dict(model).items()}, folder / "adapter.safetensors"
+    )
+
+
+def peft_merge(device: str, adapter: dict[str, Tensor], layers: int | None = None) -> nn.Module:
+    """PEFT's own merge into bitsandbytes' layers, which quantizes the sum again."""
+    base = with_stock_layers(quantize_model(dense(device, layers), NF4Config()))
+    model = get_peft_model(base, LoraConfig(**LORA))
+    set_peft_model_state_dict(model, adapter)
+    merged: nn.Module = model.merge_and_unload()
+    assert any(isinstance(module, bnb.nn.Linear4bit) for module in merged.modules())
+    return merged
+
+
+def losses(model: nn.Module) -> dict[str, float]:
+    """Nats a token on the test rows of both domains."""
+    found = {}
+    for domain in ("chats", "headlines"):
+        loss = mean_loss(model, {"input_ids": data.test_rows(domain)})
+        assert loss is not None
+        found[domain] = loss
+    return found
+
+
+def answers(model: Any, count: int, batch_size: int = 32) -> list[tuple[str, str]]:
+    """Greedy answers to questions, beside those expected."""
+    tokenizer, pairs = data.tokenizer(), data.questions(count)
+    given: list[str] = []
+    for start in range(0, len(pairs), batch_size):
+        batch = tokenizer(
+            [prompt for prompt, _ in pairs[start : start + batch_size]], return_tensors="pt", padding=True
+        )
+        with torch.no_grad():
+            out = model.generate(
+                **batch.to(model.device),
+                max_new_tokens=data.LONGEST_ANSWER + 4,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        given += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [(text, expected) for text, (_, expected) in zip(given, pairs, strict=True)]

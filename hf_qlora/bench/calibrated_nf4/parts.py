@@ -1,0 +1,156 @@
+"""The measurements: each a function of its settings and the device, run in whatever process comes to it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from hf_qlora.bench.calibrated_nf4 import data, models
+from hf_qlora.bench.measure import clock, memory, reset_peak
+from hf_qlora.config import NF4Config
+from hf_qlora.merge import merge
+from hf_qlora.quant.base import quantize_model
+from hf_qlora.quant.calibrate.group import Method
+from hf_qlora.quant.calibrate.rows import CalibrationRows
+from hf_qlora.quant.calibrate.run import calibration_report
+from hf_qlora.quant.calibrate.settings import Calibration
+from hf_qlora.quant.footprint import footprint
+
+
+ROWS = 64
+QUESTIONS, SAMPLES = 160, 3
+METHODS: dict[str, dict[str, Any]] = {
+    "the default": {},
+    "the base's scales": {"scales": "base"},
+    "inputs in their order": {"method": Method(order="given")},
+    "scales not fitted": {"method": Method(refits=0)},
+    "codes gone through once": {"method": Method(refits=0, passes=0)},
+    "two fits of the scales": {"method": Method(refits=2)},
+    "no correction": {"method": Method(correction=False)},
+    "correction damped by 0.01": {"method": Method(correction_damping=0.01)},
+    "correction damped by 1": {"method": Method(correction_damping=1.0)},
+    "damped by 0.001": {"method": Method(damping=0.001)},
+    "damped by 0.1": {"method": Method(damping=0.1)},
+}
+SIZES = {  # hidden size, intermediate size, layers, by device type
+    "cpu": ((576, 1536, 6), (1024, 2816, 4), (2048, 5632, 2)),
+    "cuda": ((576, 1536, 30), (2048, 8192, 8), (4096, 14336, 4)),
+}
+
+
+def merging(device: str, seed: int, steps: int, rows: int, questions: int, layers: int | None) -> dict[str, Any]:
+    """An adapter merged in each way, against the unmerged model and the base alone."""
+    model = models.adapted(device, seed, steps, layers)
+    found: dict[str, Any] = {"arms": {}}
+
+    def arm(name: str, merged: Any, **more: Any) -> None:
+        given = models.answers(merged, questions)
+        exact = sum(text.strip() == expected.strip() for text, expected in given) / len(given)
+        found["arms"][name] = {"loss": models.losses(merged), "exact": exact, "samples": given[:SAMPLES], **more}
+
+    arm("unmerged", model)
+    with model.disable_adapter():
+        arm("base", model)
+    arm("16 bits", merge(model).model)
+    arm("nearest", merge(model, "nf4", force=True).model)
+    arm("PEFT's merge", models.peft_merge(device, get_peft_model_state_dict(model), layers))
+    for domain in ("chats", "headlines"):
+        calibration = data.calibration_rows(domain, rows, seed)
+        report = merge(model, "nf4", calibration=calibration, force=True)
+        assert report.calibration is not None
+        arm(f"calibrated, {domain}", report.model, kept_on_held_out=report.kept, seconds=report.calibration.seconds)
+    return found
+
+
+def loftq(device: str, seed: int, steps: int, layers: int | None) -> dict[str, Any]:
+    """An adapter that starts as what quantizing loses, before and after training, and rounded to nearest."""
+    model = models.adapted(device, seed, steps, layers, "loftq")
+    found = {"unmerged": models.losses(model)}
+    found["nearest"] = models.losses(merge(model, "nf4", force=True).model)
+    return found
+
+
+def base(device: str, seed: int, rows: int, layers: int | None) -> dict[str, Any]:
+    """The base alone: dense, rounded to nearest, and calibrated."""
+    found: dict[str, Any] = {"dense": {"loss": models.losses(models.dense(device, layers))}}
+    found["nearest"] = {"loss": models.losses(quantize_model(models.dense(device, layers), NF4Config()))}
+    for domain in ("chats", "headlines"):
+        calibrated = quantize_model(
+            models.dense(device, layers), NF4Config(), calibration=data.calibration_rows(domain, rows, seed)
+        )
+        found[f"calibrated, {domain}"] = _calibrated(calibrated)
+    return found
+
+
+def amount(device: str, seed: int, steps: int, rows: int, layers: int | None) -> dict[str, Any]:
+    """A merge and a base, calibrated on so many rows of chats."""
+    return _both(device, seed, steps, layers, Calibration(data.calibration_rows("chats", rows, seed)))
+
+
+def method(device: str, seed: int, steps: int, rows: int, name: str, layers: int | None) -> dict[str, Any]:
+    """A merge and a base by one of `METHODS`."""
+    calibration = Calibration(data.calibration_rows("chats", rows, seed), **METHODS[name])
+    return _both(device, seed, steps, layers, calibration)
+
+
+def _both(device: str, seed: int, steps: int, layers: int | None, calibration: Calibration) -> dict[str, Any]:
+    model = models.adapted(device, seed, steps, layers)
+    found = {"unmerged": {"loss": models.losses(model)}}
+    with model.disable_adapter():
+        found["base"] = {"loss": models.losses(model)}
+    found["merged"] = _calibrated(merge(model, "nf4", calibration=calibration, force=True).model)
+    found["dense"] = {"loss": models.losses(models.dense(device, layers))}
+    own = replace(calibration, scales="own")  # a dense base has none of its own
+    found["calibrated"] = _calibrated(quantize_model(models.dense(device, layers), NF4Config(), calibration=own))
+    return found
+
+
+def _calibrated(model: nn.Module) -> dict[str, Any]:
+    report = calibration_report(model)
+    assert report is not None
+    return {"loss": models.losses(model), "error": report.error, "nearest": report.nearest, "seconds": report.seconds}
+
+
+def cost(device: str, size: int, rows: int) -> dict[str, Any]:
+    """Time and memory of calibrating random weights of a size of `SIZES`, in a process of its own."""
+    hidden, intermediate, layers = SIZES[torch.device(device).type][size]
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    imported = memory(device).now
+    model = _random(device, sizes)
+    given = CalibrationRows(
+        {"input_ids": torch.randint(0, 512, (rows + data.HELD_OUT, data.LENGTH))}, data.HELD_OUT, "random tokens"
+    )
+    before = footprint(model)
+    reset_peak(device)
+    started = clock(device)
+    quantize_model(model, NF4Config(), calibration=given)
+    seconds, peak = clock(device) - started, memory(device).peak - imported
+    return {
+        **sizes,
+        "quantized_params": footprint(model).quantized_params,
+        "model_bytes": before.total_bytes,
+        "gram_bytes": 4 * intermediate**2,
+        "hidden_states_bytes": 2 * 2 * (rows + data.HELD_OUT) * data.LENGTH * hidden,
+        "seconds": seconds,
+        "peak_bytes": peak,
+    }
+
+
+def _random(device: str, sizes: dict[str, int]) -> Any:
+    heads = sizes["hidden_size"] // 64
+    config = LlamaConfig(
+        vocab_size=512,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4 if heads % 4 == 0 else heads // 3,
+        tie_word_embeddings=True,
+        **sizes,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.to(device)
