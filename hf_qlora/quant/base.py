@@ -27,7 +27,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from hf_qlora.config import NF4Config
 from hf_qlora.config.nf4 import bitsandbytes_config
 from hf_qlora.quant.calibrate.group import Packed
-from hf_qlora.quant.calibrate.run import calibrate, checked_calibration
+from hf_qlora.quant.calibrate.run import calibrate, checked_calibration, forget_calibration
 from hf_qlora.quant.footprint import footprint
 from hf_qlora.quant.linear4bit import (
     Linear4bit,
@@ -256,6 +256,7 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.
 
 def forget_quantization(model: nn.Module) -> None:
     """Remove the marks of a quantized base from a model that has become dense."""
+    forget_calibration(model)
     for part in pretrained_parts(model).values():
         if isinstance(quantizer := getattr(part, "hf_quantizer", None), NF4Quantizer):
             quantizer.remove_quantization_config(part)

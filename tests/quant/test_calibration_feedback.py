@@ -101,7 +101,7 @@ def test_it_beats_nearest_where_inputs_are_correlated() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    K=st.integers(1, STRIPE + 6),
+    K=st.integers(1, 2 * STRIPE + 6),
     N=st.integers(1, 5),
     rank=st.integers(1, 100),
     seed=st.integers(0, 2**20),

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,13 @@ class Kept:
         """A group's packed weights, or None where it is not there."""
         try:
             with safe_open(self._file(names), framework="pt", device=str(device)) as file:
-                if (file.metadata() or {}).get("key") != self.key:
+                said = file.metadata() or {}
+                if said.get("key") != self.key:
                     return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (FileNotFoundError, SafetensorError):  # not there, or cut off by a full disk
+        except (OSError, SafetensorError):  # not there, or cut off by a full disk
+            return None
+        if said.get("digest") != _digest(tensors):  # as after a power failure
             return None
         return [_unpacked(tensors, f"{i}.", device) for i in range(len(names))]
 
@@ -60,7 +63,7 @@ class Kept:
         file = self._file(names)
         scratch = file.with_suffix(f".{os.getpid()}.partial")
         try:
-            save_file(tensors, scratch, {"key": self.key})
+            save_file(tensors, scratch, {"key": self.key, "digest": _digest(tensors)})
             scratch.replace(file)
         except (OSError, SafetensorError) as error:
             scratch.unlink(missing_ok=True)
@@ -95,8 +98,12 @@ def key_of(model: nn.Module, rows: str, settings: Any) -> str:
         rows: their fingerprint.
         settings: anything whose repr says all of it.
     """
-    digest = hashlib.blake2b(f"{rows} {settings!r} {torch.__version__}".encode(), digest_size=16)
-    for name, tensor in model.state_dict().items():
+    return _digest(model.state_dict(), f"{rows} {settings!r} {torch.__version__}")
+
+
+def _digest(tensors: Mapping[str, Tensor], start: str = "") -> str:
+    digest = hashlib.blake2b(start.encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()

@@ -55,6 +55,11 @@ def calibration_report(model: nn.Module) -> CalibrationReport | None:
     return getattr(model, _REPORT, None)
 
 
+def forget_calibration(model: nn.Module) -> None:
+    """For a model that has other weights now."""
+    model.__dict__.pop(_REPORT, None)
+
+
 def calibrate(
     model: nn.Module,
     layers: Mapping[str, nn.Linear | Conv1D],

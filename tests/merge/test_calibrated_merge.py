@@ -1,0 +1,357 @@
+"""A calibrated merge into NF4 keeps what rounding to nearest throws away; separately built models are the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from architectures import ARCHITECTURES, bert, gpt2, llama, tokens
+from calibrating import HELD_OUT, codes, flat, heard, rows_of, text
+from merging import adapted, logits, state_bytes
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from hf_qlora import NF4Config, QLoRAConfig, merge, quantize_model
+from hf_qlora.layers.errors import MergeError
+from hf_qlora.merge import in_memory
+from hf_qlora.merge.report import CLEAR_GAIN, MergeRefused, MergeReport
+from hf_qlora.quant.calibrate.group import Method
+from hf_qlora.quant.calibrate.loss import mean_loss
+from hf_qlora.quant.calibrate.rows import CalibrationRows
+from hf_qlora.quant.calibrate.run import calibration_report
+from hf_qlora.quant.calibrate.settings import Calibration
+from hf_qlora.quant.dequantize import block_scales
+from hf_qlora.quant.linear4bit import Linear4bit
+
+
+def pattern(rows: int = 34, length: int = 32) -> dict[str, Tensor]:
+    """Rows that can be learnt: each counts up by a step of its own."""
+    start, step = torch.randint(1, 400, (rows, 1)), torch.randint(1, 4, (rows, 1))
+    ids = start + step * torch.arange(length)[None]
+    return {"input_ids": ids % 499 + 1, "attention_mask": torch.ones(rows, length, dtype=torch.long)}
+
+
+def trained(model: PeftModel, inputs: dict[str, Tensor], steps: int = 25, lr: float = 5e-3) -> PeftModel:
+    """The active adapters, trained to a clear gain."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def learnt() -> tuple[PeftModel, CalibrationRows]:
+    """A tiny Llama in NF4 with an adapter that learnt a pattern, and rows of it."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    inputs = pattern()
+    model = get_peft_model(llama(), QLoRAConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    return trained(model, inputs), rows_of(inputs)
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_it_keeps_more_of_what_was_learnt_than_nearest(learnt: tuple[PeftModel, CalibrationRows]) -> None:
+    model, rows = learnt
+    before = state_bytes(model)
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    assert state_bytes(model) == before
+    assert report.kept_by == "loss"
+    nearest = merge(model, onto="nf4", force=True).model
+    with torch.no_grad(), model.disable_adapter():
+        base = mean_loss(model, rows.measured)
+    expected = {
+        "base": base,
+        "unmerged": mean_loss(model, rows.measured),
+        "nearest": mean_loss(nearest, rows.measured),
+        "merged": mean_loss(report.model, rows.measured),
+    }
+    assert report.losses == expected
+    gain = expected["base"] - expected["unmerged"]
+    assert gain > CLEAR_GAIN
+    assert report.kept == pytest.approx((expected["base"] - expected["merged"]) / gain)
+    assert expected["merged"] < expected["nearest"]
+    assert f"{report.kept:.1%} of the adapter, by loss" in str(report)
+    assert "calibrated on rows" in str(report)
+    assert report.to_dict()["losses"] == expected
+    assert report.to_dict()["calibration"]["layers"]
+
+
+def test_the_calibrated_layers_are_measured_against_the_merged_dense_model(
+    learnt: tuple[PeftModel, CalibrationRows],
+) -> None:
+    model, rows = learnt
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    dense = merge(model).model
+    assert report.calibration is calibration_report(report.model)
+    names = [layer.name for layer in report.calibration.layers]
+    _, expected = heard(dense, names, rows.measured)
+    taken, found = heard(report.model, names, rows.measured)
+    for layer in report.calibration.layers:
+        y = flat(expected[layer.name], HELD_OUT, None)
+        error = (flat(found[layer.name], HELD_OUT, None) - y).norm() / y.norm()
+        assert layer.error == pytest.approx(float(error), rel=1e-4)
+        base = model.get_base_model().get_submodule(layer.name).get_base_layer()
+        with torch.no_grad():
+            dropped = (base(taken[layer.name][0]).flatten(0, 1).double() - y).norm() / y.norm()
+        assert layer.dropped == pytest.approx(float(dropped), rel=1e-4)
+        ours, theirs = (
+            torch.stack([w.data.view(torch.uint8) >> 4, w.data.view(torch.uint8) & 15])
+            for w in (report.model.get_submodule(layer.name).weight, base.weight)
+        )
+        assert layer.changed == pytest.approx(float((ours != theirs).double().mean()))
+
+
+def test_base_scales_are_kept_where_asked_and_codes_where_there_is_nothing_to_merge() -> None:
+    model = get_peft_model(llama(), QLoRAConfig(r=4, target_modules="all-linear")).eval()  # ΔW = 0
+    calibration = Calibration(rows_of(text()), scales="base", method=Method(correction=False))
+    report = merge(model, onto="nf4", calibration=calibration, force=True)
+    base = model.get_base_model()
+    for layer in report.calibration.layers:
+        theirs = base.get_submodule(layer.name).get_base_layer()
+        ours = report.model.get_submodule(layer.name)
+        assert torch.equal(ours.weight.data, theirs.weight.data)
+        assert torch.equal(block_scales(ours.state), block_scales(theirs.state))
+        assert ours.state is not theirs.state
+        assert layer.changed == 0
+    ids = tokens()
+    assert torch.equal(logits(report.model, ids), logits(model, ids))
+    assert report.kept == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nothing_to_merge_changes_nothing_in_narrow_dtypes(dtype: torch.dtype) -> None:
+    model = get_peft_model(llama().to(dtype), QLoRAConfig(r=4, target_modules="all-linear")).eval()
+    calibration = Calibration(rows_of(text()), scales="base", method=Method(correction=False))
+    report = merge(model, onto="nf4", calibration=calibration, force=True)
+    assert [layer.name for layer in report.calibration.layers if layer.changed] == []
+
+
+# --- kinds of models and adapters ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"use_rslora": True}, {"depth": True}, {"bias": "all"}], ids=str
+)
+def test_every_kind_of_adapter_is_merged(settings: dict[str, Any]) -> None:
+    model, rows = adapted(llama(attention_bias=True), **settings), rows_of(text())
+    before = state_bytes(model)
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    assert state_bytes(model) == before
+    closer(report, model, rows)
+    assert report.losses["unmerged"] == mean_loss(model, rows.measured)
+
+
+def closer(report: MergeReport, model: PeftModel, rows: CalibrationRows) -> None:
+    """On the rows calibrated on, calibrated logits are nearer to the unmerged model's than nearest's are."""
+    nearest = merge(model, onto="nf4", force=True).model
+    ids = rows.calibration["input_ids"]
+    expected = logits(model, ids)
+    found, plain = (float((logits(one, ids) - expected).norm()) for one in (report.model, nearest))
+    assert found < plain
+    packed = [name for name, module in report.model.named_modules() if isinstance(module, Linear4bit)]
+    assert {layer.name for layer in report.calibration.layers} == set(packed)
+
+
+@pytest.mark.parametrize(
+    "settings", [NF4Config(block_size=128, double_quant=False), NF4Config(block_size=32)], ids=str
+)
+def test_the_merge_is_packed_as_the_base(settings: NF4Config) -> None:
+    model, rows = adapted(gpt2(), quantization=settings), rows_of(text())
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    states = [module.state for module in report.model.modules() if isinstance(module, Linear4bit)]
+    assert {(state.blocksize, state.nested) for state in states} == {(settings.block_size, settings.double_quant)}
+    closer(report, model, rows)
+
+
+def test_a_dense_base_is_rounded_for_the_first_time() -> None:
+    model, rows = adapted(llama(), quantization=None), rows_of(text())
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    assert all(layer.dropped is None for layer in report.calibration.layers)
+    closer(report, model, rows)
+
+
+def test_scales_of_a_base_that_has_none_are_refused() -> None:
+    model = adapted(llama(), quantization=None)
+    with pytest.raises(ValueError, match="scales='own'"):
+        merge(model, onto="nf4", calibration=Calibration(rows_of(text()), scales="base"))
+
+
+def test_modules_to_save_stay_dense() -> None:
+    model = adapted(bert(), task_type="SEQ_CLS", modules_to_save=["classifier"])
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].weight.add_(1)
+    report = merge(model, onto="nf4", calibration=rows_of(text(padded=True)), force=True)
+    assert type(report.model.classifier) is nn.Linear
+    assert torch.equal(
+        report.model.classifier.weight, model.base_model.model.classifier.modules_to_save["default"].weight
+    )
+    assert report.losses == {}
+    assert report.kept_by == "logits"
+
+
+@pytest.mark.parametrize(
+    "family", [f for f in ARCHITECTURES if f.name in ("t5", "mixtral", "albert")], ids=lambda family: family.name
+)
+def test_families(family: Any) -> None:
+    model = adapted(family.make(), task_type=family.task_type, **family.options)
+    report = merge(model, onto="nf4", calibration=rows_of(text(padded=True)), force=True)
+    first = report.calibration.layers[0]
+    assert first.error < first.dropped
+
+
+def test_several_adapters_are_merged_and_each_is_kept() -> None:
+    """Two patterns, learnt one after the other on one base; then both at once, and weighted into one."""
+    torch.set_num_threads(1)
+    up = pattern()
+    down = {**up, "input_ids": up["input_ids"].flip(1)}
+    config = QLoRAConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"])
+    model = trained(get_peft_model(llama(), config), up)
+    model.add_adapter("down", dataclasses.replace(config))
+    model.set_adapter("down")
+    trained(model, down)
+    both = {key: torch.cat([down[key][:-HELD_OUT], up[key]]) for key in up}
+    rows = rows_of({key: both[key] for key in both})
+    model.base_model.set_adapter(["default", "down"])
+    together = merge(model, onto="nf4", calibration=rows, force=True)
+    assert together.adapters == ["default", "down"]
+    model.add_weighted_adapter(["default", "down"], [0.7, 0.7], "mixed", combination_type="cat")
+    model.set_adapter("mixed")
+    weighted = merge(model, onto="nf4", calibration=rows, force=True)
+    for report, active in ((together, ["default", "down"]), (weighted, ["mixed"])):
+        model.base_model.set_adapter(active)
+        for task in (up, down):
+            with model.disable_adapter():
+                base = mean_loss(model, task)
+            gain = base - mean_loss(model, task)
+            assert gain > CLEAR_GAIN
+            assert (base - mean_loss(report.model, task)) / gain > 0.9
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("onto", ["dequantized", "original"])
+def test_rows_for_what_is_not_rounded_are_refused(onto: Any) -> None:
+    with pytest.raises(MergeError, match="Only rounding is calibrated"):
+        merge(adapted(llama()), onto=onto, original=llama() if onto == "original" else None, calibration=text())
+
+
+def test_what_keeps_little_is_refused_and_says_why(
+    learnt: tuple[PeftModel, CalibrationRows], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = learnt
+    monkeypatch.setattr(in_memory, "LEAST_KEPT", 1.5)
+    with pytest.raises(MergeRefused, match=r"by loss: the rows may be too few.*force merges all the same") as caught:
+        merge(model, onto="nf4", calibration=rows)
+    assert caught.value.report.calibration is not None
+    with pytest.raises(MergeRefused, match="Calibrate the rounding"):
+        merge(model, onto="nf4")
+    assert merge(model, onto="nf4", calibration=rows, force=True).model is not None
+
+
+def test_rows_that_do_not_fit_are_refused_before_anything_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(llama())
+    before = state_bytes(model)
+    monkeypatch.setattr(in_memory, "_merged", lambda *_: pytest.fail("merged"))
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        merge(model, onto="nf4", calibration=rows_of(text(rows=3)))
+    assert state_bytes(model) == before
+
+
+def report_of(losses: dict[str, float]) -> MergeReport:
+    return MergeReport("nf4", "b", ["default"], "float32", [], "none", losses=losses)
+
+
+@pytest.mark.parametrize(
+    ("base", "unmerged", "kept_by"),
+    [
+        (3.0, 2.0, "loss"),
+        (3.0, 3.0 - CLEAR_GAIN / 2, "weights"),
+        (3.0, 3.5, "weights"),
+        (3.0, float("nan"), "weights"),
+    ],
+    ids=["gain", "no clear gain", "harm", "nan"],
+)
+def test_the_loss_decides_only_where_the_gain_is_clear(base: float, unmerged: float, kept_by: str) -> None:
+    report = report_of({"base": base, "unmerged": unmerged, "nearest": 3.0, "merged": 2.25})
+    assert report.kept_by == kept_by
+    assert report.kept == (0.75 if kept_by == "loss" else 1.0)
+
+
+def test_interrupted_merges_go_on(
+    learnt: tuple[PeftModel, CalibrationRows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_qlora.quant.calibrate import streams
+
+    model, rows = learnt
+    expected = merge(model, onto="nf4", calibration=rows, force=True)
+    round_group, count = streams.round_group, itertools.count()
+
+    def stops(*args: Any, **options: Any) -> Any:
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return round_group(*args, **options)
+
+    monkeypatch.setattr(streams, "round_group", stops)
+    calibration = Calibration(rows, resume=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        merge(model, onto="nf4", calibration=calibration, force=True)
+    assert len(list(tmp_path.iterdir())) == 3
+    found = merge(model, onto="nf4", calibration=calibration, force=True)
+    assert codes(found.model) == codes(expected.model)
+    assert next(count) == 4 + 5
+
+
+def test_what_a_calibrated_base_reported_is_not_the_merged_model_s() -> None:
+    base = quantize_model(llama(), calibration=rows_of(text()))
+    assert calibration_report(base) is not None
+    model = adapted(base)
+    assert calibration_report(merge(model).model) is None
+    assert calibration_report(merge(model, onto="nf4", force=True).model) is None
+    assert calibration_report(base) is not None
+
+
+# --- real weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_smollm2_keeps_what_it_was_taught(smollm2: Path) -> None:
+    """Forty steps on instruction pairs; rows of pairs that were not trained on, others held out."""
+    from hf_qlora.assets import instruction_pairs
+
+    tokenizer = tf.AutoTokenizer.from_pretrained(smollm2)
+    texts = [f"{pair['instruction']}\n\n{pair['prompt']}\n\n{pair['answer']}" for pair in instruction_pairs()]
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = [texts[i] for i in order][:900]
+    packed = [token for one in texts[:500] for token in [*tokenizer(one)["input_ids"], tokenizer.eos_token_id]]
+    ids = torch.tensor(packed[: len(packed) // 128 * 128]).view(-1, 128)
+    base = tf.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    config = QLoRAConfig(r=16, lora_alpha=32, target_modules="all-linear", quantization=NF4Config())
+    model = get_peft_model(base, config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
+    model.train()
+    for step in range(40):
+        batch = ids[(4 * step) % (len(ids) - 4) :][:4]
+        optimizer.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+    model.eval()
+    report = merge(model, onto="nf4", calibration=texts[500:], tokenizer=tokenizer)
+    print(report)
+    losses = report.losses
+    gain = losses["base"] - losses["unmerged"]
+    assert gain > 0.1
+    assert report.kept_by == "loss"
+    assert report.kept > 0.85
+    assert (losses["base"] - losses["nearest"]) / gain < 0.3

@@ -1,0 +1,431 @@
+"""From rows to the report: separately built models, processes of their own and counted bytes as oracles."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import bert, gpt2, llama
+from calibrating import HELD_OUT, calibrated, codes, rows_of, text
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from hf_qlora import NF4Config, quantize_model
+from hf_qlora.quant.base import BaseModelError
+from hf_qlora.quant.calibrate import kept, streams
+from hf_qlora.quant.calibrate.errors import CalibrationError
+from hf_qlora.quant.calibrate.group import Method
+from hf_qlora.quant.calibrate.loss import mean_loss
+from hf_qlora.quant.calibrate.rows import CalibrationRows
+from hf_qlora.quant.calibrate.run import calibration_report
+from hf_qlora.quant.calibrate.settings import Calibration
+from hf_qlora.quant.linear4bit import Linear4bit
+from hf_qlora.validation import ConfigError
+
+
+GROUPS = 8  # of the tiny llama: q/k/v, o, gate/up and down, twice
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
+def test_losses_are_those_of_models_built_alone(make: Any) -> None:
+    dense, rows = make(), rows_of(text(padded=True))
+    finished, report = calibrated(dense, rows)
+    nearest = quantize_model(copy.deepcopy(dense))
+    # One forward and the same bits: what was measured is what there is, nearest and calibrated alike.
+    assert report.losses == {
+        "dense": mean_loss(dense, rows.measured),
+        "nearest": mean_loss(nearest, rows.measured),
+        "calibrated": mean_loss(finished, rows.measured),
+    }
+    lost = {name: loss - report.losses["dense"] for name, loss in report.losses.items()}
+    if lost["nearest"] > 0:
+        assert report.closed == pytest.approx(1 - lost["calibrated"] / lost["nearest"])
+    assert report.tokens == int(rows.calibration["attention_mask"].sum())
+
+
+def test_other_models_have_no_losses() -> None:
+    _, report = calibrated(bert(), rows_of(text()))
+    assert report.losses == {}
+    assert report.closed is None
+    assert "loss" not in str(report)
+
+
+def test_nearest_s_errors_and_changed_codes_are_against_nearest() -> None:
+    dense, rows = llama(), rows_of(text())
+    finished, report = calibrated(dense, rows)
+    plain = quantize_model(copy.deepcopy(dense))
+    for layer in report.layers:
+        ours, theirs = (model.get_submodule(layer.name).weight for model in (finished, plain))
+        ours, theirs = (torch.stack([p.data >> 4, p.data & 15]) for p in (ours, theirs))
+        assert layer.changed == pytest.approx(float((ours != theirs).double().mean()))
+        assert layer.dropped is None
+    first = report.layers[0]  # whose inputs are those of the dense model
+    x = dense.model.layers[0].input_layernorm(dense.model.embed_tokens(rows.measured["input_ids"])).detach()
+    y, q = (model.get_submodule(first.name)(x).detach() for model in (dense, plain))
+    assert first.nearest == pytest.approx(float((q - y).norm() / y.norm()), rel=1e-4)
+
+
+def test_few_tokens_are_said() -> None:
+    _, report = calibrated(llama(), rows_of(text(rows=6)))  # 128 tokens and inputs, 256 of down_proj
+    assert any("more inputs than there are tokens" in note and "down_proj" in note for note in report.notes)
+
+
+def test_the_model_is_a_4_bit_model_like_others() -> None:
+    dense, rows = llama(), rows_of(text())
+    finished, _ = calibrated(dense, rows, NF4Config(block_size=32, double_quant=False))
+    plain = quantize_model(copy.deepcopy(dense), NF4Config(block_size=32, double_quant=False))
+    ours, theirs = finished.state_dict(), plain.state_dict()
+    assert {key: (value.shape, value.dtype) for key, value in ours.items()} == {
+        key: (value.shape, value.dtype) for key, value in theirs.items()
+    }
+    assert finished.config.quantization_config.to_dict() == plain.config.quantization_config.to_dict()
+
+
+def test_on_layer_hears_of_every_layer() -> None:
+    dense = gpt2()
+    weights = {name: module.weight.clone() for name, module in dense.named_modules() if hasattr(module, "nf")}
+    seen: dict[str, Tensor] = {}
+
+    def on_layer(name: str, weight: Tensor, layer: Linear4bit) -> None:
+        assert isinstance(layer, Linear4bit)
+        seen[name] = weight.clone()
+
+    quantize_model(dense, calibration=rows_of(text()), on_layer=on_layer)
+    assert seen.keys() == weights.keys()
+    assert all(torch.equal(seen[name].t(), weights[name]) for name in weights)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+class FP4Config(NF4Config):
+    quant_type = "fp4"
+
+
+@pytest.mark.parametrize(
+    ("config", "calibration", "error", "message"),
+    [
+        (FP4Config(), rows_of(text()), ConfigError, "rounds to NF4 alone; quant_type is 'fp4'"),
+        (None, rows_of(text(rows=3)), CalibrationError, "at least 2 rows"),
+        (None, CalibrationRows({"input_ids": torch.full((9, 32), 500)}, 2, "x"), CalibrationError, "0 to 499"),
+        (None, Calibration(rows_of(text()), scales="base"), ConfigError, "keeps the scales of an NF4 base"),
+    ],
+    ids=["fp4", "few rows", "another tokenizer", "no base"],
+)
+def test_what_cannot_be_done_is_refused_and_nothing_changed(
+    config: NF4Config | None, calibration: Any, error: type[Exception], message: str
+) -> None:
+    model = llama()
+    before = codes(model)
+    with pytest.raises(error, match=message):
+        quantize_model(model, config, calibration=calibration)
+    assert codes(model) == before
+    assert not any(isinstance(module, Linear4bit) for module in model.modules())
+    quantize_model(model, calibration=rows_of(text()))
+
+
+def test_a_4_bit_model_is_refused() -> None:
+    model = quantize_model(llama())
+    with pytest.raises(BaseModelError, match="Load it dense"):
+        quantize_model(model, calibration=rows_of(text()))
+
+
+@pytest.mark.parametrize("values", [{"scales": "nearest"}, {"method": "gptq"}], ids=str)
+def test_settings_that_are_none_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        Calibration(rows_of(text()), **values)
+
+
+# --- going on after an interruption ----------------------------------------------------------------------------------
+
+
+def stop_after(groups: int, stop: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Do `stop` when so many groups have been rounded; the rounded ones are counted."""
+    done: list[int] = []
+    round_group = streams.round_group
+
+    def counting(*args: Any, **options: Any) -> Any:
+        if len(done) == groups:
+            stop()
+        done.append(1)
+        return round_group(*args, **options)
+
+    monkeypatch.setattr(streams, "round_group", counting)
+    return done
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [1, 5])
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
+def test_an_interrupted_run_goes_on(after: int, nested: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, rows, config = llama(), rows_of(text()), NF4Config(double_quant=nested)
+    expected, straight = calibrated(dense, rows, config)
+    calibration = Calibration(rows, resume=tmp_path / "kept")
+    with monkeypatch.context() as patch:
+        stop_after(after, interrupt, patch)
+        broken = copy.deepcopy(dense)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_model(broken, config, calibration=calibration)
+        with pytest.raises(BaseModelError, match="interrupted"):
+            quantize_model(broken, config)
+    with monkeypatch.context() as patch:
+        done = stop_after(99, interrupt, patch)
+        found, report = calibrated(dense, calibration, config)
+    assert len(done) == GROUPS - after
+    assert codes(found) == codes(expected)
+    assert report.layers == straight.layers
+    assert report.losses == straight.losses
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL, in the process that rounds."""
+    dense, rows = llama(), rows_of(text())
+    calibration = Calibration(rows, resume=tmp_path)
+    process = os.fork()
+    if process == 0:
+        try:
+            stop_after(3, lambda: os.kill(os.getpid(), signal.SIGKILL), monkeypatch)
+            quantize_model(dense, calibration=calibration)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    done = stop_after(99, interrupt, monkeypatch)
+    found, _ = calibrated(dense, calibration)
+    assert len(done) == GROUPS - 3
+    assert codes(found) == codes(calibrated(dense, rows)[0])
+
+
+def test_what_was_kept_for_another_run_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, rows = llama(), rows_of(text())
+    other = copy.deepcopy(dense)
+    other.model.layers[1].mlp.down_proj.weight.data[0, 0] += 1e-3
+    skipping = NF4Config(skip_modules=("lm_head", "layers.0.self_attn.q_proj"))
+    runs: list[tuple[nn.Module, CalibrationRows, Method, NF4Config]] = [
+        (dense, rows, Method(), NF4Config()),
+        (dense, rows_of(rows.inputs, HELD_OUT + 1), Method(), NF4Config()),
+        (other, rows, Method(), NF4Config()),
+        (dense, rows, Method(damping=0.02), NF4Config()),
+        (dense, rows, Method(), NF4Config(block_size=32)),
+        (dense, rows, Method(), skipping),
+    ]
+    done = stop_after(99, interrupt, monkeypatch)
+    for number, (model, given, method, config) in enumerate(runs):
+        calibrated(model, Calibration(given, method=method, resume=tmp_path), config)
+        assert len(done) == (number + 1) * GROUPS
+    calibrated(dense, Calibration(rows, resume=tmp_path), skipping)
+    assert len(done) == len(runs) * GROUPS
+
+
+def test_a_layer_left_dense_by_name_makes_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes after it is fed otherwise."""
+    dense, rows = llama(), rows_of(text())
+    calibrated(dense, Calibration(rows, resume=tmp_path))
+    done = stop_after(99, interrupt, monkeypatch)
+    calibrated(dense, Calibration(rows, resume=tmp_path), skip=["layers.0.mlp.down_proj"])
+    assert len(done) == GROUPS - 1
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "noise", "one bit", "without tensors", "folder"])
+def test_what_was_not_kept_whole_is_ignored(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, rows = llama(), rows_of(text())
+    expected, _ = calibrated(dense, Calibration(rows, resume=tmp_path))
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == GROUPS
+    file = files[3]
+    content = file.read_bytes()
+    if kind == "without tensors":
+        with kept.safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        save_file({}, file, metadata)
+    elif kind == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes(
+            {
+                "cut": content[: len(content) // 2],
+                "empty": b"",
+                "noise": os.urandom(1000),
+                "one bit": content[:-1] + bytes([content[-1] ^ 1]),
+            }[kind]
+        )
+    done = stop_after(99, interrupt, monkeypatch)
+    found, _ = calibrated(dense, Calibration(rows, resume=tmp_path))
+    assert len(done) == 1
+    assert codes(found) == codes(expected)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")], ids=str)
+def test_a_full_disk_costs_nothing_but_a_warning(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(tensors: Any, file: Path, *_: Any) -> None:
+        file.write_bytes(b"half")
+        raise error
+
+    dense, rows = llama(), rows_of(text())
+    monkeypatch.setattr(kept, "save_file", full)
+    found, _ = calibrated(dense, Calibration(rows, resume=tmp_path))
+    assert codes(found) == codes(calibrated(dense, rows)[0])
+    assert not list(tmp_path.iterdir())
+    assert "could not be kept" in caplog.text
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_changed(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    model = llama()
+    before = codes(model)
+    with pytest.raises(OSError, match="file"):
+        quantize_model(model, calibration=Calibration(rows_of(text()), resume=file))
+    assert codes(model) == before
+    quantize_model(model, calibration=rows_of(text()))
+
+
+def test_tied_layers_are_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, rows = llama(), rows_of(text())
+    dense.model.layers[1].mlp.down_proj.weight = dense.model.layers[0].mlp.down_proj.weight
+    expected, _ = calibrated(dense, Calibration(rows, resume=tmp_path))
+    done = stop_after(99, interrupt, monkeypatch)
+    found, _ = calibrated(dense, Calibration(rows, resume=tmp_path))
+    assert not done
+    assert codes(found) == codes(expected)
+
+
+# --- saved -----------------------------------------------------------------------------------------------------------
+
+STOCK = """
+import sys
+from importlib.abc import MetaPathFinder
+
+
+class NotThisPackage(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hf_qlora":
+            raise ModuleNotFoundError(name)
+
+
+sys.meta_path.insert(0, NotThisPackage())
+import bitsandbytes, torch, transformers
+from safetensors.torch import load_file, save_file
+
+folder = sys.argv[1]
+model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32).eval()
+for module in model.modules():
+    if isinstance(module, bitsandbytes.nn.Linear4bit):
+        module.support_avx512bf16_for_cpu = False
+with torch.no_grad():
+    save_file({"logits": model(**load_file(f"{folder}/inputs.safetensors")).logits}, f"{folder}/out.safetensors")
+assert "hf_qlora" not in sys.modules
+"""
+
+
+def test_stock_transformers_computes_the_same(tmp_path: Path) -> None:
+    """In a process that cannot import this package."""
+    inputs = text(rows=2)
+    model, _ = calibrated(llama(), rows_of(text()))
+    model.save_pretrained(tmp_path / "model")
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    subprocess.run([sys.executable, "-c", STOCK, str(tmp_path)], check=True)
+    found = load_file(tmp_path / "out.safetensors")["logits"]
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    # As in tests/interop/test_stock_peft.py: float32 products, of the largest logit.
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-5
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_dense_weights_go_as_their_layers_are_rounded() -> None:
+    model = llama()
+    alive = {
+        name: weakref.ref(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+    seen: list[str] = []
+
+    def on_layer(name: str, weight: Tensor, layer: Linear4bit) -> None:
+        assert [other for other in seen if alive[other]() is not None] == []
+        seen.append(name)
+
+    quantize_model(model, calibration=rows_of(text()), on_layer=on_layer)
+    assert len(seen) == len(alive) == 14
+
+
+class Counted(TorchDispatchMode):
+    """The bytes of all storages that operations make and that still live, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.now, self.peak = WeakIdKeyDictionary(), 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                if storage not in self.seen:
+                    self.seen[storage] = True
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._gone, storage.nbytes())
+        return found
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+@pytest.mark.parametrize("vocabulary", [500, 60_000])
+def test_the_peak_is_the_model_its_codes_and_one_group(vocabulary: int) -> None:
+    """Counted: what operations make beside the dense model, which is there before.
+
+    A group needs some dozen matrices of K × K in float32 (Gram, cross, damped, permuted; three in float64), and as
+    many of its weights' size; the forward some dozen hidden states of all rows, twice, and its widest layer. The codes
+    are there twice, calibrated and nearest.
+    """
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "vocab_size": vocabulary}
+    model, rows = llama(**sizes), rows_of(text())
+    linear = [m.weight for m in model.model.modules() if isinstance(m, nn.Linear)]
+    largest = max(weight.numel() for weight in linear)
+    widest = 4 * max(weight.shape[1] for weight in linear) ** 2
+    group = 12 * widest + 12 * 4 * 2 * largest
+    hidden = 4 * 2 * rows.inputs["input_ids"].numel() * (12 * 128 + 4 * 512)
+    packed = 2 * sum(weight.numel() for weight in linear) * 0.53
+    logits = 4 * vocabulary * 4 * 32 * 2.5  # four rows that are listened to, and what the loss is taken of
+    with Counted() as counted:
+        quantize_model(model, calibration=rows)
+    assert counted.peak <= group + hidden + packed + logits
+    if vocabulary == 60_000:  # the logits of all rows would be more than that
+        assert 4 * vocabulary * 2 * rows.inputs["input_ids"].numel() > 1.5 * counted.peak
+
+
+def test_the_report_is_of_the_model_alone() -> None:
+    one = llama()
+    quantize_model(one, calibration=rows_of(text()))
+    assert calibration_report(one) is not None
+    assert calibration_report(quantize_model(llama())) is None
