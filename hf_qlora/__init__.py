@@ -19,6 +19,10 @@ from hf_qlora.layers.checkpointing import disable_checkpointing, enable_checkpoi
 from hf_qlora.layers.head import disable_chunked_loss, enable_chunked_loss
 from hf_qlora.merge import MergeReport, merge
 from hf_qlora.quant.base import quantize_model
+from hf_qlora.quant.calibrate.report import CalibrationReport
+from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows
+from hf_qlora.quant.calibrate.run import calibration_report
+from hf_qlora.quant.calibrate.settings import Calibration
 from hf_qlora.quant.generation import fast_generation
 from hf_qlora.quant.report import QuantizationReport
 from hf_qlora.quant.survey import quantization_report
@@ -35,6 +39,9 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterHealthCallback",
     "AdaptiveDepthLoRAConfig",
+    "Calibration",
+    "CalibrationReport",
+    "CalibrationRows",
     "DepthScaleCallback",
     "MemoryCallback",
     "MemoryPlan",
@@ -44,6 +51,8 @@ __all__ = [
     "QLoRAConfig",
     "QLoRAModel",
     "QuantizationReport",
+    "calibration_report",
+    "calibration_rows",
     "create_optimizer",
     "disable_checkpointing",
     "disable_chunked_loss",
