@@ -132,7 +132,9 @@ TABLES: dict[str, Callable[[list[tuple[dict[str, Any], Found]]], str]] = {
     "merge": _merge,
     "loftq": _loftq,
     "base": _base,
-    "rows": _compared("How many rows of 256 tokens are enough.", "rows"),
+    "rows": _compared(
+        "How many rows of 256 tokens are enough; errors are of each calibration's own held-out rows.", "rows"
+    ),
     "methods": _compared("Ways to round, each different from the default in one thing.", "name"),
     "cost": _cost,
 }
@@ -175,14 +177,16 @@ def plot(results: Path, path: Path) -> None:
     figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     rows = [count for count, _ in runs]
     kept = [100 * (1 - _kept(found["base"], found["unmerged"], found["merged"])) for _, found in runs]
-    _line(axes[0], rows, kept, "Merge: lost of the adapter's gain, %")
+    _line(axes[0], rows, kept, "Merge: what is lost of the adapter's gain, %")
     lost = [found["calibrated"]["loss"]["chats"] - found["dense"]["loss"]["chats"] for _, found in runs]
     _line(axes[1], rows, lost, "Base: loss above the dense model's, nats")
     if nearest:
         found = next(iter(nearest.values()))
         gap = found["nearest"]["loss"]["chats"] - found["dense"]["loss"]["chats"]
         axes[1].axhline(gap, color="0.5", linestyle="--", label="rounded to nearest")
-        axes[1].legend(frameon=False)
+        axes[1].legend(frameon=False, loc="center right")
+    for axis in axes:
+        axis.set_ylim(bottom=0, top=axis.get_ylim()[1])
     save(figure, path)
 
 
@@ -190,7 +194,6 @@ def _line(axes: Any, rows: Sequence[int], values: Sequence[float], title: str) -
     axes.plot(rows, values, marker="o")
     axes.set_xscale("log", base=2)
     axes.set_xticks(rows, [str(count) for count in rows])
-    axes.set_ylim(bottom=0)
     axes.set_xlabel("rows of 256 tokens")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import bitsandbytes as bnb
@@ -12,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama import modeling_llama
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
 from hf_qlora.layers.head import enable_chunked_loss
@@ -161,10 +163,21 @@ def _with_ligers_kernels(case: Case, build: Callable[..., Any]) -> Any:
     except ImportError as error:
         raise ImportError("The arms with Liger's kernels need them: pip install liger-kernel") from error
     model = build(case)
-    # Its rotary embedding would be in all arms of this process; the loss is ours or transformers'.
+    # Its rotary embedding is for all models of a process; the loss is ours or transformers'.
     no = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
-    apply_liger_kernel_to_llama(model=model.get_base_model(), rms_norm=True, swiglu=True, **no)
+    with _names_kept(modeling_llama):
+        apply_liger_kernel_to_llama(model=model.get_base_model(), rms_norm=True, swiglu=True, **no)
     return model
+
+
+@contextmanager
+def _names_kept(module: ModuleType) -> Iterator[None]:
+    """Afterwards a module's names stand for what they did: Liger gives them to its own classes, for all later models."""
+    before = dict(vars(module))
+    try:
+        yield
+    finally:
+        vars(module).update(before)
 
 
 def _compiled(case: Case) -> Any:
