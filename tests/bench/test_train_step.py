@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 from typer.testing import CliRunner
 
 from hf_qlora import NF4Config, disable_chunked_loss
@@ -41,6 +44,22 @@ def test_the_stock_base_is_what_from_pretrained_gives(tmp_path: Path) -> None:
     packed = dict(loaded.named_parameters())
     for name, parameter in made.named_parameters():
         assert torch.equal(parameter, packed[name]), name
+
+
+def test_ligers_kernels_are_in_their_arm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class TheirNorm(torch.nn.Module):
+        pass
+
+    def apply(model: object, **options: object) -> None:
+        modeling_llama.LlamaRMSNorm = TheirNorm  # as Liger does, beside changing the model's own modules
+
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    stub = ModuleType("liger_kernel.transformers")
+    stub.apply_liger_kernel_to_llama = apply  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stub)
+    ARMS["ours, Liger's kernels"].start(TINY)
+    assert modeling_llama.LlamaRMSNorm is not TheirNorm
+    assert not any(isinstance(module, TheirNorm) for module in ARMS[CHUNKED].start(TINY).model.modules())
 
 
 def test_all_arms_learn_the_same_function() -> None:

@@ -52,7 +52,12 @@ def merging(device: str, seed: int, steps: int, rows: int, questions: int, layer
     def arm(name: str, merged: Any, **more: Any) -> None:
         given = models.answers(merged, questions)
         exact = sum(text.strip() == expected.strip() for text, expected in given) / len(given)
-        found["arms"][name] = {"loss": models.losses(merged), "exact": exact, "samples": given[:SAMPLES], **more}
+        found["arms"][name] = {
+            "loss": models.losses(merged, layers),
+            "exact": exact,
+            "samples": given[:SAMPLES],
+            **more,
+        }
 
     arm("unmerged", model)
     with model.disable_adapter():
@@ -71,20 +76,20 @@ def merging(device: str, seed: int, steps: int, rows: int, questions: int, layer
 def loftq(device: str, seed: int, steps: int, layers: int | None) -> dict[str, Any]:
     """An adapter that starts as what quantizing loses, before and after training, and rounded to nearest."""
     model = models.adapted(device, seed, steps, layers, "loftq")
-    found = {"unmerged": models.losses(model)}
-    found["nearest"] = models.losses(merge(model, "nf4", force=True).model)
+    found = {"unmerged": models.losses(model, layers)}
+    found["nearest"] = models.losses(merge(model, "nf4", force=True).model, layers)
     return found
 
 
 def base(device: str, seed: int, rows: int, layers: int | None) -> dict[str, Any]:
     """The base alone: dense, rounded to nearest, and calibrated."""
-    found: dict[str, Any] = {"dense": {"loss": models.losses(models.dense(device, layers))}}
-    found["nearest"] = {"loss": models.losses(quantize_model(models.dense(device, layers), NF4Config()))}
+    found: dict[str, Any] = {"dense": {"loss": models.losses(models.dense(device, layers), layers)}}
+    found["nearest"] = {"loss": models.losses(quantize_model(models.dense(device, layers), NF4Config()), layers)}
     for domain in ("chats", "headlines"):
         calibrated = quantize_model(
             models.dense(device, layers), NF4Config(), calibration=data.calibration_rows(domain, rows, seed)
         )
-        found[f"calibrated, {domain}"] = _calibrated(calibrated)
+        found[f"calibrated, {domain}"] = _calibrated(calibrated, layers)
     return found
 
 
@@ -101,20 +106,27 @@ def method(device: str, seed: int, steps: int, rows: int, name: str, layers: int
 
 def _both(device: str, seed: int, steps: int, layers: int | None, calibration: Calibration) -> dict[str, Any]:
     model = models.adapted(device, seed, steps, layers)
-    found = {"unmerged": {"loss": models.losses(model)}}
+    found = {"unmerged": {"loss": models.losses(model, layers)}}
     with model.disable_adapter():
-        found["base"] = {"loss": models.losses(model)}
-    found["merged"] = _calibrated(merge(model, "nf4", calibration=calibration, force=True).model)
-    found["dense"] = {"loss": models.losses(models.dense(device, layers))}
+        found["base"] = {"loss": models.losses(model, layers)}
+    found["merged"] = _calibrated(merge(model, "nf4", calibration=calibration, force=True).model, layers)
+    found["dense"] = {"loss": models.losses(models.dense(device, layers), layers)}
     own = replace(calibration, scales="own")  # a dense base has none of its own
-    found["calibrated"] = _calibrated(quantize_model(models.dense(device, layers), NF4Config(), calibration=own))
+    found["calibrated"] = _calibrated(
+        quantize_model(models.dense(device, layers), NF4Config(), calibration=own), layers
+    )
     return found
 
 
-def _calibrated(model: nn.Module) -> dict[str, Any]:
+def _calibrated(model: nn.Module, layers: int | None) -> dict[str, Any]:
     report = calibration_report(model)
     assert report is not None
-    return {"loss": models.losses(model), "error": report.error, "nearest": report.nearest, "seconds": report.seconds}
+    return {
+        "loss": models.losses(model, layers),
+        "error": report.error,
+        "nearest": report.nearest,
+        "seconds": report.seconds,
+    }
 
 
 def cost(device: str, size: int, rows: int) -> dict[str, Any]:

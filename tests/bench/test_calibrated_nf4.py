@@ -1,0 +1,82 @@
+"""The bench of calibrated NF4 does what it is asked, once, and its tables say what was found."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hf_qlora.bench.calibrated_nf4 import data, report, run
+from hf_qlora.cli import app
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+def _rows(tensor: torch.Tensor) -> set[tuple[int, ...]]:
+    return {tuple(row.tolist()) for row in tensor}
+
+
+def test_rows_to_train_calibrate_and_test_on_are_of_different_texts() -> None:
+    calibration = data.calibration_rows("chats", 8)
+    others = _rows(data.training_rows()) | _rows(data.test_rows("chats"))
+    assert not _rows(calibration.inputs["input_ids"]) & others
+    chats = data._chats("train")
+    half = len(chats) // 2
+    asked = [{chat[0]["content"] for chat in part} for part in (chats[:half], chats[half:], data._chats("test"))]
+    # Some tasks have the same prompt twice in their training rows; none of the test rows is among them.
+    assert not asked[2] & (asked[0] | asked[1])
+    headlines = data.calibration_rows("headlines", 8, seed=1)
+    assert not _rows(headlines.inputs["input_ids"]) & _rows(data.test_rows("headlines"))
+
+
+@pytest.mark.slow
+def test_runs_are_done_once_and_told(tmp_path: Path) -> None:
+    results = tmp_path / "runs.jsonl"
+    plan = replace(run.QUICK, amounts=(2,))
+    parts = ("merge", "base", "loftq", "rows", "methods")
+    run.perform(plan, results, parts)
+    lines = results.read_text().splitlines()
+    assert [json.loads(line)["part"] for line in lines] == list(parts)
+    run.perform(plan, results, parts)
+    assert results.read_text().splitlines() == lines
+    told = report.markdown(results)
+    for text in ("PEFT's merge", "calibrated, headlines", "LoftQ", "the default", "rows of 256 tokens"):
+        assert text in told
+    report.plot(results, tmp_path / "runs.png")
+    assert (tmp_path / "runs.png").stat().st_size > 10_000
+
+
+def _found(loss: float, **more: Any) -> dict[str, Any]:
+    return {"loss": {"chats": loss, "headlines": 5.0}, **more}
+
+
+def test_the_share_that_is_kept_and_the_share_that_is_closed(tmp_path: Path) -> None:
+    arms = {
+        name: _found(loss, exact=0.25, samples=[["said", "expected"]])
+        for name, loss in {"unmerged": 2.0, "base": 3.0, "calibrated, chats": 2.1}.items()
+    }
+    bases = {"dense": _found(2.5), "nearest": _found(3.0), "calibrated, chats": _found(2.6)}
+    for base in bases.values():
+        base["loss"]["headlines"] = base["loss"]["chats"]
+    rows = [
+        {"part": "merge", "settings": {"seed": 0}, "found": {"arms": arms}},
+        {"part": "base", "settings": {"seed": 0}, "found": bases},
+    ]
+    made = dict.fromkeys(("device", "torch", "transformers", "peft", "bitsandbytes", "code", "date"), "x")
+    results = tmp_path / "runs.jsonl"
+    results.write_text("".join(json.dumps(row | {"with": made}) + "\n" for row in rows))
+    told = report.markdown(results)
+    assert "| calibrated, chats | 2.100 | 90.0% | 25.0% | 5.000 |" in told
+    assert "| calibrated, chats | 2.600 | 80% | 2.600 | 80% |" in told
+
+
+def test_an_unknown_part_is_named() -> None:
+    result = CliRunner().invoke(app, ["bench", "calibrated-nf4", "--part", "merging"])
+    assert result.exit_code == 2
+    assert "merging" in result.output
