@@ -6,6 +6,11 @@
 quantizes the loaded model to double-quantized NF4 in place, wraps its linear layers with LoRA and makes them
 trainable; from there PEFT, Trainer and the Hub work as always. Importing the package registers it with PEFT; stock
 configs behave as before.
+
+Modules import downwards only (`[tool.importlinter]` in pyproject.toml has all of them):
+
+    cli → bench → demo → train → merge → registration → trainer → hooks | hub → saving → tuner
+        → layers → quant → kernels → config
 """
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
@@ -14,6 +19,10 @@ from hf_qlora.layers.checkpointing import disable_checkpointing, enable_checkpoi
 from hf_qlora.layers.head import disable_chunked_loss, enable_chunked_loss
 from hf_qlora.merge import MergeReport, merge
 from hf_qlora.quant.base import quantize_model
+from hf_qlora.quant.calibrate.report import CalibrationReport
+from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows
+from hf_qlora.quant.calibrate.run import calibration_report
+from hf_qlora.quant.calibrate.settings import Calibration
 from hf_qlora.quant.generation import fast_generation
 from hf_qlora.quant.report import QuantizationReport
 from hf_qlora.quant.survey import quantization_report
@@ -30,6 +39,9 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterHealthCallback",
     "AdaptiveDepthLoRAConfig",
+    "Calibration",
+    "CalibrationReport",
+    "CalibrationRows",
     "DepthScaleCallback",
     "MemoryCallback",
     "MemoryPlan",
@@ -39,6 +51,8 @@ __all__ = [
     "QLoRAConfig",
     "QLoRAModel",
     "QuantizationReport",
+    "calibration_report",
+    "calibration_rows",
     "create_optimizer",
     "disable_checkpointing",
     "disable_chunked_loss",

@@ -27,7 +27,7 @@ are wrapped. For a stock `LoraConfig` each of them does what PEFT did.
 | `Trainer._run_epoch` | resumed at its end in the middle of an epoch, a run is trained one step more |
 | `Trainer._save_checkpoint` | a half-written checkpoint is known as one, and gone where the disk is full |
 | `Trainer._get_num_items_in_batch` | a batch without labels has the loss 0/0 (`trainer/batches.py`) |
-| `LoraFAOptimizer.__init__` | pairs a gain with the next layer's A (`trainer/optimizers.py`) |
+| `create_lorafa_optimizer`, by both its paths | pairs a gain with the next layer's A (`trainer/optimizers.py`) |
 | `hotswap.check_hotswap_configs_compatible`, `hotswap_adapter_from_state_dict` | both sides in portable form |
 
 Everything private of PEFT, transformers, bitsandbytes and torch that the package leans on is in `PRIVATE`, each with a
@@ -45,6 +45,7 @@ from typing import Any
 
 import peft
 import peft.config
+import peft.optimizers.lorafa
 import peft.peft_model
 import peft.tuners.lora.dora
 import peft.utils.hotswap
@@ -52,7 +53,6 @@ from packaging.version import Version
 from peft import LoraConfig, PeftModel, PeftType
 from peft.auto import _BaseAutoPeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.tuners.tuners_utils import BaseTuner
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations.peft import PeftAdapterMixin
@@ -97,8 +97,8 @@ PRIVATE = {
     "transformers:Trainer._save_checkpoint": "registration",
     "transformers:Trainer._get_output_dir": "trainer.resume",
     "transformers:Trainer._get_num_items_in_batch": "registration",
-    "peft.optimizers.lorafa:LoraFAOptimizer.__init__": "registration",
-    "peft.optimizers.lorafa:create_lorafa_optimizer": "trainer.optimizers",
+    "peft.optimizers:create_lorafa_optimizer": "registration",
+    "peft.optimizers.lorafa:create_lorafa_optimizer": "registration",
     "bitsandbytes.optim.optimizer:Optimizer8bit": "trainer.resume",
     "huggingface_hub.errors:HTTPError": "hub.errors",
     "peft.tuners.lora.dora:dequantize_module_weight": "registration",
@@ -202,7 +202,8 @@ def register() -> None:
     _wrap(Trainer, "_load_optimizer_and_scheduler", resume.load_optimizer_and_scheduler)
     _wrap(Trainer, "_save_checkpoint", resume.save_checkpoint)
     _wrap(Trainer, "_get_num_items_in_batch", batches.num_items_in_batch)
-    _wrap(LoraFAOptimizer, "__init__", optimizers.init_lorafa)
+    _wrap(peft.optimizers, "create_lorafa_optimizer", optimizers.create_lorafa_optimizer)
+    _wrap(peft.optimizers.lorafa, "create_lorafa_optimizer", optimizers.create_lorafa_optimizer)
     _wrap(PeftAdapterMixin, "load_adapter", hooks.load_into_transformers)
     _wrap(peft.tuners.lora.dora, "dequantize_module_weight", hooks.dequantize_module_weight)
     _wrap(peft.utils.hotswap, "load_peft_weights", hooks.load_peft_weights)

@@ -12,6 +12,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from torch import nn
+
 from hf_qlora.patterns import SlowPatternError, check_quick
 
 
@@ -28,6 +30,12 @@ NOT_ON_4BIT = ("velora_config", "monteclora_config", "kasa_config", "use_bdlora"
 
 class ConfigError(ValueError):
     """A configuration, in memory or in a file, that cannot be honoured; the message says what to do instead."""
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no model, before something of a model's is looked for in it."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model={model!r:.100} is no model; pass one that is loaded, a torch.nn.Module.")
 
 
 def check_types(config: Any) -> None:

@@ -1169,7 +1169,13 @@ def test_a_slow_pattern_of_ones_own_is_a_warning_and_in_a_file_refused(
 # Checkpointing
 
 
-@pytest.mark.parametrize("value", [None, "full", "offload", {"mode": "budget", "budget_bytes": 10}, {"chunk_size": 4}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, "full", "offload", {"chunk_size": 4}),
+        *({"mode": "budget", "budget_bytes": size} for size in (10, "4GiB")),
+    ],
+)
 def test_checkpointing_is_under_our_key_and_comes_back(value: Any, tmp_path: Path) -> None:
     config = QLoRAConfig(r=4, checkpointing=value)
     config.save_pretrained(tmp_path)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -98,6 +99,9 @@ def test_without_calibration_it_is_what_quantize_model_makes(folder: Path, targe
     assert tokenizer("a b").input_ids == byte_tokenizer()("a b").input_ids
     assert tokenizer.chat_template == byte_tokenizer(chat=True).chat_template
     assert [path.name for path in target.parent.iterdir()] == ["nf4"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in target.iterdir()} == {0o666 & ~mask}
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], str, torch.dtype, NF4Config]] = {

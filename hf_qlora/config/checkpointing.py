@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
+from hf_qlora.config.amounts import bytes_given
 from hf_qlora.validation import ConfigError
 
 
@@ -23,7 +24,7 @@ class Checkpointing:
 
     Attributes:
         mode: of `MODES`, or None: layers keep what they keep.
-        budget_bytes: for mode "budget".
+        budget_bytes: for mode "budget"; a text such as "4GiB" becomes its number of bytes.
         chunk_size: rows of an MLP at a time, or None.
         options: for `torch.utils.checkpoint.checkpoint`.
 
@@ -39,10 +40,10 @@ class Checkpointing:
     def __post_init__(self) -> None:
         if self.mode is not None and self.mode not in MODES:
             raise ConfigError(f"mode={self.mode!r} of checkpointing is not known; choose one of {(*MODES, None)}.")
-        for name in ("budget_bytes", "chunk_size"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ConfigError(f"{name}={value!r} of checkpointing must be a positive integer, or None.")
+        if self.chunk_size is not None and (type(self.chunk_size) is not int or self.chunk_size < 1):
+            raise ConfigError(f"chunk_size={self.chunk_size!r} of checkpointing must be a positive integer, or None.")
+        if self.budget_bytes is not None:
+            object.__setattr__(self, "budget_bytes", bytes_given(self.budget_bytes, "budget_bytes"))
         if (self.mode == "budget") != (self.budget_bytes is not None):
             raise ConfigError(
                 f"checkpointing with mode={self.mode!r} and budget_bytes={self.budget_bytes!r}: a budget needs both "
@@ -64,7 +65,7 @@ class Checkpointing:
         if not isinstance(value, Mapping) or not value.keys() <= set(OURS):
             raise ConfigError(
                 f"checkpointing={value!r} must be one of {MODES}, or a dict of some of {OURS}, such as "
-                "{'mode': 'budget', 'budget_bytes': 4 * 2**30}."
+                "{'mode': 'budget', 'budget_bytes': '4GiB'}."
             )
         return cls(**value)
 

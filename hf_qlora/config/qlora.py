@@ -61,7 +61,7 @@ class QLoRAConfig(LoraConfig):
         default=None,
         metadata={
             "help": "What layers keep for backward: 'full', 'offload', or a dict of `enable_checkpointing`'s "
-            "arguments, as {'mode': 'budget', 'budget_bytes': 4 * 2**30}. None: as the model has it."
+            "arguments, as {'mode': 'budget', 'budget_bytes': '4GiB'}. None: as the model has it."
         },
     )
     on_base_mismatch: str = field(

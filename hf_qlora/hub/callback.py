@@ -75,7 +75,7 @@ class ModelCardCallback(TrainerCallback):
         license: str | None = None,
         language: str | list[str] | None = None,
     ) -> None:
-        model = trainer.model
+        model = getattr(trainer, "model", None)
         if not isinstance(model, PeftModel) or not facts.is_ours(model):
             raise ConfigError(
                 "ModelCardCallback needs a Trainer of a PeftModel with a QLoRAConfig; its model is "

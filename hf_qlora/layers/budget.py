@@ -5,9 +5,9 @@ A layer is called with a function and its input; it may
     keep it         run the function as it is: what backward needs of it stays, c bytes
     checkpoint it   keep its input alone, i bytes; backward runs it again
 
-and keeps it where what is held at that moment, and c of this layer and of all that follow, fit. So it is the last
-layers that are kept: backward has used up their activations before it makes any again, and the peak of a first layer
-kept is that of a last one kept plus the activations of one layer that is computed again.
+by the rule of `budget_rule.py`, which plans share: it is the last layers that are kept. Backward has used up their
+activations before it makes any again, and the peak of a first layer kept is that of a last one kept plus the
+activations of one layer that is computed again.
 
 c is measured: the bytes that autograd saves in the layer's forward, each storage once, without parameters and what the
 layers share (masks, rotary tables). It is a number of bytes for each element of the input, measured for each layer at
@@ -35,7 +35,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
-from hf_qlora.validation import ConfigError
+from hf_qlora.layers.budget_rule import REMEDY, BudgetTooSmall, keeps, too_small
 
 
 logger = logging.getLogger(__name__)
@@ -103,18 +103,15 @@ class Budget:
         """Whether this layer and all that follow can be kept."""
         own = self.rates[layer] or 0.0
         rest = sum(own if rate is None else rate for rate in self.rates[layer:])
-        return self.held + math.ceil(rest * _bytes(x)) <= self.limit
+        return keeps(self.limit, self.held, math.ceil(rest * _bytes(x)))
 
     def _check(self, layer: int, x: Tensor) -> None:
         """Refuse a budget that the layers' inputs exceed in the first forward; of a later batch, warn."""
         least = self.held + (len(self.rates) - layer) * _bytes(x)
         if self.held + _bytes(x) > self.limit:
-            message = (
-                f"budget_bytes={self.limit:,} is too small for {_tokens(x)}: with all {len(self.rates)} layers "
-                f"checkpointed, their inputs take {least:,} bytes."
-            )
+            message = too_small(self.limit, _tokens(x), len(self.rates), least)
             if not self.started:
-                raise ConfigError(f"{message} Give at least those, or smaller batches, or use mode='offload'.")
+                raise BudgetTooSmall(f"{message} {REMEDY}")
             self._warn_once("exceeded", f"{message} They are all checkpointed, and the budget is exceeded.")
 
     def _end(self, layer: int, x: Tensor) -> None:

@@ -38,7 +38,7 @@ from hf_qlora.layers.budget import Budget
 from hf_qlora.layers.checkpointable import checkpointable_layers
 from hf_qlora.layers.chunked_mlp import chunk, chunkable, unchunk
 from hf_qlora.layers.offload import Offload
-from hf_qlora.validation import ConfigError
+from hf_qlora.validation import ConfigError, check_model
 
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ _ASKED = "_hf_qlora_checkpointing"  # of a transformers model: what was asked fo
 
 
 def enable_checkpointing(
-    model: nn.Module, mode: str | None = "full", budget_bytes: int | None = None, chunk_size: int | None = None
+    model: nn.Module, mode: str | None = "full", budget_bytes: int | str | None = None, chunk_size: int | None = None
 ) -> None:
     """Let a model keep less for backward while it trains; what it computes stays the same.
 
@@ -56,19 +56,22 @@ def enable_checkpointing(
         mode: "full": each layer keeps its input and is run again in backward. "budget": only as many layers as
             `budget_bytes` make necessary. "offload": as "full", with the inputs in pinned host memory (CUDA; elsewhere
             it is "full"). None: layers keep what they keep.
-        budget_bytes: for mode "budget": what all layers together may keep for backward. A batch whose layers' inputs
-            alone are more is an error in the first step, which says the least that works, and a warning later.
+        budget_bytes: for mode "budget": what all layers together may keep for backward, as a number or as "4GiB". A
+            batch whose layers' inputs alone are more is an error in the first step, which says the least that works,
+            and a warning later.
         chunk_size: compute the MLPs for so many tokens of a sequence at a time, so that their intermediate activations
             exist for those only.
 
     Raises:
         ConfigError: the model, or a layer of it, cannot be checkpointed in that way; the model is as it was.
     """
-    apply_checkpointing(model, Checkpointing(mode, budget_bytes, chunk_size))
+    settings = {"mode": mode, "budget_bytes": budget_bytes, "chunk_size": chunk_size}
+    apply_checkpointing(model, Checkpointing.of(settings))
 
 
 def disable_checkpointing(model: nn.Module) -> None:
     """Let layers keep their activations again, as `gradient_checkpointing_disable` does, and forget the mode."""
+    check_model(model)
     base = _transformers_model(model)
     if base is not None and base.supports_gradient_checkpointing:
         base._set_gradient_checkpointing(enable=False)
@@ -77,6 +80,7 @@ def disable_checkpointing(model: nn.Module) -> None:
 
 def apply_checkpointing(model: nn.Module, wanted: Checkpointing) -> None:
     """As `enable_checkpointing`."""
+    check_model(model)
     base = _transformers_model(model)
     if base is None:
         raise ConfigError(f"{type(model).__name__} has no transformers model in it, and so no layers to checkpoint.")

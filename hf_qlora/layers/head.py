@@ -25,7 +25,7 @@ from hf_qlora.layers.forward import is_hooked
 from hf_qlora.layers.logits import FrozenHead, HeadCall, Recipe, lazy_logits
 from hf_qlora.layers.subclassed import Subclassed, restore, subclass
 from hf_qlora.quant.linear4bit import Linear4bit
-from hf_qlora.validation import ConfigError
+from hf_qlora.validation import ConfigError, check_model
 
 
 def enable_chunked_loss(model: nn.Module) -> None:
@@ -39,6 +39,7 @@ def enable_chunked_loss(model: nn.Module) -> None:
     Raises:
         ConfigError: the model has no output head, or one that is no linear layer.
     """
+    check_model(model)
     head = output_head(model)
     if head is None:
         raise ConfigError(
@@ -63,6 +64,7 @@ def try_chunked_loss(model: nn.Module) -> bool:
 
 def disable_chunked_loss(model: nn.Module) -> bool:
     """Give heads their classes back; whether there were any to give."""
+    check_model(model)
     return restore(model, ChunkedHead)
 
 

@@ -161,17 +161,20 @@ def _is_widening(step: Step) -> bool:
     return step(torch.empty(1, dtype=torch.float32)).dtype in (torch.float32, torch.float64)
 
 
+_HOOK_ALL_OUTPUTS = ("torch.distributed.", "deepspeed.")
+
+
 @rule(Tensor.register_hook, Tensor.retain_grad, Tensor.backward)
 def _fixed(func: Callable[..., Any], logits: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     """Whatever depends on the gradient of these logits sees none of a chunked loss.
 
-    FSDP hooks all outputs to learn that backward begins; the loss, which it hooks too, tells it that.
+    FSDP and DeepSpeed hook all outputs to learn that backward begins; the loss, which they hook too, tells them that.
 
     Raises:
         RuntimeError: one was taken already.
     """
-    by_fsdp = any(_module_of(arg).startswith("torch.distributed.") for arg in args)
-    if logits.recipe.call.loss_taken and func is not Tensor.backward and not by_fsdp:
+    of_all_outputs = any(_module_of(arg).startswith(_HOOK_ALL_OUTPUTS) for arg in args)
+    if logits.recipe.call.loss_taken and func is not Tensor.backward and not of_all_outputs:
         raise RuntimeError(
             "The loss was computed in chunks and gives these logits no gradient. Set chunked_loss=False to look at it."
         )

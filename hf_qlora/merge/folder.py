@@ -178,7 +178,8 @@ def _repair(target: Path) -> None:
 
 
 def _give_default_permissions(stage: Path) -> None:
-    """mkdtemp keeps others out; a model is as readable as any new folder."""
+    """mkdtemp keeps others out, and so does safetensors; a model is as readable as any new folder."""
     mask = os.umask(0)
     os.umask(mask)
-    stage.chmod(0o777 & ~mask)
+    for path in (stage, *stage.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -44,7 +44,7 @@ from hf_qlora.quant.selection import (
     quantizable_layers,
     warn_of_unknown_names,
 )
-from hf_qlora.validation import ConfigError
+from hf_qlora.validation import ConfigError, check_model
 
 
 logger = logging.getLogger(__name__)
@@ -130,6 +130,7 @@ def quantize_model(
         CalibrationError: rows that cannot be used; nothing has been changed then.
         ConfigError: arguments of another type.
     """
+    check_model(model)
     config = checked_config(config)
     if isinstance(skip, str):
         raise ConfigError(f"skip={skip!r} must be a list of names, as [{skip!r}].")

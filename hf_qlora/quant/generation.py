@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.quant.repacked import Repacked, lock, obstacle_here, obstacle_to_shape
+from hf_qlora.validation import check_model
 
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def fast_generation(model: nn.Module) -> Iterator[None]:
 
 
 def _hold(model: nn.Module) -> list[tuple[Linear4bit, Repacked]]:
+    check_model(model)
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     if not layers:
         raise ValueError(

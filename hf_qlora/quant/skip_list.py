@@ -16,11 +16,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
+from hf_qlora.config import amounts
 from hf_qlora.validation import ConfigError
 
 
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(%|[KMG]i?B|B|)")
+_SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
 
 
 def bytes_of(budget: int | str, dense_bytes: int) -> int:
@@ -32,17 +32,14 @@ def bytes_of(budget: int | str, dense_bytes: int) -> int:
     Raises:
         ConfigError: not to be understood, negative, or more than 100 %.
     """
-    found = _AMOUNT.fullmatch(budget.strip()) if isinstance(budget, str) else None
-    if found and found[2] == "%" and float(found[1]) <= 100:
-        return int(dense_bytes * float(found[1]) / 100)
-    if found and found[2] != "%":
-        return int(float(found[1]) * UNITS[found[2] or "B"])
-    if type(budget) is int and budget >= 0:
-        return budget
-    raise ConfigError(
-        f"budget={budget!r} is no number of bytes: give an amount with a unit of {tuple(UNITS)}, as '50MiB', or a "
-        "share of the dense model's bytes up to 100%, as '5%'."
-    )
+    share = _SHARE.fullmatch(budget.strip()) if isinstance(budget, str) else None
+    found = amounts.parsed(budget) if share is None else int(dense_bytes * float(share[1]) / 100)
+    if found is None or (share and float(share[1]) > 100):
+        raise ConfigError(
+            f"budget={budget!r} is no number of bytes: give an amount with a unit of {tuple(amounts.UNITS)}, as "
+            "'50MiB', or a share of the dense model's bytes up to 100%, as '5%'."
+        )
+    return found
 
 
 def choose(errors: Mapping[str, float], costs: Mapping[str, int], budget: int) -> list[str]:

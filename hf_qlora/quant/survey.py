@@ -48,7 +48,7 @@ from hf_qlora.quant.rounding import (
 )
 from hf_qlora.quant.scheme import QUANT_TYPES, Scheme, grid
 from hf_qlora.quant.selection import quantizable_layers, warn_of_unknown_names
-from hf_qlora.validation import ConfigError
+from hf_qlora.validation import ConfigError, check_model
 
 
 def quantization_report(
@@ -78,6 +78,7 @@ def quantization_report(
         ConfigError: an unknown type or block size; a budget that cannot be read or fits no layer, or is for a model
             that is in NF4.
     """
+    check_model(model)
     config = checked_config(config)
     schemes = grid(config, quant_types, block_sizes)
     refuse_interrupted(model)

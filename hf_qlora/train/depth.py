@@ -42,7 +42,7 @@ class DepthScaleCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, adapter: str | None = None, plot: bool = True) -> None:
-        model = trainer.model
+        model = getattr(trainer, "model", None)
         if not isinstance(model, PeftModel):
             raise ConfigError(
                 f"DepthScaleCallback needs a Trainer of a PeftModel; its model is {type(model).__name__}."

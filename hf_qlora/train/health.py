@@ -70,11 +70,14 @@ class AdapterHealthCallback(TrainerCallback):
         check_base: bool = True,
     ) -> None:
         if on_problem not in ON_PROBLEM:
-            raise ConfigError(f"on_problem={on_problem!r} is not known; choose one of {ON_PROBLEM}.")
+            raise ConfigError(f"on_problem={on_problem!r:.100} is not known; choose one of {ON_PROBLEM}.")
         if not isinstance(idle_steps, int) or idle_steps < 3:
             raise ConfigError(
-                f"idle_steps={idle_steps!r} must be a whole number from 3: lora_A has no gradient in the first step."
+                f"idle_steps={idle_steps!r:.100} must be a whole number from 3: lora_A has no gradient in the first "
+                "step."
             )
+        if not isinstance(check_base, bool):
+            raise ConfigError(f"check_base={check_base!r:.100} must be True or False.")
         self.on_problem, self.idle_steps, self.check_base = on_problem, idle_steps, check_base
         self.problems: list[Problem] = []
         self._handles: list[Any] = []
@@ -84,6 +87,7 @@ class AdapterHealthCallback(TrainerCallback):
         self._gradients = Gradients({}, idle_steps)
         self._base: FrozenBase | None = None
         self._not_finite_in_a_row = 0
+        self._of_scales: list[str] = []  # what was found of them last, which is not said again
         self._reads_each_step = True
         self._is_searching = False  # a step's batches are run again, which is no part of training
 
@@ -98,7 +102,7 @@ class AdapterHealthCallback(TrainerCallback):
         if not has_gradients:
             logger.warning("AdapterHealthCallback does not see gradients under DeepSpeed: they are not checked.")
         self._gradients = Gradients(trained if has_gradients else {}, self.idle_steps)
-        self._not_finite_in_a_row = 0
+        self._not_finite_in_a_row, self._of_scales = 0, []
         self._reads_each_step = args.logging_nan_inf_filter  # Trainer waits for the device then, in each step
         self._base = FrozenBase(model) if self.check_base else None
         if not args.torch_compile:  # a hook would be compiled into the model
@@ -108,7 +112,7 @@ class AdapterHealthCallback(TrainerCallback):
         found = [
             *findings.low_precision(trained),
             *findings.upcast(model),
-            *findings.scales_in_disorder(model, 0),
+            *self._scales(model, 0),
             *findings.absmax_not_finite(model),
         ]
         self._is_training = True
@@ -131,10 +135,7 @@ class AdapterHealthCallback(TrainerCallback):
         if not self._is_training:  # an evaluation by itself
             return
         found = [] if self._reads_each_step else self._read(model, None, state.global_step)
-        found += [
-            *self._changed_dtypes(model, state.global_step),
-            *findings.scales_in_disorder(model, state.global_step),
-        ]
+        found += [*self._changed_dtypes(model, state.global_step), *self._scales(model, state.global_step)]
         self._tell(found, args, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
@@ -209,6 +210,12 @@ class AdapterHealthCallback(TrainerCallback):
         now = {name: p.dtype for name, p in model.named_parameters() if name in self._dtypes}
         before, self._dtypes = self._dtypes, now
         return findings.changed_dtypes(before, now, step)
+
+    def _scales(self, model: nn.Module, step: int) -> list[Problem]:
+        """What is new of scales in disorder: they stay so from log to log."""
+        found = findings.scales_in_disorder(model, step)
+        before, self._of_scales = self._of_scales, [problem.what for problem in found]
+        return [problem for problem in found if problem.what not in before]
 
     def _tell(self, problems: list[Problem], args: Any, control: Any) -> None:
         self.problems += problems

@@ -39,15 +39,20 @@ class MemoryCallback(TrainerCallback):
             made beside the model.
 
     Raises:
-        ConfigError: not a plan.
+        ConfigError: not a trainer, or not a plan.
     """
 
     def __init__(self, trainer: Trainer, plan: MemoryPlan | None = None) -> None:
+        model = getattr(trainer, "model", None)
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                f"trainer={trainer!r:.100} has no model. Pass the Trainer that the callback is added to."
+            )
         if plan is not None and not isinstance(plan, MemoryPlan):
             raise ConfigError(f"plan={plan!r:.100} is no MemoryPlan. Pass what plan_memory returns.")
         self.trainer, self.plan_peak = trainer, None if plan is None else plan.step_peak_bytes
         self._process = psutil.Process()
-        self._before = max(self._process.memory_info().rss - _size(trainer.model), 0)
+        self._before = max(self._process.memory_info().rss - _size(model), 0)
         self._highest_rss = 0
         self._handle: Any = None
 

@@ -4,21 +4,20 @@ bitsandbytes' optimizers have kernels for some devices and not for others, which
 first step: a step of a parameter that is thrown away is tried first.
 
 PEFT's LoRA-FA takes whatever has "lora" in its name for A and B in turn. A bias, a gain (`lora_magnitude_vector`) or a
-magnitude makes the pairs slip: it would pair a gain with the next layer's A. Where the model has an adapter of ours,
-these go into a group of their own, under names without "lora", where LoRA-FA is AdamW; without decay, as in
-`create_optimizer`. The optimizer is not given the model, and `create_lorafa_optimizer`, which has it, may have been
-imported before it could be replaced: so its frame is looked into.
+magnitude makes the pairs slip: it would pair a gain with the next layer's A, which has no gradient, and fail in the
+first step. Where the model has an adapter of ours, `create_lorafa_optimizer` puts these into a group of their own,
+under names without "lora", where LoRA-FA is AdamW; without decay, as in `create_optimizer`. Whoever imported PEFT's
+function before this package has the one that does not: Trainer says so.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.optimizers.lorafa import LoraFAOptimizer, create_lorafa_optimizer
+from peft.optimizers.lorafa import LoraFAOptimizer
 from torch import nn
 from transformers import Trainer
 
@@ -29,18 +28,21 @@ from hf_qlora.validation import ConfigError
 logger = logging.getLogger(__name__)
 
 _LARGE = 2**13  # parameters of fewer weights keep their state in float32
-_LORAFA = inspect.unwrap(create_lorafa_optimizer).__code__
 # What versions of bitsandbytes raise where a kernel, or a function of their library, is not there for the device.
 _NO_KERNELS = (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, NameError)
+_OF_EACH = ("params", "names", "scaling_factors")  # lists, in a group of LoRA-FA's, with an entry for each parameter
 _PAIRED = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B")
 
 
 def check_optimizer(trainer: Trainer) -> None:
-    """Refuse an optimizer of bitsandbytes that has no kernels for the device, or nothing to train.
+    """Refuse an optimizer of bitsandbytes that has no kernels for the device, or nothing to train; and a LoRA-FA that
+    would pair a gain or a bias with an A.
 
     Raises:
         ConfigError: with what can be used instead.
     """
+    if isinstance(trainer.optimizer, LoraFAOptimizer):
+        _check_pairs(trainer.optimizer)
     name = getattr(trainer.args.optim, "value", str(trainer.args.optim))
     if trainer.optimizer is not None or not any(kind in name for kind in ("8bit", "bnb", "paged", "_32bit")):
         return
@@ -70,45 +72,36 @@ def check_optimizer(trainer: Trainer) -> None:
         )
 
 
-def init_lorafa(
-    original: Callable[..., None], optimizer: LoraFAOptimizer, params: Any, *args: Any, **kwargs: Any
-) -> None:
-    groups = params
-    if _is_grouped(params) and _has_ours(_model_of_caller()):
-        groups = [split for group in params for split in _split(group)]
-    original(optimizer, groups, *args, **kwargs)
+def create_lorafa_optimizer(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's; what is of LoRA and neither A nor B goes into a group of its own."""
+    optimizer = original(model, *args, **kwargs)
+    if any(isinstance(config, QLoRAConfig) for config in model.peft_config.values()):
+        for group in list(optimizer.param_groups):
+            _split_off(optimizer, group)
+    return optimizer
 
 
-def _model_of_caller() -> Any:
-    """The model that `create_lorafa_optimizer` is making this optimizer for, if it is."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not _LORAFA:
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals["model"]
-
-
-def _has_ours(model: Any) -> bool:
-    return any(isinstance(config, QLoRAConfig) for config in getattr(model, "peft_config", {}).values())
-
-
-def _is_grouped(params: Any) -> bool:
-    return isinstance(params, list) and all(isinstance(group, dict) and "names" in group for group in params)
-
-
-def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """A group without what is of LoRA and neither A nor B; and that by itself, where there is any."""
+def _split_off(optimizer: LoraFAOptimizer, group: dict[str, Any]) -> None:
     alone = [_is_alone(name) for name in group["names"]]
     if not any(alone):
-        return [group]
-    parts: list[dict[str, Any]] = []
-    for wanted in (False, True):
-        part = dict(group)
-        for key in {"params", "names", "scaling_factors"} & set(group):
-            part[key] = [value for value, is_alone in zip(group[key], alone, strict=True) if is_alone is wanted]
-        parts.append(part)
-    parts[1]["names"] = [name.replace("lora", "l_o_r_a") for name in parts[1]["names"]]
-    parts[1]["weight_decay"] = 0.0
-    return parts
+        return
+    apart = {name: value for name, value in group.items() if name not in _OF_EACH} | {"weight_decay": 0.0}
+    for key in _OF_EACH:
+        both = list(zip(group[key], alone, strict=True))
+        group[key] = [value for value, is_alone in both if not is_alone]
+        apart[key] = [value for value, is_alone in both if is_alone]
+    apart["names"] = [name.replace("lora", "l_o_r_a") for name in apart["names"]]
+    optimizer.add_param_group(apart)
+
+
+def _check_pairs(optimizer: LoraFAOptimizer) -> None:
+    names = [name for group in optimizer.param_groups for name in group.get("names", ())]
+    alone = next(filter(_is_alone, names), None)
+    if alone is not None:
+        raise ConfigError(
+            f"LoRA-FA would take {alone} for an A or a B of LoRA: its create_lorafa_optimizer was imported before "
+            "hf_qlora. Import hf_qlora first, or call peft.optimizers.create_lorafa_optimizer(...) by its full name."
+        )
 
 
 def _is_alone(name: str) -> bool:

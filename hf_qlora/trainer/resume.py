@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 _BITSANDBYTES = {"state1", "__bnb_optimizer_quant_state__"}  # in a state of its optimizers: in memory, on disk
 _STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2")  # of the parameter's shape
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OF_DEPTH = ("depth_profile", "normalize_depth", "gain_bound", "attention")
+_SCALING = ("lora_alpha", "use_rslora", "alpha_pattern", *_OF_DEPTH)
 _TORCHS_WRITER = ("inline_container", "PytorchStreamWriter", "iostream")  # in the RuntimeErrors of torch.save
 
 
@@ -48,6 +50,7 @@ def train(original: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: 
     if model is None:
         return original(trainer, *args, **kwargs)
     check_optimizer(trainer)
+    _say_unsaved(trainer)
     given = inspect.signature(original).bind(trainer, *args, **kwargs)
     chosen = given.arguments.get("resume_from_checkpoint")
     if chosen is True:
@@ -58,6 +61,17 @@ def train(original: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: 
         _check_scaling(model, Path(chosen))
         given.arguments["resume_from_checkpoint"] = str(chosen)
     return original(*given.args, **given.kwargs)
+
+
+def _say_unsaved(trainer: Trainer) -> None:
+    """accelerate's default under FSDP2, with which Trainer leaves adapters out without a word."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if "SHARDED_STATE_DICT" in str(getattr(plugin, "state_dict_type", "")):
+        logger.warning(
+            "With fsdp_state_dict_type SHARDED_STATE_DICT Trainer writes no adapter, neither with a checkpoint nor in "
+            "save_model. Use FULL_STATE_DICT (accelerate launch --fsdp_state_dict_type FULL_STATE_DICT), or call "
+            "model.save_pretrained(...) in all processes at the end."
+        )
 
 
 def run_epoch(original: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any) -> None:
@@ -126,16 +140,20 @@ def _check_scaling(model: Any, folder: Path) -> None:
         if not isinstance(config, QLoRAConfig) or not (place / CONFIG_NAME).is_file():
             continue
         saved = PeftConfig.from_pretrained(place)
-        kinds = ["lora_alpha"]
-        if not (isinstance(saved, QLoRAConfig) and saved.portable):  # else they are folded into lora_B
-            kinds += ["use_rslora", "alpha_pattern"]
-        for kind in kinds:
-            before, now = getattr(saved, kind), getattr(config, kind)
-            if before != now:
-                raise CheckpointError(
-                    f"{folder} was trained with {kind}={before!r}, and this model has {kind}={now!r}: it would "
-                    f"compute something else than was trained. Make the model with {kind}={before!r}."
-                )
+        changed = [kind for kind in _SCALING if getattr(saved, kind, None) != getattr(config, kind, None)]
+        if hasattr(saved, "depth_profile") != hasattr(config, "depth_profile"):  # of which one stands for the others
+            changed = [kind for kind in changed if kind not in _OF_DEPTH[1:]]
+        what = "compute something else than was trained"
+        if isinstance(saved, QLoRAConfig) and saved.folds and "lora_alpha" not in changed:  # it is in lora_B
+            if not has_optimizer(folder):
+                continue
+            what = "go on with an optimizer's state for a lora_B of another scale"
+        if changed:
+            before, now = (", ".join(f"{k}={getattr(of, k, None)!r}" for k in changed) for of in (saved, config))
+            raise CheckpointError(
+                f"{folder} was trained with {before}, and this model has {now}: it would {what}. Make the model with "
+                f"{before}, or start anew from the adapter in the checkpoint."
+            )
 
 
 # ── The optimizer's state ────────────────────────────────────────────────────────────────────────────────────────────

@@ -23,11 +23,8 @@ from hf_qlora import AdaptiveDepthLoRAConfig, QLoRAConfig
 from hf_qlora.layers.logits import LazyLogits
 
 
-STEPS, ROWS, LENGTH = (
-    3,
-    4,
-    8,
-)  # rows of a step, over all processes; attention is observed on all tokens of so short a row
+STEPS, LENGTH = 3, 8  # attention is observed on all tokens of so short a row
+ROWS = 4  # of a step, over all processes
 CONFIGS: dict[str, Callable[..., QLoRAConfig]] = {
     "nf4": QLoRAConfig,
     "depth": lambda **options: AdaptiveDepthLoRAConfig(attention="concentration", **options),
@@ -76,7 +73,7 @@ def randomized(model: PeftModel) -> PeftModel:
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter.device)
     return model
 
 

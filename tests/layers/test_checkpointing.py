@@ -328,6 +328,17 @@ def test_a_budget_that_is_too_small_says_the_least_that_works(caplog: pytest.Log
     assert_identical(step(model), expected)
 
 
+@pytest.mark.parametrize("way", ["function", "config", "keywords"])
+def test_a_budget_may_have_a_unit(way: str) -> None:
+    settings = {"mode": "budget", "budget_bytes": "1.5MiB"}
+    model = adapted(llama(), checkpointing=settings if way == "config" else None)
+    if way == "function":
+        enable_checkpointing(model, **settings)
+    elif way == "keywords":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    assert budget_of(model).limit == 3 * 2**19
+
+
 def test_what_one_layer_needs_is_said(caplog: pytest.LogCaptureFixture) -> None:
     model = adapted(four_llamas())
     enable_checkpointing(model, "budget", budget_bytes=100_000)
@@ -477,8 +488,9 @@ def test_functions_of_others_are_called_as_they_are() -> None:
         ({"mode": "ful"}, "choose one of"),
         ({"mode": "budget"}, "needs both"),
         ({"budget_bytes": 10}, "needs both"),
-        ({"mode": "budget", "budget_bytes": 0}, "positive integer"),
-        ({"mode": "budget", "budget_bytes": 2.5}, "positive integer"),
+        ({"mode": "budget", "budget_bytes": 0}, "positive number of bytes"),
+        ({"mode": "budget", "budget_bytes": 2.5}, "positive number of bytes"),
+        ({"mode": "budget", "budget_bytes": "5%"}, "budget_bytes='5%' must be .* as '24GiB'"),
         ({"chunk_size": True}, "positive integer"),
         ({"mode": "offload", "use_reentrant": True}, "use_reentrant=False"),
         ({"mode": "full", "preserve_rng_state": False}, "dropout masks"),

@@ -552,6 +552,30 @@ def test_gradients_that_a_chunked_loss_does_not_give_are_refused(look: Callable[
     read.sum().backward()
 
 
+@pytest.mark.parametrize("module", ["torch.distributed.fsdp._fully_shard._fsdp_state", "deepspeed.runtime.utils"])
+def test_hooks_that_are_set_on_all_outputs_are_called_where_backward_begins(module: str) -> None:
+    """FSDP and DeepSpeed learn by them that it begins, whichever output it begins at."""
+    model, inputs = adapted(), batch()
+    for begins_at in ("loss", "logits"):
+        outputs, called = model(**inputs), []
+
+        def hook(name: str, called: list[str] = called) -> Callable[[Tensor], None]:
+            def call(gradient: Tensor) -> None:
+                called.append(name)
+
+            call.__module__ = module
+            return call
+
+        outputs.loss.register_hook(hook("loss"))
+        outputs.logits.register_hook(hook("logits"))
+        if begins_at == "loss":
+            outputs.loss.backward()
+            assert outputs.logits.made is None
+        else:
+            outputs.logits.float().square().mean().backward()
+        assert called == [begins_at]
+
+
 def test_reading_in_inference_mode_leaves_training_alone() -> None:
     model, inputs = adapted(), batch()
     logits_ = model(input_ids=inputs["input_ids"]).logits

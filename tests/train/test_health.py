@@ -507,6 +507,27 @@ def test_a_gain_at_its_bound_is_said_and_stops_nothing(tmp_path: Path) -> None:
     assert "at their bound in 1 of 2" in health.problems[0].what
 
 
+def test_gains_at_their_bound_are_said_again_when_others_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two modules, of which one is at its bound from the start, both from step 3 on, and none from step 5 on."""
+    model = get_peft_model(base(), AdaptiveDepthLoRAConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    first, second = depth.scales(model, "default").values()
+
+    def move(*thetas: float) -> Callable[[Any], None]:
+        def do(_: Any) -> None:
+            for scale, theta in zip((first, second), thetas, strict=True):
+                scale.bias.data.fill_(theta * scale.bound)
+
+        return do
+
+    move(5, 0)(model)
+    moves = (Before(move(5, 5), step=3), Before(move(0, 0), step=5), Before(move(5, 0), step=6))
+    _, health = watched(tmp_path, model, *moves, logging_steps=1)
+    said = [(problem.step, problem.what.partition(" adapted")[0]) for problem in health.problems]
+    text = "gains are at their bound in"
+    assert said == [(0, f"{text} 1 of 2"), (3, f"{text} all 2"), (6, f"{text} 1 of 2")]
+    assert caplog.text.count(text) == 3
+
+
 def test_absmax_that_is_not_finite_is_said(tmp_path: Path) -> None:
     model = qlora()
     layer(model, "model.layers.0.mlp.up_proj").base_layer.weight.quant_state.state2.absmax[0] = float("inf")
@@ -558,7 +579,10 @@ def test_evaluations_before_and_after_training_are_left_alone(tmp_path: Path) ->
     assert health.problems == []
 
 
-@pytest.mark.parametrize("wrong", [{"on_problem": "cry"}, {"idle_steps": 2}, {"idle_steps": 3.5}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"on_problem": "cry"}, {"on_problem": ["stop"]}, {"idle_steps": 2}, {"idle_steps": 3.5}, {"check_base": "no"}],
+)
 def test_a_senseless_setting_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         AdapterHealthCallback(**wrong)

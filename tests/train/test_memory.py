@@ -15,7 +15,7 @@ from runs import assert_identical, outcome, qlora, trainer
 from torch import Tensor
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
-from hf_qlora import MemoryCallback, MemoryPlan, plan_memory
+from hf_qlora import DepthScaleCallback, MemoryCallback, MemoryPlan, ModelCardCallback, plan_memory
 from hf_qlora.train import memory
 from hf_qlora.validation import ConfigError
 
@@ -165,6 +165,13 @@ def test_the_share_of_a_plan_is_of_its_peak(tmp_path: Path) -> None:
 def test_what_is_no_plan_is_refused(tmp_path: Path, plan: Any) -> None:
     with pytest.raises(ConfigError, match="plan_memory"):
         MemoryCallback(trainer(qlora(), tmp_path), plan)
+
+
+@pytest.mark.parametrize("given", [None, "trainer", torch.nn.Linear(2, 2)], ids=["none", "text", "model"])
+@pytest.mark.parametrize("callback", [MemoryCallback, DepthScaleCallback, ModelCardCallback])
+def test_what_is_no_trainer_is_refused(callback: Any, given: Any) -> None:
+    with pytest.raises(ConfigError, match="Trainer"):
+        callback(given)
 
 
 def test_the_progress_bar_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,15 +16,15 @@ from architectures import ARCHITECTURES, gpt2, llama
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 from typer.testing import CliRunner
 
 from hf_qlora import AdaptiveDepthLoRAConfig, MemoryPlan, NF4Config, QLoRAConfig, plan_memory, quantize_model
 from hf_qlora.cli import app
-from hf_qlora.config.checkpointing import Checkpointing
 from hf_qlora.kernels import loss
 from hf_qlora.layers import attention
-from hf_qlora.train.plan.checkpointing import number_to_checkpoint
-from hf_qlora.train.plan.optimizers import OPTIMIZERS
+from hf_qlora.train.plan.optimizers import ALIASES, OPTIMIZERS
 from hf_qlora.train.plan.solve import largest_that_fits
 from hf_qlora.train.plan.trace import Trace
 from hf_qlora.validation import ConfigError
@@ -141,6 +141,27 @@ def test_the_state_of_bitsandbytes_optimizers_is_theirs(name: str, monkeypatch: 
     assert OPTIMIZERS[name].state_bytes(sizes) == (sum(tensors.values()) - on_host, on_host)
 
 
+def test_every_name_of_an_optimizer_that_can_be_planned_is_known(tmp_path: Path) -> None:
+    """transformers gives some optimizers several names: the same class with the same settings."""
+
+    def made(name: str) -> Any:
+        arguments = TrainingArguments(str(tmp_path), optim=name, use_cpu=True, report_to="none")
+        try:
+            cls, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, None)
+        except (ImportError, ValueError):  # of other libraries
+            return name
+        return cls, str(sorted(settings.items()))
+
+    known = {str(made(name)): name for name in OPTIMIZERS}
+    assert len(known) == len(OPTIMIZERS)
+    others = [name for name in OptimizerNames if name.value not in OPTIMIZERS]
+    aliases = {name.value: known[str(made(name.value))] for name in others if str(made(name.value)) in known}
+    assert aliases == ALIASES
+    for alias, name in aliases.items():
+        assert plan(optimizer=alias).to_dict() == plan(optimizer=name).to_dict()
+    assert plan(optimizer=OptimizerNames.ADAMW_BNB).optimizer == "adamw_8bit"
+
+
 # --- a step ----------------------------------------------------------------------------------------------------------
 
 
@@ -254,13 +275,6 @@ def test_a_configs_checkpointing_is_planned_unless_another_is_asked_for() -> Non
     assert found.layer_bytes == (hidden, hidden)
     other = plan_memory(llama(), config, BATCH, LENGTH, device="cpu", checkpointing="offload")
     assert other.checkpointing == "offload"
-
-
-def test_the_number_of_layers_is_that_of_a_search() -> None:
-    kept, inputs = [50, 70, 60, 90], [10, 10, 10, 10]
-    for budget in range(40, 300):
-        fits = [n for n in range(5) if sum(inputs[:n]) + sum(kept[n:]) <= budget]
-        assert number_to_checkpoint(Checkpointing("budget", budget), kept, inputs) == min(fits)
 
 
 def test_offloaded_inputs_are_on_the_host() -> None:

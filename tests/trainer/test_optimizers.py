@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -204,6 +205,17 @@ def test_lorafa_pairs_each_a_with_its_own_b(kind: str) -> None:
         other.step()
     # LoRA-FA adds ε before the bias correction and torch after it: of a step of 0.01, 1e-6 / (0.1 · √0.001), 3e-4
     torch.testing.assert_close(parameter, copy, rtol=0, atol=3 * 1e-2 * 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["gains", "biases"])
+def test_a_lorafa_that_was_imported_before_us_is_refused(tmp_path: Path, kind: str) -> None:
+    original = inspect.unwrap(create_lorafa_optimizer)
+    run = run_with(make(kind), lambda model: original(model, RANK, ALPHA, 1e-2), tmp_path)
+    with pytest.raises(ConfigError, match=r"would take .*default.* for an A or a B .* Import hf_qlora first"):
+        run.train()
+    assert run.state.global_step == 0
+    same = run_with(make("nf4"), lambda model: original(model, RANK, ALPHA, 1e-2), tmp_path)
+    assert same.train().global_step == 2 * HALF  # there is nothing to take for another
 
 
 def test_lorafa_of_a_stock_adapter_is_as_peft_makes_it() -> None:

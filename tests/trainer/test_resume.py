@@ -9,6 +9,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ import torch
 import transformers.trainer
 from dying import dies
 from peft import LoraConfig, get_peft_model
-from runs import adapters, assert_identical, base, outcome, qlora, trainer
+from runs import adapters, assert_identical, base, outcome, qlora, rows, trainer
+from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -181,6 +183,18 @@ def test_a_stock_adapter_is_left_to_trainer(tmp_path: Path) -> None:
         trainer(get_peft_model(base(), config), tmp_path).train(resume_from_checkpoint=True)
 
 
+def test_a_run_whose_adapter_would_not_be_saved_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in StateDictType:
+        caplog.clear()
+        run = trainer(qlora(), tmp_path, max_steps=1)
+        plugin = SimpleNamespace(state_dict_type=kind)
+        monkeypatch.setattr(run, "accelerator", SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+        assert resume.train(lambda self, resume_from_checkpoint=None: "trained", run) == "trained"
+        assert ("writes no adapter" in caplog.text) is (kind is StateDictType.SHARDED_STATE_DICT)
+
+
 # Another config
 
 
@@ -197,7 +211,14 @@ MISFITS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "targets": (lambda: qlora(target_modules=["q_proj"]), {}, "24 belong to no adapted layer"),
     "dora": (lambda: qlora(use_dora=True), {}, "tensors are missing"),
     "a dense base": (lambda: qlora_dense(), {}, "quantization"),
-    "gains": (adaptive, {}, "optimizer's state in .* does not fit what this model trains"),
+    "rslora": (lambda: qlora(use_rslora=True), {}, "use_rslora=False, .* use_rslora=True: .*state .* another scale"),
+    "an alpha of its own": (lambda: qlora(alpha_pattern={"q_proj": 3}), {}, "trained with alpha_pattern={}, and"),
+    "two scalings": (
+        lambda: qlora(lora_alpha=32, use_rslora=True),
+        {},
+        "with lora_alpha=8, use_rslora=False, and .* lora_alpha=32, use_rslora=True: it would compute something else",
+    ),
+    "depth": (adaptive, {}, "with depth_profile=None, and this model has depth_profile='linear': .*another scale"),
     "sgd": (qlora, {"optim": "sgd"}, "of another optimizer than SGD"),
     "8 bits": (qlora, {"optim": "adamw_8bit"}, "of another optimizer than AdamW"),
 }
@@ -239,6 +260,39 @@ def test_scalings_that_are_not_folded_must_be_the_same(tmp_path: Path, change: d
     trainer(qlora(portable=False), tmp_path, **SAVING).train()
     with pytest.raises(CheckpointError, match=f"was trained with {next(iter(change))}="):
         trainer(qlora(portable=False, **change), tmp_path).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"gain_bound": 2.0}, "with gain_bound=1.0, and this model has gain_bound=2.0: "),
+        (
+            {"depth_profile": "rsqrt", "normalize_depth": False},
+            "with depth_profile='linear', normalize_depth=True, and",
+        ),
+        ({"attention": "concentration"}, "with attention='off', and"),
+        ({"learn_gain": False}, "optimizer's state in .* does not fit what this model trains"),
+    ],
+    ids=str,
+)
+def test_scales_of_depth_must_be_the_same(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    trainer(adaptive(), tmp_path, **{**SAVING, "max_steps": 2}).train()
+    with pytest.raises(CheckpointError, match=said):
+        trainer(adaptive(**change), tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_without_an_optimizer_s_state_a_folded_scaling_may_be_another(tmp_path: Path) -> None:
+    """lora_B is divided by it, so that the function is the one that was trained."""
+    saved = trainer(qlora(), tmp_path, **SAVING, save_only_model=True)
+    saved.train()
+    resumed = trainer(qlora(use_rslora=True), tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    ids = rows()[0]["input_ids"][None]
+    with torch.no_grad():
+        found, expected = (run.model.eval()(ids).logits for run in (resumed, saved))
+    B = [next(p for name, p in run.model.named_parameters() if "lora_B" in name) for run in (resumed, saved)]
+    torch.testing.assert_close(2 * B[0], B[1], rtol=2**-23, atol=0)  # α/√r is 4 and α/r is 2
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))  # float32 sums
 
 
 # A full disk

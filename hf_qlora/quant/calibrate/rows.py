@@ -35,8 +35,8 @@ from hf_qlora.quant.calibrate.reading import read
 logger = logging.getLogger(__name__)
 
 PLAUSIBLE_ROWS = 4
-# Nats over ln V that are let pass. An untrained model has half the variance of its logits, 0.1 of SmolLM2's shape. The
-# trained model has 0.8 on ids that are all wrong by 5, 1.2 on those of BERT's tokenizer, and 2.9 on random ones.
+# Nats over ln V that are let pass. An untrained model has half the variance of its logits, 0.1 in SmolLM2's shape. The
+# trained one has 0.8 on ids that are all wrong by 5, 1.2 on those of BERT's tokenizer, and 2.9 on random ones.
 GUESSING_SLACK = 0.5
 
 

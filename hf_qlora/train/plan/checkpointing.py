@@ -1,8 +1,8 @@
 """Checkpointing as the trace runs it: which layers keep their input alone, and what waits on the host.
 
 Layers are transformers' `GradientCheckpointingLayer`s, in the order in which they are called. "full" checkpoints all,
-"budget" the first ones (backward has used up what the others keep before it runs these again), "offload" all, with the
-inputs on the host but for those of the last `IN_FLIGHT` and of the one that backward comes to next.
+"budget" the first ones (`layers/budget_rule.py`), "offload" all, with the inputs on the host but for those of the last
+`IN_FLIGHT` and of the one that backward comes to next.
 """
 
 from __future__ import annotations
@@ -22,23 +22,16 @@ from hf_qlora.layers.budget import Budget
 from hf_qlora.layers.checkpointable import checkpointable_layers
 from hf_qlora.layers.chunked_mlp import ChunkedMLP, chunk, chunkable, unchunk
 from hf_qlora.layers.offload import IN_FLIGHT, Offload
-from hf_qlora.quant.skip_list import bytes_of
 from hf_qlora.train.plan.attention import AttentionOf
 from hf_qlora.train.plan.trace import Block, Trace
 from hf_qlora.validation import ConfigError
 
 
-class BudgetTooSmall(ConfigError):
-    """What layers may keep is less than their inputs."""
-
-
 def asked(value: str | Mapping[str, Any] | None, config: Any, model: Any = None) -> Checkpointing:
-    """What is to be planned: a mode, or a dict as configs have it (budget_bytes="2GiB" too); else what is set."""
+    """What is to be planned: a mode, or a dict as configs have it; else what is set."""
     if value is None and isinstance(model, PeftModel):
         return as_set(model)
     value = getattr(config, "checkpointing", None) if value is None else value
-    if isinstance(value, Mapping) and isinstance(value.get("budget_bytes"), str):
-        value = {**value, "budget_bytes": bytes_given(value["budget_bytes"], "budget_bytes")}
     return Checkpointing(None) if value is None else Checkpointing.of(value)
 
 
@@ -56,45 +49,11 @@ def as_set(model: nn.Module) -> Checkpointing:
     return Checkpointing("offload" if isinstance(function, Offload) else "full", chunk_size=chunk_size)
 
 
-def bytes_given(value: int | str, setting: str) -> int:
-    """A number of bytes, as such or as "24GiB".
-
-    Raises:
-        ConfigError: another value, a share, or none.
-    """
-    found = 0 if isinstance(value, str) and value.strip().endswith("%") else bytes_of(value, 0)
-    if not found:
-        raise ConfigError(f"{setting}={value!r} must be a positive number of bytes, such as '24GiB'.")
-    return found
-
-
 def described(wanted: Checkpointing) -> str:
     found = wanted.mode or "none"
     if wanted.budget_bytes is not None:
         found += f" ({wanted.budget_bytes / 2**30:.2f} GiB)"
     return found if wanted.chunk_size is None else f"{found}, MLP in chunks of {wanted.chunk_size}"
-
-
-def number_to_checkpoint(asked: Checkpointing, kept: list[int], inputs: list[int]) -> int:
-    """How many of the first layers to checkpoint.
-
-    Args:
-        kept: bytes that each layer keeps when it is not checkpointed.
-        inputs: bytes of each layer's input, which is what it keeps when it is.
-
-    Raises:
-        BudgetTooSmall: for the inputs.
-    """
-    if asked.mode != "budget":
-        return len(kept) if asked.mode else 0
-    budget = asked.budget_bytes or 0
-    for number in range(len(kept) + 1):
-        if sum(inputs[:number]) + sum(kept[number:]) <= budget:
-            return number
-    raise BudgetTooSmall(
-        f"checkpointing: budget_bytes={budget:,} is too small: with all {len(kept)} layers checkpointed, their inputs "
-        f"take {sum(inputs):,} bytes. Give at least those, or a smaller batch, or use mode='offload'."
-    )
 
 
 def enable(model: nn.Module, number: int, device: str) -> None:

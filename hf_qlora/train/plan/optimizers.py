@@ -69,8 +69,17 @@ OPTIMIZERS = {
 }
 
 
-def optimizer_named(name: str) -> Optimizer:
-    """Raise ConfigError for a name that is not known."""
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"optimizer={name!r} is not known; choose one of {tuple(OPTIMIZERS)}.")
-    return OPTIMIZERS[name]
+ALIASES = {"adamw_bnb_8bit": "adamw_8bit"}  # of transformers' OptimizerNames
+
+
+def known_name(name: str) -> str:
+    """A key of `OPTIMIZERS`, for a name that `TrainingArguments(optim=...)` has, or a member of `OptimizerNames`.
+
+    Raises:
+        ConfigError: it is not known.
+    """
+    given = str(getattr(name, "value", name))
+    found = ALIASES.get(given, given)
+    if found not in OPTIMIZERS:
+        raise ConfigError(f"optimizer={given!r} is not known; choose one of {tuple(OPTIMIZERS)}.")
+    return found

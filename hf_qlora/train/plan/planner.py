@@ -17,8 +17,10 @@ from peft import LoraConfig, PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_qlora.config import NF4Config, QLoRAConfig
+from hf_qlora.config.amounts import bytes_given
 from hf_qlora.config.checkpointing import Checkpointing
 from hf_qlora.layers import attention
+from hf_qlora.layers.budget_rule import BudgetTooSmall, number_checkpointed
 from hf_qlora.layers.checkpointable import checkpointable_layers
 from hf_qlora.quant.base import is_quantized
 from hf_qlora.quant.footprint import footprint
@@ -26,7 +28,7 @@ from hf_qlora.train.plan import checkpointing as ckpt
 from hf_qlora.train.plan import layout, step
 from hf_qlora.train.plan.convert import conversion_peak
 from hf_qlora.train.plan.memory_plan import MemoryPlan
-from hf_qlora.train.plan.optimizers import optimizer_named
+from hf_qlora.train.plan.optimizers import OPTIMIZERS, known_name
 from hf_qlora.train.plan.solve import largest_that_fits
 from hf_qlora.train.plan.trace import Block, Peak
 from hf_qlora.validation import ConfigError
@@ -59,17 +61,18 @@ def plan_memory(
 ) -> MemoryPlan:
     """How much memory a training run takes, from shapes alone: no weights are read, and none are made.
 
-    Sequences are whole: padding adds an attention mask. A step is traced as it would run, so that a model whose
-    forward depends on values cannot be planned; of experts, those in bfloat16 can.
+    Padding is not planned: sequences are whole, where a mask would add to what attention takes. Nor are fp16's
+    gradient scaler and the clipping of gradients. A step is traced as it would run, so that a model whose forward
+    depends on values cannot be planned; of experts, those in bfloat16 can.
 
     Args:
         model: a folder, a Hub id, a model or a config of transformers, or a `PeftModel` (then without `config`).
         config: a `QLoRAConfig`, or a stock `LoraConfig`.
         batch_size, seq_len: of one forward, in sequences and tokens.
-        optimizer: as `TrainingArguments(optim=...)`: "adamw_torch", "adamw_torch_fused", "adamw_8bit",
-            "paged_adamw_8bit", "paged_adamw_32bit" or "sgd".
-        checkpointing: "full", "offload", or a dict of mode, budget_bytes ("2GiB" too) and chunk_size; by default
-            what the config says, or what is set in a `PeftModel`.
+        optimizer: as `TrainingArguments(optim=...)`: "adamw_torch", "adamw_torch_fused", "adamw_8bit" (also under its
+            other name, "adamw_bnb_8bit"), "paged_adamw_8bit", "paged_adamw_32bit" or "sgd".
+        checkpointing: "full", "offload", or a dict of `enable_checkpointing`'s arguments; by default what the
+            config says, or what is set in a `PeftModel`.
         autocast: what the forward runs under, as `bf16=True` makes Trainer do.
         accumulate: whether gradients of one forward are there in the next.
         dtype: of the base, where `model` is a folder or an id; by default what its config says.
@@ -94,7 +97,7 @@ def plan_memory(
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name}={value!r} must be a positive integer.")
     _say_too_long(planner, seq_len)
-    allowed = None if budget is None else ckpt.bytes_given(budget, "budget")
+    allowed = None if budget is None else bytes_given(budget, "budget")
     if largest is None:
         return planner.plan(**sizes, budget=allowed, compare=compare)
     if largest not in SOLVABLE:
@@ -107,7 +110,7 @@ def plan_memory(
     def peak(number: int) -> float:
         try:
             found = plans[number] = planner.plan(**{**sizes, largest: number})
-        except ckpt.BudgetTooSmall:
+        except BudgetTooSmall:
             if number == 1:
                 raise
             return math.inf
@@ -140,7 +143,8 @@ class _Planner:
     accumulate: bool
 
     def __post_init__(self) -> None:
-        self.kind = optimizer_named(self.optimizer)
+        self.optimizer = known_name(self.optimizer)
+        self.kind = OPTIMIZERS[self.optimizer]
         self.make_base, self.name = layout.base_of(self.model, self.config, self.dtype)
         self._laid_out: dict[int | None, _LaidOut] = {}
 
@@ -268,7 +272,8 @@ class _Run:
         if wanted.mode == "budget":
             free = self._checkpointed(0)
             inputs = [block.size for block in free.inputs]
-            number = ckpt.number_to_checkpoint(wanted, free.kept_by_layer(), inputs)
+            batch = f"a batch of {self.batch_size} × {self.seq_len} tokens"
+            number = number_checkpointed(wanted.budget_bytes or 0, free.kept_by_layer(), inputs, batch)
         return self._checkpointed(number, offload=wanted.mode == "offload" and self.planner.device == "cuda")
 
     def _checkpointed(self, number: int, offload: bool = False) -> step.Traced:

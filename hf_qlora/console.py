@@ -1,0 +1,15 @@
+"""What commands say when they cannot go on, and the exit status that goes with it."""
+
+from __future__ import annotations
+
+import typer
+
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+MISUSED = 2
+
+
+def misused(message: str) -> typer.Exit:
+    """Say what is wrong; raise what this returns."""
+    typer.echo(f"Error: {message}", err=True)
+    return typer.Exit(MISUSED)
