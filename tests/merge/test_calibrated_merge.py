@@ -22,7 +22,7 @@ from hf_qlora.merge import in_memory
 from hf_qlora.merge.report import CLEAR_GAIN, MergeRefused, MergeReport
 from hf_qlora.quant.calibrate.group import Method
 from hf_qlora.quant.calibrate.loss import mean_loss
-from hf_qlora.quant.calibrate.rows import CalibrationRows
+from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows
 from hf_qlora.quant.calibrate.run import calibration_report
 from hf_qlora.quant.calibrate.settings import Calibration
 from hf_qlora.quant.dequantize import block_scales
@@ -347,8 +347,8 @@ def test_smollm2_keeps_what_it_was_taught(smollm2: Path) -> None:
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
     model.eval()
-    report = merge(model, onto="nf4", calibration=texts[500:], tokenizer=tokenizer)
-    print(report)
+    rows = calibration_rows(texts[500:], model, tokenizer, rows=32, length=128)
+    report = merge(model, onto="nf4", calibration=rows)
     losses = report.losses
     gain = losses["base"] - losses["unmerged"]
     assert gain > 0.1
