@@ -172,7 +172,7 @@ def _with_ligers_kernels(case: Case, build: Callable[..., Any]) -> Any:
 
 @contextmanager
 def _names_kept(module: ModuleType) -> Iterator[None]:
-    """Afterwards a module's names stand for what they did: Liger gives them to classes of its own, for later models too."""
+    """Afterwards a module's names stand for what they did: Liger gives them to its classes, in later models too."""
     before = dict(vars(module))
     try:
         yield
