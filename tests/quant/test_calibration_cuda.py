@@ -25,11 +25,12 @@ def test_a_gpu_rounds_as_a_cpu_does(dtype: torch.dtype) -> None:
     quantize_model(there, calibration=rows)
     assert all(parameter.is_cuda for parameter in there.parameters())
     ours, theirs = calibration_report(here), calibration_report(there)
-    assert ours is not None and theirs is not None
+    assert ours is not None
+    assert theirs is not None
     # One code that falls the other way by a rounding moves those after it: the errors agree, not the codes.
     assert theirs.error == pytest.approx(ours.error, rel=0.1)
     loss, other = mean_loss(here, rows.measured), mean_loss(there, rows.measured)
-    assert loss is not None and other is not None
+    assert loss is not None
     assert other == pytest.approx(loss, abs=0.02)
 
 

@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "damped by 0.1": {"method": Method(damping=0.1)},
 }
 SIZES = {  # hidden size, intermediate size, layers, by device type
-    "cpu": ((576, 1536, 6), (1024, 2816, 4), (2048, 5632, 2)),
+    "cpu": ((576, 1536, 30), (1024, 2816, 8), (2048, 5632, 2)),
     "cuda": ((576, 1536, 30), (2048, 8192, 8), (4096, 14336, 4)),
 }
 
