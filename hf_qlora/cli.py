@@ -65,6 +65,16 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _stopped(output: Path) -> typer.Exit:
+    """Say what an interruption left; raise what this returns."""
+    from hf_qlora.quant.calibrate.kept import beside
+
+    typer.echo(f"Stopped; {output} is as it was.", err=True)
+    if beside(output).is_dir():
+        typer.echo(f"The layers rounded so far are in {beside(output)}; the same command goes on there.", err=True)
+    return typer.Exit(INTERRUPTED)
+
+
 app.add_typer(bench, name="bench")
 
 
@@ -253,8 +263,7 @@ def quantize(
     except (ImportError, OSError, ValueError) as error:
         raise _misused(str(error)) from None
     except KeyboardInterrupt:
-        typer.echo(f"Stopped; {output} is as it was.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise _stopped(output) from None
     typer.echo(str(found))
     if report is not None:
         try:
@@ -324,8 +333,7 @@ def merge_adapter(
     except (ImportError, OSError, ValueError) as error:
         raise _misused(str(error)) from None
     except KeyboardInterrupt:
-        typer.echo(f"Stopped; {output} is as it was.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise _stopped(output) from None
     typer.echo(str(found))
     if report is not None:
         try:

@@ -25,9 +25,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from hf_qlora import NF4Config, QLoRAConfig, cli, quantize_files, quantize_model
+from hf_qlora import (
+    NF4Config,
+    QLoRAConfig,
+    calibration_report,
+    calibration_rows,
+    cli,
+    quantize_files,
+    quantize_model,
+)
 from hf_qlora.config.fingerprint import Fingerprint
 from hf_qlora.merge import sources
+from hf_qlora.quant.calibrate import group, streams
 from hf_qlora.quant.fingerprint import take_fingerprint
 
 
@@ -239,28 +248,65 @@ def test_what_a_user_wrote_into_the_card_stays(folder: Path, target: Path) -> No
     assert (refused.exit_code, "holds other things than one saved model (notes.txt)" in refused.output) == (2, True)
 
 
-def test_calibration_gets_the_rows(
-    folder: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+CALIBRATED = ("--rows", "6", "--length", "32", "--held-out", "2", "--seed", "3", "--device", "cpu")
+
+
+@pytest.fixture
+def speeches(tmp_path: Path) -> Path:
+    file = tmp_path / "speeches.txt"
+    file.write_text(" ".join(f"Word {number}." for number in range(2000)))
+    return file
+
+
+def test_calibrated_it_is_what_quantize_model_makes_of_the_same_rows(
+    folder: Path, target: Path, speeches: Path
 ) -> None:
-    given: dict[str, Any] = {}
-
-    def quantized(model: nn.Module, config: NF4Config, calibration: Any = None) -> nn.Module:
-        given.update(calibration=calibration, device=next(model.parameters()).device.type)
-        return quantize_model(model, config)
-
-    (tmp_path / "speeches.txt").write_text(" ".join(f"Word {number}." for number in range(2000)))
-    monkeypatch.setattr(quantize_files, "quantize_model", quantized)
-    options = ("--rows", "6", "--length", "32", "--held-out", "2", "--seed", "3", "--device", "cpu")
-    result = invoke(folder, "--output", target, "--calibrate", tmp_path / "speeches.txt", *options)
+    result = invoke(folder, "--output", target, "--calibrate", speeches, *CALIBRATED)
     assert result.exit_code == 0, result.output
-    rows = given["calibration"]
-    assert rows.calibration["input_ids"].shape == (6, 32)
-    assert int(rows.inputs["input_ids"].max()) <= 256
+    expected: Any = AutoModelForCausalLM.from_pretrained(folder)
+    rows = calibration_rows(str(speeches), expected, rows=6, length=32, held_out=2, seed=3)
+    quantize_model(expected, calibration=rows)
+    assert not differences(AutoModelForCausalLM.from_pretrained(target), expected)
+    report = calibration_report(expected)
+    assert report is not None
     source = "6 rows of 32 tokens from speeches.txt, and 2 held out"
     assert f"rounded calibrated on {source}" in result.output
-    assert f"| Rounded | `calibrated on {source}` |" in (target / "README.md").read_text()
+    assert f"calibrated {report.losses['calibrated']:.4f} nats a token" in result.output
+    card = (target / "README.md").read_text()
+    assert f"| Rounded | `calibrated on {source}` |" in card
+    assert f"nearest {report.losses['nearest']:.4f}" in card
     written = json.loads((target / "hf_qlora_quantization.json").read_text())
     assert written["calibration"] == {"source": source, "fingerprint": rows.fingerprint}
+    assert written["report"]["losses"] == report.losses
+    assert [path.name for path in target.parent.iterdir()] == ["nf4"]
+
+
+def test_a_calibration_that_was_stopped_goes_on(
+    folder: Path, target: Path, speeches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (folder, "--output", target, "--calibrate", speeches, *CALIBRATED)
+    real, calls = group.round_group, []
+
+    def stopping(*given: Any, **options: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*given, **options)
+
+    monkeypatch.setattr(streams, "round_group", stopping)
+    stopped = invoke(*arguments)
+    assert stopped.exit_code == cli.INTERRUPTED
+    assert "the same command goes on there" in stopped.output
+    assert not target.exists()
+    went_on = invoke(*arguments)
+    assert went_on.exit_code == 0, went_on.output
+    assert len(calls) == 4 + 8 - 3  # two layers of four groups, of which three had been rounded
+    assert [path.name for path in target.parent.iterdir()] == ["nf4"]
+    monkeypatch.setattr(streams, "round_group", real)
+    straight = target.with_name("straight")
+    invoke(folder, "--output", straight, "--calibrate", speeches, *CALIBRATED)
+    one, other = (load_file(place / "model.safetensors") for place in (target, straight))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 from architectures import ARCHITECTURES, bert, gpt2, llama, tokens
+from byte_tokenizer import byte_tokenizer
 from calibrating import HELD_OUT, codes, flat, heard, rows_of, text
 from merging import adapted, logits, state_bytes
 from peft import PeftModel, get_peft_model
@@ -20,6 +21,7 @@ from hf_qlora import NF4Config, QLoRAConfig, merge, quantize_model
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge import in_memory
 from hf_qlora.merge.report import CLEAR_GAIN, MergeRefused, MergeReport
+from hf_qlora.merge.stream import merge_files
 from hf_qlora.quant.calibrate.group import Method
 from hf_qlora.quant.calibrate.loss import mean_loss
 from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows
@@ -355,3 +357,32 @@ def test_smollm2_keeps_what_it_was_taught(smollm2: Path) -> None:
     assert report.kept_by == "loss"
     assert report.kept > 0.85
     assert (losses["base"] - losses["nearest"]) / gain < 0.3
+
+
+# --- from files ------------------------------------------------------------------------------------------------------
+
+
+def test_from_files_it_is_the_same_merge(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, adapter, output = (tmp_path / name for name in ("base", "adapter", "merged"))
+    llama().save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    fresh = tf.AutoModelForCausalLM.from_pretrained(base)
+    config = QLoRAConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = trained(get_peft_model(fresh, config), pattern())
+    model.save_pretrained(adapter)
+    (tmp_path / "speeches.txt").write_text(" ".join(f"Word {number}." for number in range(2000)))
+    size = {"rows": 6, "length": 32, "held_out": 2, "seed": 3}
+    report = merge_files(
+        str(adapter), output, "nf4", str(base), calibrate=str(tmp_path / "speeches.txt"), force=True, **size
+    )
+    rows = calibration_rows(str(tmp_path / "speeches.txt"), model, byte_tokenizer(), **size)
+    expected = merge(model, "nf4", calibration=rows, force=True)
+    found = tf.AutoModelForCausalLM.from_pretrained(output)
+    assert codes(found) == codes(expected.model)
+    assert report.losses == expected.losses
+    assert report.output == str(output)
+    assert report.model is None
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    with pytest.raises(MergeError, match="Only rounding is calibrated"):
+        merge_files(str(adapter), tmp_path / "other", "dequantized", str(base), calibrate="speeches.txt")

@@ -83,10 +83,15 @@ def _unpacked(tensors: dict[str, Tensor], prefix: str, device: torch.device) -> 
     return codes, state
 
 
+def beside(target: Path) -> Path:
+    """Where rounded layers are kept for what is to become the folder `target`."""
+    return target.parent / f".{target.name}.calibration"
+
+
 @contextmanager
 def resumable(target: Path) -> Iterator[Path]:
     """A folder beside `target` for `Calibration(resume=…)`; it is removed when the block ends well."""
-    folder = target.parent / f".{target.name}.calibration"
+    folder = beside(target)
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
