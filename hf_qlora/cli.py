@@ -67,12 +67,13 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 def _stopped(output: Path) -> typer.Exit:
     """Say what an interruption left; raise what this returns."""
-    from hf_qlora.quant.calibrate.kept import beside
-
     typer.echo(f"Stopped; {output} is as it was.", err=True)
-    if beside(output).is_dir():
-        typer.echo(f"The layers rounded so far are in {beside(output)}; the same command goes on there.", err=True)
     return typer.Exit(INTERRUPTED)
+
+
+def _check_rows_are_used(calibrate: str | None, *given: int) -> None:
+    if calibrate is None and given != ROWS_BY_DEFAULT:
+        raise _misused("--rows, --length, --held-out and --seed are of the rows for --calibrate; name what to read.")
 
 
 app.add_typer(bench, name="bench")
@@ -210,6 +211,7 @@ Calibrate = Annotated[
 Rows = Annotated[int, typer.Option(min=2, help="Of text, to calibrate on.")]
 Length = Annotated[int, typer.Option(min=8, help="Of a row, in tokens.")]
 HeldOut = Annotated[int, typer.Option(min=0, help="Further rows, to measure on.")]
+ROWS_BY_DEFAULT = (64, 256, 8, 0)
 RowsSeed = Annotated[int, typer.Option(min=0, help="Of the choice of rows.")]
 
 
@@ -246,12 +248,13 @@ def quantize(
             _make_place(report)
         skipped = NF4Config().skip_modules if skip_modules is None else tuple(skip_modules)
         config = NF4Config(double_quant=not no_double_quant, block_size=block_size, skip_modules=skipped)
+        _check_rows_are_used(calibrate, rows, length, held_out, seed)
         with _terminated_as_interrupted():
             found = quantize_files(
                 model,
                 output,
                 config,
-                calibrate=calibrate,
+                calibration=calibrate,
                 rows=rows,
                 length=length,
                 held_out=held_out,
@@ -280,7 +283,7 @@ def merge_adapter(
         str,
         typer.Option(
             help="dequantized: the base as the adapter was trained on it, made dense. original: the dense base that "
-            "was quantized. nf4: rounded to NF4 again, which without --calibrate loses nearly all of the adapter."
+            "was quantized. nf4: rounded to NF4 again, which without --calibrate loses most of the adapter."
         ),
     ] = "dequantized",
     calibrate: Calibrate = None,
@@ -288,6 +291,9 @@ def merge_adapter(
     length: Length = 256,
     held_out: HeldOut = 8,
     seed: RowsSeed = 0,
+    device: Annotated[
+        str | None, typer.Option(help="Where the model runs for --calibrate: cpu or cuda; CUDA where there is one.")
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="The base: a folder, or a Hub id. By default what the adapter names.")
     ] = None,
@@ -311,17 +317,19 @@ def merge_adapter(
     try:
         if report is not None:
             _make_place(report)
+        _check_rows_are_used(calibrate, rows, length, held_out, seed)
         with _terminated_as_interrupted():
             found = merge_files(
                 adapter,
                 output,
                 onto,
                 base,
-                calibrate=calibrate,
+                calibration=calibrate,
                 rows=rows,
                 length=length,
                 held_out=held_out,
                 seed=seed,
+                device=device,
                 dtype=dtype,
                 trained_on=trained_on,
                 force=force,

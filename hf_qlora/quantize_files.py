@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import constants
 from transformers import PreTrainedModel
 
@@ -29,14 +28,14 @@ from hf_qlora.hub.quantized import write_quantized_card
 from hf_qlora.identity import description
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge.folder import check_folder, whole_folder
-from hf_qlora.merge.load import load_model, without_weights
+from hf_qlora.merge.load import checked_device, load_model, without_weights
 from hf_qlora.merge.sources import base_source, copy_beside
 from hf_qlora.quant.base import checked_config, quantize_model
+from hf_qlora.quant.calibrate.kept import beside as kept_beside
 from hf_qlora.quant.calibrate.kept import resumable
 from hf_qlora.quant.calibrate.report import CalibrationReport
-from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows
-from hf_qlora.quant.calibrate.run import calibration_report
-from hf_qlora.quant.calibrate.settings import Calibration
+from hf_qlora.quant.calibrate.rows import CalibrationRows
+from hf_qlora.quant.calibrate.run import calibration_report, planned
 from hf_qlora.quant.fingerprint import take_fingerprint
 from hf_qlora.quant.footprint import Footprint, footprint
 from hf_qlora.saving import versions
@@ -109,7 +108,7 @@ def quantize_files(
     output: str | os.PathLike[str],
     config: NF4Config | None = None,
     *,
-    calibrate: Any = None,
+    calibration: Any = None,
     rows: int = 64,
     length: int = 256,
     held_out: int = 8,
@@ -125,8 +124,8 @@ def quantize_files(
         model: a folder or Hub id of a dense model.
         output: the folder for the result: new or empty, and there whole or not at all.
         config: how; `NF4Config()` by default.
-        calibrate: what to fit the rounding on, as for `calibration_rows`, with `rows`, `length`, `held_out` and
-            `seed`; None rounds to the nearest level.
+        calibration: what to fit the rounding on, as for `calibration_rows`, with `rows`, `length`, `held_out` and
+            `seed`, or a `Calibration` of it; None rounds to the nearest level.
         dtype: "float32", "bfloat16" or "float16": what the weights are loaded in, and the dense ones saved in; by
             default what the model's config says.
         device: where it is done; CUDA where there is one, by default.
@@ -141,7 +140,7 @@ def quantize_files(
         BaseModelError, ConfigError: see `quantize_model`; an unknown dtype or device.
         OSError: the disk is full or read-only; what was in `output` is unchanged.
     """
-    target, config, where = Path(output), checked_config(config), _checked_device(device)
+    target, config, where = Path(output), checked_config(config), checked_device(device)
     if dtype is not None and dtype not in COMPUTE_DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not known; choose one of {tuple(COMPUTE_DTYPES)}.")
     check_folder(target, overwrite, KNOWN)
@@ -149,14 +148,13 @@ def quantize_files(
     if target.exists() and target.samefile(folder):
         raise MergeError(f"{target} is what is quantized; name another folder for the result.")
     skeleton = without_weights(model)
-    data = None
-    if calibrate is not None:
-        data = calibration_rows(calibrate, skeleton, rows=rows, length=length, held_out=held_out, seed=seed)
+    size = {"rows": rows, "length": length, "held_out": held_out, "seed": seed}
+    asked = None if calibration is None else planned(calibration, skeleton, None, kept_beside(target), **size)
     loaded = load_model(model, dtype).to(where)
     before = footprint(loaded)
     config = replace(config, compute_dtype=config.compute_dtype or loaded.dtype)
-    with resumable(target) as kept:
-        quantize_model(loaded, config, calibration=None if data is None else Calibration(data, resume=kept))
+    with resumable(target):
+        quantize_model(loaded, config, calibration=asked)
         found = QuantizedFiles(
             model=model,
             output=str(target),
@@ -165,7 +163,7 @@ def quantize_files(
             before=before,
             after=footprint(loaded),
             fingerprint=take_fingerprint(loaded),
-            calibration=data,
+            calibration=None if asked is None else asked.rows,
             report=calibration_report(loaded),
         )
         with whole_folder(target, overwrite, KNOWN) as stage:
@@ -186,15 +184,3 @@ def _describe(found: QuantizedFiles, model: PreTrainedModel, source: Path, befor
     if found.report is not None:
         rows |= found.report.card_rows()
     write_quantized_card(stage, model, found.quantization, found.model, source, rows)
-
-
-def _checked_device(device: str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device={device!r} is not known; choose cpu, cuda, or cuda:0 and so on.") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={device!r} is asked for, and there is no CUDA; choose cpu.")
-    return found

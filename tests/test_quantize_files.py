@@ -282,7 +282,11 @@ def test_calibrated_it_is_what_quantize_model_makes_of_the_same_rows(
 
 
 def test_a_calibration_that_was_stopped_goes_on(
-    folder: Path, target: Path, speeches: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    target: Path,
+    speeches: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     arguments = (folder, "--output", target, "--calibrate", speeches, *CALIBRATED)
     real, calls = group.round_group, []
@@ -296,7 +300,7 @@ def test_a_calibration_that_was_stopped_goes_on(
     monkeypatch.setattr(streams, "round_group", stopping)
     stopped = invoke(*arguments)
     assert stopped.exit_code == cli.INTERRUPTED
-    assert "the same command goes on there" in stopped.output
+    assert "the same call goes on there" in caplog.text
     assert not target.exists()
     went_on = invoke(*arguments)
     assert went_on.exit_code == 0, went_on.output

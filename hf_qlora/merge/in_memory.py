@@ -64,7 +64,7 @@ def merge(
         model: a PEFT model with LoRA adapters, on a dense or an NF4 base.
         onto: "dequantized" adds ΔW to the base as it was trained on, made dense: the function that was trained.
             "original" adds it to the dense base that was quantized. "nf4" rounds the sum to NF4 again, which without
-            `calibration` loses nearly all of the adapter.
+            `calibration` loses most of the adapter.
         original: for `onto="original"`: a folder, a Hub id, or a model of the base's class, which stays as it is.
         texts: what to compare the logits on: a string, strings, or lists of token ids. By default two paragraphs of
             prose, or random tokens where the base has no tokenizer.
@@ -121,6 +121,7 @@ def merge(
         calibration=None if calibration is None else calibration_report(merged),
     )
     if report.calibration is not None:
+        report.notes += report.calibration.notes
         report.losses = _losses(reference, calibration.rows, report.calibration.losses)
     refuse_lost(report, force)
     return report
@@ -162,7 +163,7 @@ def check_onto(onto: str, original: object, calibration: object = None) -> Onto:
 
 def refuse_lost(report: MergeReport, force: bool) -> None:
     """Raise MergeRefused for a merge into NF4 that leaves little of the adapter."""
-    if report.onto == "nf4" and report.kept < LEAST_KEPT and not force:
+    if report.onto == "nf4" and not report.kept >= LEAST_KEPT and not force:
         left = f"Rounded to NF4, {max(report.kept, 0):.1%} of the adapter is left, by {report.kept_by}"
         why = "the steps between NF4's levels are larger than ΔW. Calibrate the rounding, with rows like those it was "
         why += "trained on, which keeps most of it in the same 4 bits; merge"

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_qlora.merge.names import first_sentence
 from hf_qlora.merge.skeleton import class_named
 from hf_qlora.merge.sources import base_source
+from hf_qlora.validation import ConfigError
 
 
 class LoadError(ValueError):
@@ -67,3 +68,20 @@ def _class_and_config(model: str, folder: Path) -> tuple[Any, Any]:
     if cls is None:
         raise LoadError(f"The config of {model} names no class of transformers in 'architectures'.")
     return cls, config
+
+
+def checked_device(device: str | None) -> torch.device:
+    """The device of a name; without one, CUDA where there is some.
+
+    Raises:
+        ConfigError: no device, or one that is not there.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r} is not known; choose cpu, cuda, or cuda:0 and so on.") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r} is asked for, and there is no CUDA; choose cpu.")
+    return found

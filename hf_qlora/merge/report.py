@@ -162,7 +162,9 @@ class MergeReport:
         to = console or Console(width=UNCUT)
         for name, line in self._lines():
             to.print(f"{name:<10} {line}", highlight=False, markup=False, soft_wrap=True)
-        if self.layers:
+        if self.calibration is not None:
+            self.calibration.show_layers(to)
+        elif self.layers:
             to.print(_table(self.worst()))
             rest = len(self.layers) - WORST
             if rest > 0:
@@ -196,7 +198,9 @@ class MergeReport:
             lines.append(("logits", f"{found} ({self.text}, {self.logits.positions} positions)"))
         else:
             lines.append(("logits", self.text))
-        if self.layers:
+        if self.calibration is not None:
+            lines += [line for line in self.calibration.lines() if line[0] == "outputs"]
+        elif self.layers:
             lines.append(("weights", f"error {self.error:.3g} of ‖ΔW‖ over {len(self.layers)} layers"))
         if self.losses:
             losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self.losses.items())

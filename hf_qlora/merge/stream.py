@@ -25,13 +25,14 @@ from hf_qlora.merge import sources
 from hf_qlora.merge.folder import check_folder, whole_folder
 from hf_qlora.merge.in_memory import Onto, check_onto, merge, refuse_lost
 from hf_qlora.merge.layerwise import Stream
+from hf_qlora.merge.load import checked_device
 from hf_qlora.merge.report import MergeReport
 from hf_qlora.merge.seen import SeenBase, trained_base
 from hf_qlora.merge.skeleton import NotStreamable, build, labels, make_base, modules_to_save
 from hf_qlora.merge.tensors import TensorFiles
 from hf_qlora.quant.base import quantize_model
 from hf_qlora.quant.calibrate.kept import resumable
-from hf_qlora.quant.calibrate.rows import calibration_rows
+from hf_qlora.quant.calibrate.run import planned
 from hf_qlora.quant.calibrate.settings import Calibration
 from hf_qlora.quant.selection import quantizable_layers
 from hf_qlora.validation import CHANGES_BASE
@@ -49,11 +50,12 @@ def merge_files(
     onto: str = "dequantized",
     base: str | None = None,
     *,
-    calibrate: Any = None,
+    calibration: Any = None,
     rows: int = 64,
     length: int = 256,
     held_out: int = 8,
     seed: int = 0,
+    device: str | None = None,
     dtype: str | None = None,
     trained_on: str = "auto",
     force: bool = False,
@@ -68,8 +70,9 @@ def merge_files(
         onto: as for `merge`.
         base: a folder or Hub id; by default what the adapter names, in the revision trained on. Dense for
             `onto="original"`.
-        calibrate: for `onto="nf4"`: what to calibrate the rounding on, as for `calibration_rows`, with `rows`,
+        calibration: for `onto="nf4"`: what to calibrate the rounding on, as for `calibration_rows`, with `rows`,
             `length`, `held_out` and `seed`. The model then runs, in memory; interrupted, it goes on when asked again.
+        device: where the model runs then; CUDA where there is one, by default.
         dtype: "float32", "bfloat16" or "float16": what the base is loaded in, and the result's; by default what the
             adapter was trained in, else what the base's config says.
         trained_on: "nf4" or "dense" for an adapter of stock PEFT, which does not say; "auto" takes the base as stored.
@@ -83,19 +86,19 @@ def merge_files(
         MergeRefused: what `force` allows.
         OSError: the disk is full or read-only; what was in `output` is unchanged.
     """
-    chosen = check_onto(onto, "the base" if onto == "original" else None, calibrate)
+    chosen = check_onto(onto, "the base" if onto == "original" else None, calibration)
     target = Path(output)
     check_folder(target, overwrite)
     job = _job(adapter, chosen, base, dtype, trained_on)
     for used in (job.adapter_folder, job.base_folder):
         if target.exists() and target.samefile(used):
             raise MergeError(f"{target} is what is merged; name another folder for the result.")
-    if calibrate is not None:
-        data = calibration_rows(
-            calibrate, job.skeleton(), job.tokenizer(), rows=rows, length=length, held_out=held_out, seed=seed
-        )
+    if calibration is not None:
+        where = checked_device(device)
+        size = {"rows": rows, "length": length, "held_out": held_out, "seed": seed}
         with resumable(target) as kept:
-            report = job.in_memory("", force, Calibration(data, resume=kept))
+            asked = planned(calibration, job.skeleton(), job.tokenizer(), kept, **size)
+            report = job.in_memory("", force, asked, where)
             job.write(target, report, overwrite, max_shard_bytes)
         return report
     try:
@@ -174,9 +177,13 @@ class _Job:
             self.finish(stage, report)
         report.model, report.output = None, str(target)
 
-    def in_memory(self, note: str, force: bool, calibration: Calibration | None = None) -> MergeReport:
+    def in_memory(
+        self, note: str, force: bool, calibration: Calibration | None = None, device: Any = "cpu"
+    ) -> MergeReport:
         skeleton = self.skeleton()
-        model = type(skeleton).from_pretrained(self.base_folder, dtype=skeleton.dtype, **labels(self.config))
+        model = (
+            type(skeleton).from_pretrained(self.base_folder, dtype=skeleton.dtype, **labels(self.config)).to(device)
+        )
         if self.nf4 is not None and not isinstance(self.config, QLoRAConfig):
             quantize_model(model, self.nf4)
         seen, config = SeenBase(self.config), copy.deepcopy(self.config)

@@ -127,7 +127,8 @@ def quantize_model(
         BaseModelError: weights on the meta device, not finite, or of another dtype; no linear layer to quantize; a
             base that has adapters, or is quantized by another method or with other settings; a compute dtype that the
             device cannot do.
-        CalibrationError: rows that cannot be used; nothing has been changed then.
+        CalibrationError: rows that cannot be used, of which nothing has been changed; or inputs that turn NaN on the
+            way, after which the model is to be loaded anew.
         ConfigError: arguments of another type.
     """
     check_model(model)

@@ -205,4 +205,4 @@ def _cause(
         return "another revision of the model, or one trained further"
     if equal >= CAST and not others_equal:
         return "weights cast to another dtype before they were quantized, or changed by very little"
-    return "an adapter merged into the base, or a base trained further"
+    return "an adapter merged into the base, a base trained further, or one that was calibrated on other rows, or not"

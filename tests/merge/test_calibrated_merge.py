@@ -22,7 +22,6 @@ from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge import in_memory
 from hf_qlora.merge.report import CLEAR_GAIN, MergeRefused, MergeReport
 from hf_qlora.merge.stream import merge_files
-from hf_qlora.quant.calibrate.group import Method
 from hf_qlora.quant.calibrate.loss import mean_loss
 from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows
 from hf_qlora.quant.calibrate.run import calibration_report
@@ -116,7 +115,7 @@ def test_the_calibrated_layers_are_measured_against_the_merged_dense_model(
 
 def test_base_scales_are_kept_where_asked_and_codes_where_there_is_nothing_to_merge() -> None:
     model = get_peft_model(llama(), QLoRAConfig(r=4, target_modules="all-linear")).eval()  # ΔW = 0
-    calibration = Calibration(rows_of(text()), scales="base", method=Method(correction=False))
+    calibration = Calibration(rows_of(text()), scales="base", correction=False)
     report = merge(model, onto="nf4", calibration=calibration, force=True)
     base = model.get_base_model()
     for layer in report.calibration.layers:
@@ -134,7 +133,7 @@ def test_base_scales_are_kept_where_asked_and_codes_where_there_is_nothing_to_me
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nothing_to_merge_changes_nothing_in_narrow_dtypes(dtype: torch.dtype) -> None:
     model = get_peft_model(llama().to(dtype), QLoRAConfig(r=4, target_modules="all-linear")).eval()
-    calibration = Calibration(rows_of(text()), scales="base", method=Method(correction=False))
+    calibration = Calibration(rows_of(text()), scales="base", correction=False)
     report = merge(model, onto="nf4", calibration=calibration, force=True)
     assert [layer.name for layer in report.calibration.layers if layer.changed] == []
 
@@ -359,6 +358,13 @@ def test_smollm2_keeps_what_it_was_taught(smollm2: Path) -> None:
     assert (losses["base"] - losses["nearest"]) / gain < 0.3
 
 
+def test_a_merge_whose_loss_is_nan_is_refused() -> None:
+    losses = {"base": 3.0, "unmerged": 2.0, "nearest": 3.0, "merged": float("nan")}
+    report = MergeReport("nf4", "base", ["default"], "float32", [], "", losses=losses)
+    with pytest.raises(MergeRefused):
+        in_memory.refuse_lost(report, force=False)
+
+
 # --- from files ------------------------------------------------------------------------------------------------------
 
 
@@ -374,7 +380,14 @@ def test_from_files_it_is_the_same_merge(tmp_path: Path) -> None:
     (tmp_path / "speeches.txt").write_text(" ".join(f"Word {number}." for number in range(2000)))
     size = {"rows": 6, "length": 32, "held_out": 2, "seed": 3}
     report = merge_files(
-        str(adapter), output, "nf4", str(base), calibrate=str(tmp_path / "speeches.txt"), force=True, **size
+        str(adapter),
+        output,
+        "nf4",
+        str(base),
+        calibration=str(tmp_path / "speeches.txt"),
+        device="cpu",
+        force=True,
+        **size,
     )
     rows = calibration_rows(str(tmp_path / "speeches.txt"), model, byte_tokenizer(), **size)
     expected = merge(model, "nf4", calibration=rows, force=True)
@@ -385,4 +398,4 @@ def test_from_files_it_is_the_same_merge(tmp_path: Path) -> None:
     assert report.model is None
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
     with pytest.raises(MergeError, match="Only rounding is calibrated"):
-        merge_files(str(adapter), tmp_path / "other", "dequantized", str(base), calibrate="speeches.txt")
+        merge_files(str(adapter), tmp_path / "other", "dequantized", str(base), calibration="speeches.txt")

@@ -117,7 +117,7 @@ def test_a_single_document_is_cut_and_its_end_held_out(caplog: pytest.LogCapture
     assert rows[:-2].flatten().tolist() == text[: (400 - 2 * 16) // 16 * 16]
     assert rows[-2:].flatten().tolist() == text[-32:]  # 8 of 72 rows, where there are 25
     assert "The held-out rows are the end of the longest document" in caplog.text
-    assert "There are 23 rows to calibrate on and 2 held out, where 64 and 8 were asked for." in caplog.text
+    assert "gives 23 rows to calibrate on and 2 to hold out, where 64 and 8 were asked for." in caplog.text
 
 
 def test_the_end_of_a_long_document_is_held_out_and_rows_are_drawn_from_all_the_rest() -> None:
@@ -289,9 +289,9 @@ def ids(*shape: int) -> Tensor:
         (lambda: ids(10, 32), {"length": 4}, "length=4 must be a whole number of at least 8."),
         (lambda: ids(10, 32), {"held_out": -1}, "held_out=-1 must be a whole number of at least 0."),
         (lambda: ids(10, 32), {"seed": None}, "seed=None must be a whole number of at least 0."),
-        (lambda: ids(8, 32), {}, "held_out=8 of 8 rows leaves none to calibrate on"),
-        (lambda: ids(9, 32), {}, "There are 1 rows with 32 tokens that are no padding to calibrate on and 8 held out"),
-        (lambda: ids(10, 32), {}, "at least 2 rows and, of text, 128 tokens are needed"),
+        (lambda: ids(1, 32), {}, "held_out=1 of 1 rows leaves none to calibrate on"),
+        (lambda: ids(2, 32), {}, "There are 1 rows with 32 tokens that are no padding to calibrate on and 1 held out"),
+        (lambda: ids(3, 32), {}, "at least 2 rows and, of text, 128 tokens are needed"),
         (lambda: ids(320), {}, "A tensor of shape (320,) was given; token ids are (rows, length)."),
         (lambda: torch.ones(16, 32), {}, "input_ids are of shape (16, 32) and torch.float32; they must be whole"),
         (lambda: ids(16, 32) * VOCAB, {}, f"input_ids has ids from {VOCAB} to {VOCAB}, and LlamaForCausalLM knows 0"),
@@ -336,7 +336,7 @@ def test_what_cannot_be_calibrated_on_is_said(data: Callable[[], Any], options: 
             lambda: [{"pixel_values": torch.zeros(8, 3, n, n)} for n in (16, 32)],
             "pixel_values has rows of shapes [(3, 16, 16), (3, 32, 32)], which cannot be joined",
         ),
-        (lambda: [{"pixel_values": torch.zeros(9, 3, 32, 32)}], "There are 1 rows to calibrate on and 8 held out"),
+        (lambda: [{"pixel_values": torch.zeros(2, 3, 32, 32)}], "There are 1 rows to calibrate on and 1 held out"),
     ],
 )
 def test_images_that_cannot_be_calibrated_on_are_said(data: Callable[[], Any], message: str) -> None:
@@ -371,9 +371,7 @@ def test_fewer_rows_than_asked_for_are_said_and_used(caplog: pytest.LogCaptureFi
     total = 20 * 21 // 16
     assert total - 3 <= found.count <= total
     assert found.held_out >= 1
-    assert (
-        f"There are {found.count - found.held_out} rows to calibrate on and {found.held_out} held out" in caplog.text
-    )
+    assert f"gives {found.count - found.held_out} rows to calibrate on and {found.held_out} to hold out" in caplog.text
 
 
 def test_enough_rows_are_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:

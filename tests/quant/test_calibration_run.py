@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import signal
 import subprocess
@@ -150,7 +151,7 @@ def test_a_4_bit_model_is_refused() -> None:
         quantize_model(model, calibration=rows_of(text()))
 
 
-@pytest.mark.parametrize("values", [{"scales": "nearest"}, {"method": "gptq"}], ids=str)
+@pytest.mark.parametrize("values", [{"scales": "nearest"}, {"order": "gptq"}], ids=str)
 def test_settings_that_are_none_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         Calibration(rows_of(text()), **values)
@@ -233,7 +234,7 @@ def test_what_was_kept_for_another_run_is_not_read(tmp_path: Path, monkeypatch: 
     ]
     done = stop_after(99, interrupt, monkeypatch)
     for number, (model, given, method, config) in enumerate(runs):
-        calibrated(model, Calibration(given, method=method, resume=tmp_path), config)
+        calibrated(model, Calibration(given, **dataclasses.asdict(method), resume=tmp_path), config)
         assert len(done) == (number + 1) * GROUPS
     calibrated(dense, Calibration(rows, resume=tmp_path), skipping)
     assert len(done) == len(runs) * GROUPS

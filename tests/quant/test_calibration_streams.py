@@ -109,7 +109,7 @@ def test_the_streams_are_two_models(case: str, monkeypatch: pytest.MonkeyPatch) 
     finished, report = calibrated(dense, rows_of(inputs))
     names = [layer.name for layer in report.layers]
     assert {name for name, module in finished.named_modules() if isinstance(module, Linear4bit)} == set(names)
-    assert not any("nearest" in note for note in report.notes)
+    assert not any("rounded to nearest" in note for note in report.notes)
 
     held = {key: value[-HELD_OUT:] for key, value in inputs.items()}
     rest = {key: value[:-HELD_OUT] for key, value in inputs.items()}
@@ -374,7 +374,8 @@ def test_experts_and_what_is_never_called_are_rounded_to_nearest_and_said(alike:
     plain = quantize_model(copy.deepcopy(dense))
     for name in ("never", *(f"experts.{i}" for i in range(4))):
         assert torch.equal(finished.get_submodule(name).weight, plain.get_submodule(name).weight)
-    assert any("5 layers were rounded to nearest" in note and "their order" in note for note in report.notes)
+    assert any("rounded to nearest" in note and "their order" in note for note in report.notes)
+    assert any("rounded to nearest" in note and "not reached" in note for note in report.notes)
     assert not [name for name, module in finished.named_modules() if "forward" in vars(module)]
 
 
@@ -391,6 +392,51 @@ def test_a_tensor_that_was_changed_in_between_makes_no_siblings(monkeypatch: pyt
     dense, inputs = odd(Changed())
     calibrated(dense, rows_of(inputs))
     assert calls == [1, 1]
+
+
+class Repeating(Odd):
+    """A layer of its own reads what a shared layer has just read, which was called before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(64, 64)
+        self.own = nn.ModuleList(nn.Linear(64, 32) for _ in range(2))
+        self.between = nn.Linear(32, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for own in self.own:
+            x = x + self.shared(x) + self.between(own(x))
+        return x
+
+
+def test_what_reads_after_a_repeated_layer_is_a_group_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = group_sizes(monkeypatch)
+    dense, inputs = odd(Repeating())
+    _, report = calibrated(dense, rows_of(inputs))
+    assert calls == [2, 1, 1]
+    assert any("2 layers are called more than once" in note for note in report.notes)
+
+
+def test_a_decoder_as_long_as_its_encoder_has_its_own_padding() -> None:
+    model, inputs = of_family("t5")(), pair(LENGTH)
+    assert not inputs["attention_mask"].equal(inputs["decoder_attention_mask"])
+    before, _ = calibrated(model, rows_of(inputs))
+    for ids, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
+        changed = inputs[ids].where(inputs[mask].bool(), 7)
+        after, _ = calibrated(model, rows_of(inputs | {ids: changed}))
+        assert codes(after) == codes(before), ids
+
+
+def test_autocast_and_compiled_layers_change_nothing() -> None:
+    dense, inputs = llama(), text()
+    expected, _ = calibrated(dense, rows_of(inputs))
+    compiled = copy.deepcopy(dense)
+    compiled.compile()
+    quantize_model(compiled, calibration=rows_of(inputs))
+    assert codes(compiled) == codes(expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, report = calibrated(dense, rows_of(inputs))
+    assert report.error < 2 * report.nearest
 
 
 def test_a_layer_called_less_often_than_it_was_heard() -> None:

@@ -16,7 +16,6 @@ from hf_qlora.bench.measure import clock, memory, reset_peak
 from hf_qlora.config import NF4Config
 from hf_qlora.merge import merge
 from hf_qlora.quant.base import quantize_model
-from hf_qlora.quant.calibrate.group import Method
 from hf_qlora.quant.calibrate.rows import CalibrationRows
 from hf_qlora.quant.calibrate.run import calibration_report
 from hf_qlora.quant.calibrate.settings import Calibration
@@ -28,15 +27,15 @@ QUESTIONS, SAMPLES = 160, 3
 METHODS: dict[str, dict[str, Any]] = {
     "the default": {},
     "the base's scales": {"scales": "base"},
-    "inputs in their order": {"method": Method(order="given")},
-    "scales not fitted": {"method": Method(refits=0)},
-    "codes gone through once": {"method": Method(refits=0, passes=0)},
-    "two fits of the scales": {"method": Method(refits=2)},
-    "no correction": {"method": Method(correction=False)},
-    "correction damped by 0.01": {"method": Method(correction_damping=0.01)},
-    "correction damped by 1": {"method": Method(correction_damping=1.0)},
-    "damped by 0.001": {"method": Method(damping=0.001)},
-    "damped by 0.1": {"method": Method(damping=0.1)},
+    "inputs in their order": {"order": "given"},
+    "scales not fitted": {"refits": 0},
+    "codes gone through once": {"refits": 0, "passes": 0},
+    "two fits of the scales": {"refits": 2},
+    "no correction": {"correction": False},
+    "correction damped by 0.01": {"correction_damping": 0.01},
+    "correction damped by 1": {"correction_damping": 1.0},
+    "damped by 0.001": {"damping": 0.001},
+    "damped by 0.1": {"damping": 0.1},
 }
 SIZES = {  # hidden size, intermediate size, layers, by device type
     "cpu": ((576, 1536, 30), (1024, 2816, 8), (2048, 5632, 2)),

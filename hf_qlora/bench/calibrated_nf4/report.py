@@ -135,7 +135,7 @@ TABLES: dict[str, Callable[[list[tuple[dict[str, Any], Found]]], str]] = {
     "rows": _compared(
         "How many rows of 256 tokens are enough; errors are of each calibration's own held-out rows.", "rows"
     ),
-    "methods": _compared("Ways to round, each different from the default in one thing.", "name"),
+    "methods": _compared("Ways to round, each against the default.", "name"),
     "cost": _cost,
 }
 

@@ -5,9 +5,10 @@ weights:
 
     H = Xᵀ X,   D = Xᵀ X₀,   T' = T + T (D − H)ᵀ (H + μI)⁻¹
 
-T' is the weight whose products X T'ᵀ come nearest to X₀ Tᵀ: it makes up for what earlier layers got wrong. T' is
-rounded: its blocks' absmax, written as they are stored, are the scales; codes are found for these by error feedback,
-the inputs that weigh most first; then the scales are fitted to the codes, written, and the codes gone through again.
+T' is the weight whose products X T'ᵀ come nearest to X₀ Tᵀ: it makes up for what earlier layers got wrong (which
+GPTAQ, arXiv 2504.02692, and Qronos, arXiv 2505.11695, do too, each in its own way). T' is rounded: its blocks' absmax,
+written as they are stored, are the scales; codes are found for these by error feedback, the inputs that weigh most
+first; then the scales are fitted to the codes, written, and the codes gone through again.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from hf_qlora.validation import ConfigError
 Packed = tuple[Tensor, QuantState]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
-    """How weights are rounded. The defaults were chosen by `hf-qlora bench calibrated-nf4 --methods`.
+    """How weights are rounded. `hf-qlora bench calibrated-nf4 --part methods` compares others.
 
     Attributes:
         correction: make up for what earlier layers got wrong; without it T' = T.

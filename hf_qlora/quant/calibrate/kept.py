@@ -37,7 +37,7 @@ class Kept:
     """
 
     def __init__(self, folder: str | os.PathLike[str], key: str) -> None:
-        self.folder, self.key = Path(folder), key
+        self.folder, self.key, self.is_full = Path(folder), key, False
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, names: Sequence[str], device: torch.device) -> list[Packed] | None:
@@ -67,9 +67,11 @@ class Kept:
             scratch.replace(file)
         except (OSError, SafetensorError) as error:
             scratch.unlink(missing_ok=True)
-            logger.warning(
-                "Rounded layers could not be kept in %s for going on after an interruption: %s", self.folder, error
-            )
+            if not self.is_full:
+                logger.warning(
+                    "Rounded layers could not be kept in %s for going on after an interruption: %s", self.folder, error
+                )
+            self.is_full = True
 
     def _file(self, names: Sequence[str]) -> Path:
         return self.folder / f"{hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:32]}.safetensors"
@@ -92,7 +94,14 @@ def beside(target: Path) -> Path:
 def resumable(target: Path) -> Iterator[Path]:
     """A folder beside `target` for `Calibration(resume=…)`; it is removed when the block ends well."""
     folder = beside(target)
-    yield folder
+    try:
+        yield folder
+    except BaseException:
+        if folder.is_dir() and any(folder.iterdir()):
+            logger.warning("The layers rounded so far are in %s: the same call goes on there. Else remove it.", folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -26,6 +26,7 @@ _SUFFIXES = ("ForCausalLM", "LMHeadModel")
 
 def base_of(model: Any) -> nn.Module:
     """The model without PEFT's wrappers."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base
 

@@ -38,6 +38,7 @@ KINDS = (
     "length); a datasets.Dataset; a list of dicts of tensors or a DataLoader"
 )
 
+READY_SHARE = 4  # of rows that are given ready, one in so many is held out at most
 LEAST_DISTINCT = 8  # tokens in a text: transformers makes an empty tokenizer where there is none
 
 Read = tuple[dict[str, Tensor], int, str]  # inputs, how many rows are held out, and words for reports
@@ -52,6 +53,8 @@ def read(data: Any, model: nn.Module | None, tokenizer: Any, size: Size) -> Read
     if isinstance(data, Mapping) and _is_batch(data):
         return _ready([data], model, size, "a batch")
     if isinstance(data, str | Path):
+        if not str(data).strip():
+            raise CalibrationError(f"data={data!r} names no file, folder or data set; give {KINDS}.")
         documents, name = read_documents(str(data), size.seed)
         return _of_documents(documents, name, model, tokenizer, size)
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
@@ -168,6 +171,15 @@ def _as_rows(packed: Packed, name: str, reader: Reader, model: Any, size: Size) 
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         inputs |= {"decoder_input_ids": ids.clone(), "decoder_attention_mask": mask.clone()}
     kept = len(packed.held_out)
+    if len(packed.rows) < size.rows or kept < size.held_out:
+        logger.warning(
+            "%s gives %d rows to calibrate on and %d to hold out, where %d and %d were asked for.",
+            name,
+            len(packed.rows),
+            kept,
+            size.rows,
+            size.held_out,
+        )
     held = f", and {kept} held out" if kept else ""
     long = "" if all(len(row) == longest for row in every) else "up to "
     return inputs, kept, f"{len(packed.rows)} rows of {long}{longest} tokens from {name}{held}"
@@ -183,9 +195,10 @@ def _ready(batches: Iterable[Any], model: Any, size: Size, name: str) -> Read:
             inputs[key] = inputs[key].long()
     if more:
         logger.info("Of %s the first %d rows are used; rows= takes more.", name, count)
-    kept = f", the last {size.held_out} held out" if size.held_out else ""
+    held_out = min(size.held_out, max(count // READY_SHARE, 1))
+    kept = f", the last {held_out} held out" if held_out else ""
     width = f" of {inputs['input_ids'].shape[1]} tokens" if "input_ids" in inputs else ""
-    return inputs, size.held_out, f"{count} rows{width} from {name}{kept}"
+    return inputs, held_out, f"{count} rows{width} from {name}{kept}"
 
 
 def _without_padding_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

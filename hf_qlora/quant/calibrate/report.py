@@ -19,6 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 
+LEGEND = (
+    "error, nearest, dropped: of the layers' outputs on held-out rows, as rounded, rounded to nearest, and without "
+    "the adapter. codes changed: of the base's, or of nearest's. worse: layers with more error than nearest."
+)
+CLEAR_GAP = 0.002  # nats a token
 UNCUT = 200  # columns where no terminal says how many
 
 
@@ -65,9 +70,9 @@ class CalibrationReport:
 
     @property
     def closed(self) -> float | None:
-        """The share of what rounding to nearest loses that is not lost; None where nearest loses nothing."""
+        """The share of what rounding to nearest loses that is not lost; None where that is less than `CLEAR_GAP`."""
         gap = self.losses.get("nearest", math.nan) - self.losses.get("dense", math.nan)
-        return (self.losses["nearest"] - self.losses["calibrated"]) / gap if gap > 0 else None
+        return (self.losses["nearest"] - self.losses["calibrated"]) / gap if gap > CLEAR_GAP else None
 
     @property
     def error(self) -> float:
@@ -96,7 +101,9 @@ class CalibrationReport:
         found = [("calibrated", f"on {self.rows}{on}, in {self.seconds:.0f} s")]
         if self.losses:
             losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self.losses.items())
-            closed = "" if self.closed is None else f": {self.closed:.0%} of what rounding to nearest loses is kept"
+            closed = (
+                "" if self.closed is None else f": {self.closed:.0%} of what rounding to nearest loses is won back"
+            )
             found.append(("loss", f"{losses} nats a token on held-out rows{closed}"))
         found.append(("outputs", f"error {self.error:.2%} a layer on held-out rows; nearest {self.nearest:.2%}"))
         return found + [("note", note) for note in self.notes]
@@ -106,7 +113,12 @@ class CalibrationReport:
         to = console or Console(width=UNCUT)
         for name, line in self.lines():
             to.print(f"{name:<10} {line}", highlight=False, markup=False, soft_wrap=True)
-        to.print(_table(self.layers))
+        self.show_layers(to)
+
+    def show_layers(self, console: Console) -> None:
+        """Print the table by kind of layer."""
+        console.print(_table(self.layers))
+        console.print(LEGEND, highlight=False, markup=False, soft_wrap=True)
 
     def __str__(self) -> str:
         console = Console(width=UNCUT, no_color=True)

@@ -38,6 +38,7 @@ PLAUSIBLE_ROWS = 4
 # Nats over ln V that are let pass. An untrained model has half the variance of its logits, 0.1 in SmolLM2's shape. The
 # trained one has 0.8 on ids that are all wrong by 5, 1.2 on those of BERT's tokenizer, and 2.9 on random ones.
 GUESSING_SLACK = 0.5
+NEAR_GUESSING = 0.9
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class CalibrationRows:
         digest = hashlib.sha256(str(self.held_out).encode())
         for name, value in sorted(self.inputs.items()):
             digest.update(f" {name} {value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -133,7 +134,7 @@ def calibration_rows(
         tokenizer: for texts; by default the one that lies with the model.
         rows: at most so many to calibrate on.
         length: of a row in tokens, where it is cut out of documents; at most, where a document is a row.
-        held_out: at most so many more rows, to measure on; exactly as many where rows are given ready.
+        held_out: at most so many more rows, to measure on; of rows that are given ready a quarter at most.
         seed: of the documents that are held out, and of rows where there are more than wanted.
 
     Raises:
@@ -149,14 +150,6 @@ def calibration_rows(
     except DataError as error:
         raise CalibrationError(str(error)) from error
     check(found, model)
-    if found.count - found.held_out < rows or found.held_out < held_out:
-        logger.warning(
-            "There are %d rows to calibrate on and %d held out, where %d and %d were asked for.",
-            found.count - found.held_out,
-            found.held_out,
-            rows,
-            held_out,
-        )
     return found
 
 
@@ -171,6 +164,14 @@ def plausible(model: nn.Module, rows: CalibrationRows) -> float | None:
     if loss is None:
         return None
     guessing = math.log(vocabulary_of(base_of(model)))
+    if NEAR_GUESSING * guessing < loss <= guessing + GUESSING_SLACK:
+        logger.warning(
+            "The model's loss on %s is %.2f nats a token, and guessing has %.2f: is the text tokenized by its own "
+            "tokenizer?",
+            rows.source,
+            loss,
+            guessing,
+        )
     if not loss <= guessing + GUESSING_SLACK:
         raise CalibrationError(
             f"The model's loss on {rows.source} is {loss:.2f} nats a token, and guessing among its tokens has "

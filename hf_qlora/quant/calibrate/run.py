@@ -6,10 +6,13 @@ import dataclasses
 import inspect
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -20,9 +23,9 @@ from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.group import Packed
 from hf_qlora.quant.calibrate.kept import Kept, key_of
 from hf_qlora.quant.calibrate.loss import evaluating, mean_loss
-from hf_qlora.quant.calibrate.report import CalibrationReport
+from hf_qlora.quant.calibrate.report import CLEAR_GAP, CalibrationReport
 from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows, plausible
-from hf_qlora.quant.calibrate.settings import Calibration
+from hf_qlora.quant.calibrate.settings import Calibration, asdict
 from hf_qlora.quant.calibrate.siblings import Heard, listen
 from hf_qlora.quant.calibrate.streams import OnLayer, Streams
 from hf_qlora.quant.linear4bit import Linear4bit, become_linear4bit, dense_weight, quantize_weight, set_packed
@@ -32,6 +35,7 @@ from hf_qlora.validation import ConfigError
 logger = logging.getLogger(__name__)
 
 LISTENED_ROWS = 2
+MASKS = ("attention_mask", "decoder_attention_mask")
 _REPORT = "_hf_qlora_calibration"
 
 
@@ -45,9 +49,24 @@ def checked_calibration(given: Any, model: nn.Module, config: NF4Config, tokeniz
     if config.quant_type != "nf4":
         raise ConfigError(f"calibration= rounds to NF4 alone; quant_type is {config.quant_type!r}. Leave it out.")
     calibration = given if isinstance(given, Calibration) else Calibration(given)
+    if isinstance(calibration.rows, CalibrationRows) and calibration.checked:
+        return calibration
     rows = calibration_rows(calibration.rows, model, calibration.tokenizer or tokenizer)
     plausible(model, rows)
-    return dataclasses.replace(calibration, rows=rows)
+    return dataclasses.replace(calibration, rows=rows, checked=True)
+
+
+def planned(given: Any, model: nn.Module, tokenizer: Any, resume: Path, **size: int) -> Calibration:
+    """A Calibration for a model that is not loaded yet: its rows are read and held against what is known of it.
+
+    Args:
+        model: without weights.
+        resume: where it keeps rounded layers, unless it says itself.
+        size: of the rows, as for `calibration_rows`.
+    """
+    calibration = given if isinstance(given, Calibration) else Calibration(given)
+    rows = calibration_rows(calibration.rows, model, calibration.tokenizer or tokenizer, **size)
+    return dataclasses.replace(calibration, rows=rows, resume=calibration.resume or resume)
 
 
 def calibration_report(model: nn.Module) -> CalibrationReport | None:
@@ -91,17 +110,33 @@ def calibrate(
         )
     inputs = _inputs(model, rows)
     losses = {"dense": mean_loss(model, measured_inputs(rows))}
-    with evaluating(model), _without_cache(model):
-        heard = listen(model, layers, {name: tensor[:LISTENED_ROWS] for name, tensor in inputs.items()})
+    run = partial(model, use_cache=False) if "use_cache" in inspect.signature(model.forward).parameters else model
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
+        few = _few(inputs)
+        heard = listen(run, layers, few)
         kept = None
         if calibration.resume is not None:
-            settings = (config, calibration.method, calibration.scales, list(layers))
+            settings = (config, asdict(calibration), list(layers), version("hf-qlora"))
             kept = Kept(calibration.resume, key_of(model, rows.fingerprint, settings))
         with tqdm(total=len(layers), desc="Calibrating NF4", unit="layer", delay=delay, leave=False) as bar:
             streams = Streams(
-                layers, heard, config, calibration, rows, base=base, on_layer=on_layer, kept=kept, progress=bar
+                layers,
+                heard,
+                config,
+                calibration,
+                rows,
+                masks=_masks(heard, inputs, few),
+                base=base,
+                on_layer=on_layer,
+                kept=kept,
+                progress=bar,
             )
-            streams.run(model, inputs)
+            try:
+                streams.run(run, inputs)
+            except CalibrationError as error:
+                if not streams.found:
+                    raise
+                raise CalibrationError(f"{error} Some layers are NF4 already: load the model anew.") from error
     uncalibrated = _round_the_rest(layers, config, on_layer)
     seconds = time.monotonic() - started
     losses["nearest"] = _nearest_loss(model, layers, streams.nearest, rows)
@@ -109,12 +144,14 @@ def calibrate(
     report = CalibrationReport(
         rows=rows.source,
         tokens=rows.tokens,
-        method={**dataclasses.asdict(calibration.method), "scales": calibration.scales},
+        method=asdict(calibration),
         layers=streams.found,
         losses={name: loss for name, loss in losses.items() if loss is not None},
         seconds=seconds,
         notes=_notes(rows, streams, heard, uncalibrated),
     )
+    if report.losses and report.losses["calibrated"] > report.losses["nearest"] + CLEAR_GAP:
+        report.notes.append("Rounding to nearest loses less on the held-out rows: give more rows, or others.")
     setattr(model, _REPORT, report)
     for note in report.notes:
         logger.warning("%s", note)
@@ -148,18 +185,19 @@ def _inputs(model: Any, rows: CalibrationRows) -> dict[str, Tensor]:
     return inputs | found
 
 
-@contextmanager
-def _without_cache(model: Any) -> Iterator[None]:
-    """No keys and values are kept for a next token."""
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before and "use_cache" in inspect.signature(model.forward).parameters:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if before:
-            config.use_cache = before
+def _few(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A few rows; those of a decoder are of other lengths than its encoder's, so that what reads which can be told."""
+    few = {name: tensor[:LISTENED_ROWS] for name, tensor in inputs.items()}
+    decoded, read = few.get("decoder_input_ids"), few.get("input_ids")
+    if decoded is not None and read is not None and 1 < decoded.shape[1] == read.shape[1]:
+        few |= {name: tensor[:, :-1] for name, tensor in few.items() if name.startswith("decoder_")}
+    return few
+
+
+def _masks(heard: Heard, inputs: Mapping[str, Tensor], few: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For each layer the mask of the tokens that it reads, by how many of them it read in `few` rows."""
+    found = {few[name].shape[1]: inputs[name].bool() for name in reversed(MASKS) if name in inputs}
+    return {name: found[length] for name, length in heard.lengths.items() if length in found}
 
 
 def _round_the_rest(
@@ -198,7 +236,15 @@ def _notes(rows: CalibrationRows, streams: Streams, heard: Heard, uncalibrated: 
             f"{len(streams.singular)} groups of layers have more inputs than there are tokens ({streams.singular[0]}, "
             "…): what the tokens say nothing of was left to damping. More rows are better."
         )
-    if uncalibrated:
-        why = "do not see the rows in their order" if streams.scattered else "were not reached by the rows"
-        notes.append(f"{len(uncalibrated)} layers were rounded to nearest, since they {why} ({uncalibrated[0]}, …).")
+    scattered = [name for name in uncalibrated if name in streams.scattered]
+    unreached = [name for name in uncalibrated if name not in streams.scattered]
+    for names, why in ((scattered, "do not see the rows in their order"), (unreached, "were not reached by the rows")):
+        if names:
+            notes.append(f"{len(names)} layers were rounded to nearest, since they {why} ({names[0]}, …).")
+    if streams.resumed:
+        notes.append(f"{streams.resumed} groups of layers are of an earlier run; the seconds are of this one alone.")
+    again = [name for name in streams.nearest if heard.calls[name] > 1]
+    if again:
+        what = "layers are called more than once, and were calibrated on the first call"
+        notes.append(f"{len(again)} {what} ({again[0]}, …).")
     return notes

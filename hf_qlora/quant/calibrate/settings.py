@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from hf_qlora.quant.calibrate.group import Method
@@ -11,25 +11,30 @@ from hf_qlora.validation import ConfigError
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Method):
     """Rows to calibrate on, and how; where the defaults do, the rows alone can be passed instead.
 
     Attributes:
         rows: whatever `calibration_rows` takes: documents, token ids, a file, a dataset, batches.
         tokenizer: for text; by default the one beside the model.
-        method: how weights are rounded.
         scales: "own", of the weight that is rounded; "base", in merges: those of the base, as they are.
+        correction, damping, correction_damping, order, refits, passes: see `Method`; by keyword.
         resume: a folder to keep rounded layers in, from which an interrupted run goes on. It is not removed.
     """
 
     rows: Any
     tokenizer: Any = None
-    method: Method = field(default_factory=Method)
     scales: Literal["own", "base"] = "own"
     resume: str | os.PathLike[str] | None = None
 
+    checked: bool = field(default=False, repr=False)  # rows that have been held against the model
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.scales not in ("own", "base"):
             raise ConfigError(f"scales={self.scales!r} is not known; choose 'own' or 'base'.")
-        if not isinstance(self.method, Method):
-            raise ConfigError(f"method={self.method!r} must be a Method.")
+
+
+def asdict(calibration: Calibration) -> dict[str, Any]:
+    """How weights are rounded, as JSON types."""
+    return {item.name: getattr(calibration, item.name) for item in fields(Method)} | {"scales": calibration.scales}

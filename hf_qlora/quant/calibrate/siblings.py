@@ -25,14 +25,16 @@ class Heard:
         groups: the names of layers that read one tensor, one after another, in the order of the forward.
         calls: how often each layer is called.
         scattered: the layers that do not see the rows in their order, as experts do not.
+        lengths: how many tokens of a row each layer reads at its first call.
     """
 
     groups: list[list[str]] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     scattered: set[str] = field(default_factory=set)
+    lengths: dict[str, int] = field(default_factory=dict)
 
 
-def listen(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> Heard:
+def listen(model: Callable[..., Any], layers: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> Heard:
     """Run a forward, and hear which layers are called with what.
 
     Every row goes in twice, as it will in `Streams`: what a layer sees in order, it then sees twice.
@@ -46,7 +48,7 @@ def listen(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Mapping[st
     inputs = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
     heard, rows = Heard(), len(next(iter(inputs.values())))
     lengths = {1, *(tensor.shape[1] for tensor in inputs.values() if tensor.ndim > 1)}
-    last: list[tuple[Tensor, int]] = []
+    last: list[tuple[Tensor, int, list[str] | None]] = []  # the tensor read last, and the group that was found by it
 
     def hear(name: str, forward: Forward) -> Forward:
         def heard_forward(x: Tensor) -> Any:
@@ -58,12 +60,15 @@ def listen(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Mapping[st
                 )
             if not (in_rows(x, rows, lengths) and _is_twice(x)):
                 heard.scattered.add(name)
+            same = bool(last) and last[0][0] is x and last[0][1] == x._version
+            group = last[0][2] if same else None
             if not heard.calls[name]:
-                if last and last[0][0] is x and last[0][1] == x._version:
-                    heard.groups[-1].append(name)
-                else:
-                    heard.groups.append([name])
-            last[:] = [(x, x._version)]
+                heard.lengths[name] = x.reshape(rows, -1, x.shape[-1]).shape[1] if x.numel() % rows == 0 else 0
+                if group is None:
+                    group = []
+                    heard.groups.append(group)
+                group.append(name)
+            last[:] = [(x, x._version, group)]
             heard.calls[name] += 1
             return forward(x)
 

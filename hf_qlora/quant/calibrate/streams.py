@@ -39,7 +39,6 @@ from hf_qlora.quant.linear4bit import Linear4bit, become_linear4bit, dense_weigh
 
 OnLayer = Callable[[str, Tensor, Linear4bit], None]
 
-MASKS = ("attention_mask", "decoder_attention_mask")
 TOKENS_AT_A_TIME = 4096  # in the products of a Gram matrix
 
 
@@ -63,6 +62,7 @@ class Streams:
     Args:
         layers: to be rounded, by name.
         heard: what `siblings.listen` heard.
+        masks: for each layer that reads rows with padding, where there is none, bool, (rows, tokens).
         base: packed weights that the layers' weights came from, for merges, by name.
         on_layer: as for `quantize_model`.
         kept: rounded groups of an earlier run, and where to keep these.
@@ -76,13 +76,14 @@ class Streams:
         calibration: Calibration,
         rows: CalibrationRows,
         *,
+        masks: Mapping[str, Tensor] | None = None,
         base: Mapping[str, Packed] | None = None,
         on_layer: OnLayer | None = None,
         kept: Any = None,
         progress: Any = None,
     ) -> None:
         self.layers, self.config, self.calibration, self.rows = dict(layers), config, calibration, rows
-        self.base, self.on_layer, self.kept = base or {}, on_layer, kept
+        self.masks, self.base, self.on_layer, self.kept = masks or {}, base or {}, on_layer, kept
         self.group_of = {name: group for group in heard.groups for name in group}
         self.left = Counter({name: n for name, n in heard.calls.items() if name not in heard.scattered})
         self.names = [name for group in heard.groups for name in group if name in self.left]
@@ -92,11 +93,12 @@ class Streams:
         self.nearest: dict[str, Packed] = {}
         self.found: list[LayerCalibration] = []
         self.singular: list[str] = []
+        self.resumed = 0
         self.scattered = sorted(heard.scattered)
         self.guards: list[Any] = []
         self.progress = progress
 
-    def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+    def run(self, model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> None:
         """Round the layers in one forward.
 
         Args:
@@ -105,7 +107,6 @@ class Streams:
         if not self.names:
             return
         twice = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
-        self.masks = [inputs[name].bool() for name in MASKS if name in inputs]
         self.count = len(next(iter(twice.values())))
         self.lengths = {1, *(tensor.shape[1] for tensor in twice.values() if tensor.ndim > 1)}
         with replaced_forwards({name: self.layers[name] for name in self.names}, self._in_place_of) as self.restore:
@@ -122,6 +123,8 @@ class Streams:
         def both(x: Tensor) -> Tensor:
             if not in_rows(x, self.count, self.lengths):
                 self._give_up(name)
+                if not +self.left:
+                    raise _Finished
                 alone: Tensor = forward(x)
                 return alone
             teacher, student = x.chunk(2)
@@ -149,7 +152,10 @@ class Streams:
     def _round(self, group: list[str], teacher: Tensor, student: Tensor) -> None:
         names = [name for name in group if name in self.left]
         weights = {name: dense_weight(self.layers[name]) for name in names}
+        if len(self._tokens(names[0], student)) < student.shape[-1]:
+            self.singular.append(names[0])
         packed = self.kept.get(names, student.device) if self.kept else None
+        self.resumed += packed is not None
         if packed is None:
             packed = self._packed(names, weights, teacher, student)
             if self.kept:
@@ -171,55 +177,54 @@ class Streams:
         found = {name: self.shared.get(id(self.layers[name].weight), (None, None))[1] for name in names}
         new = [name for name in names if found[name] is None]
         if new:
-            gram, cross, tokens = self._grams(teacher, student)
+            gram, cross = self._grams(names[0], teacher, student)
             if not (gram.isfinite().all() and (cross is None or cross.isfinite().all())):
                 when = "after the layers before it were rounded" if teacher.isfinite().all() else "in some rows"
                 raise CalibrationError(
-                    f"The inputs of {new[0]} have NaN or infinite values {when}. Load the model in bfloat16 or "
-                    "float32, or leave out the rows that do this."
+                    f"The inputs of {new[0]} have NaN or infinite values {when}. Leave out the rows that do this, or "
+                    "load the model in a wider dtype."
                 )
-            if tokens < gram.shape[0]:
-                self.singular.append(new[0])
             scales = [self.base[name][1] for name in new] if self.calibration.scales == "base" else None
-            packed = round_group(
-                [weights[name].float() for name in new],
-                gram,
-                cross,
-                self.config,
-                self.calibration.method,
-                dtype=weights[new[0]].dtype,
-                scales=scales,
-            )
+            with torch.autocast(student.device.type, enabled=False):
+                packed = round_group(
+                    [weights[name].float() for name in new],
+                    gram,
+                    cross,
+                    self.config,
+                    self.calibration,
+                    dtype=weights[new[0]].dtype,
+                    scales=scales,
+                )
             found.update(zip(new, packed, strict=True))
         return [packed for packed in found.values() if packed is not None]
 
-    def _grams(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor | None, int]:
-        """H, D and the number of tokens; D is None where both streams are one."""
-        X0, X = self._tokens(teacher), self._tokens(student)
+    def _grams(self, name: str, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor | None]:
+        """H and D; D is None where both streams are one."""
+        X0, X = self._tokens(name, teacher), self._tokens(name, student)
         same = torch.equal(X0, X)
         K = X.shape[-1]
         gram = torch.zeros(K, K, device=X.device)
-        cross = None if same or not self.calibration.method.correction else torch.zeros_like(gram)
-        for part, part0 in zip(X.split(TOKENS_AT_A_TIME), X0.split(TOKENS_AT_A_TIME), strict=True):
-            part = part.float()
-            gram.addmm_(part.t(), part)
-            if cross is not None:
-                cross.addmm_(part.t(), part0.float())
-        return gram, cross, len(X)
+        cross = None if same or not self.calibration.correction else torch.zeros_like(gram)
+        with torch.autocast(X.device.type, enabled=False):
+            for part, part0 in zip(X.split(TOKENS_AT_A_TIME), X0.split(TOKENS_AT_A_TIME), strict=True):
+                part = part.float()
+                gram.addmm_(part.t(), part)
+                if cross is not None:
+                    cross.addmm_(part.t(), part0.float())
+        return gram, cross
 
-    def _tokens(self, x: Tensor) -> Tensor:
+    def _tokens(self, name: str, x: Tensor) -> Tensor:
         """The calibration rows' inputs, (tokens, K), without padding."""
-        return self._unpadded(x, slice(None, -self.rows.held_out or None))
+        return self._unpadded(name, x, slice(None, -self.rows.held_out or None))
 
-    def _held_out(self, x: Tensor) -> Tensor:
-        return self._unpadded(x, slice(-self.rows.held_out, None))
+    def _held_out(self, name: str, x: Tensor) -> Tensor:
+        return self._unpadded(name, x, slice(-self.rows.held_out, None))
 
-    def _unpadded(self, x: Tensor, rows: slice) -> Tensor:
-        count = self.count // 2
+    def _unpadded(self, name: str, x: Tensor, rows: slice) -> Tensor:
+        count, mask = self.count // 2, self.masks.get(name)
         x = x.reshape(count, -1, x.shape[-1])[rows]
-        for mask in self.masks:
-            if x.shape[1] == mask.shape[1]:
-                return x[mask[rows].to(x.device)]
+        if mask is not None and x.shape[1] == mask.shape[1]:
+            return x[mask[rows].to(x.device)]
         return x.reshape(-1, x.shape[-1])
 
     def _product(self, name: str, x: Tensor, packed: Packed | None = None) -> Tensor:
@@ -231,12 +236,12 @@ class Streams:
         return nn.functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
     def _measure(self, name: str, expected: Tensor, found: Tensor, student: Tensor) -> None:
-        rounded, x = self.rounded[name], self._held_out(student)
-        y = self._held_out(expected).float()
+        rounded, x = self.rounded[name], self._held_out(name, student)
+        y = self._held_out(name, expected).float()
         others = [self._product(name, x, rounded.nearest)]
         if name in self.base:
             others.append(self._product(name, x, self.base[name]))
-        outputs = [self._held_out(found), *others]
+        outputs = [self._held_out(name, found), *others]
         squares = [(output.float() - y).double().square().sum() for output in outputs]
         squares += [torch.zeros_like(squares[0])] * (3 - len(squares))
         rounded.sums += torch.stack([*squares, y.double().square().sum()]).cpu()
