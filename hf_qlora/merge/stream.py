@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -95,6 +96,8 @@ def merge_files(
             raise MergeError(f"{target} is what is merged; name another folder for the result.")
     if calibration is not None:
         where = checked_device(device)
+        with suppress(NotStreamable):  # PEFT repeats it on loading
+            job.check_initialization()
         size = {"rows": rows, "length": length, "held_out": held_out, "seed": seed}
         with resumable(target) as kept:
             asked = planned(calibration, job.skeleton(), job.tokenizer(), kept, **size)

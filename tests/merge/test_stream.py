@@ -211,6 +211,7 @@ def test_an_initialization_that_changes_the_base_is_repeated(kind: Any, init: st
         ("pissa", {"onto": "original"}),
         ("pissa_niter_4", {}),
         ("corda", {}),
+        ("corda", {"onto": "nf4", "calibration": "a.txt", "device": "cpu"}),
         ("lora_ga", {}),
     ],
 )
