@@ -430,3 +430,11 @@ def test_the_report_is_of_the_model_alone() -> None:
     quantize_model(one, calibration=rows_of(text()))
     assert calibration_report(one) is not None
     assert calibration_report(quantize_model(llama())) is None
+
+
+def test_a_compiled_model_is_calibrated_as_the_model_that_it_wraps() -> None:
+    torch.manual_seed(0)
+    dense, rows = llama(), rows_of(text())
+    expected, _ = calibrated(dense, rows)
+    quantize_model(torch.compile(dense), calibration=rows)
+    assert codes(dense) == codes(expected)

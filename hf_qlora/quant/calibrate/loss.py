@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -25,8 +26,8 @@ _SUFFIXES = ("ForCausalLM", "LMHeadModel")
 
 
 def base_of(model: Any) -> nn.Module:
-    """The model without PEFT's wrappers."""
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    """The model without the wrappers of PEFT and torch.compile."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base
 
