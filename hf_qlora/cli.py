@@ -71,6 +71,18 @@ def _stopped(output: Path) -> typer.Exit:
     return typer.Exit(INTERRUPTED)
 
 
+def _report(found: Any, output: Path, file: Path | None) -> None:
+    """Print what was made in `output`, and write all of it into a file if that is asked for."""
+    from hf_qlora.config.record import write_json
+
+    typer.echo(str(found))
+    if file is not None:
+        try:
+            write_json(file, found.to_dict())
+        except OSError as error:
+            raise _misused(f"The model is in {output}, but its report could not be written: {error}.") from None
+
+
 def _check_rows_are_used(calibrate: str | None, *given: int) -> None:
     if calibrate is None and given != ROWS_BY_DEFAULT:
         raise _misused("--rows, --length, --held-out and --seed are of the rows for --calibrate; name what to read.")
@@ -240,7 +252,6 @@ def quantize(
 ) -> None:
     """Quantize a saved model to NF4, as bitsandbytes and transformers load it; calibrated on text, if it is given."""
     from hf_qlora import NF4Config
-    from hf_qlora.config.record import write_json
     from hf_qlora.quantize_files import quantize_files
 
     try:
@@ -267,12 +278,7 @@ def quantize(
         raise _misused(str(error)) from None
     except KeyboardInterrupt:
         raise _stopped(output) from None
-    typer.echo(str(found))
-    if report is not None:
-        try:
-            write_json(report, found.to_dict())
-        except OSError as error:
-            raise _misused(f"The model is in {output}, but its report could not be written: {error}.") from None
+    _report(found, output, report)
 
 
 @app.command("merge")
@@ -310,7 +316,6 @@ def merge_adapter(
     report: Annotated[Path | None, typer.Option(help="Write the whole report into this .json file.")] = None,
 ) -> None:
     """Merge a saved adapter into its base, one layer at a time, and measure what each layer loses."""
-    from hf_qlora.config.record import write_json
     from hf_qlora.merge.report import MergeRefused
     from hf_qlora.merge.stream import merge_files
 
@@ -342,12 +347,7 @@ def merge_adapter(
         raise _misused(str(error)) from None
     except KeyboardInterrupt:
         raise _stopped(output) from None
-    typer.echo(str(found))
-    if report is not None:
-        try:
-            write_json(report, found.to_dict())
-        except OSError as error:
-            raise _misused(f"The model is in {output}, but its report could not be written: {error}.") from None
+    _report(found, output, report)
 
 
 @app.command()

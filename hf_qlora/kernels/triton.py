@@ -195,6 +195,7 @@ def _check(
         raise ValueError(f"out has shape {tuple(out.shape)}; the weight has {shape}.")
 
 
+# Triton has no types, for its decorator and for what it compiles: hence the ignored errors below.
 @triton.jit  # type: ignore[untyped-decorator]
 def _product(a, b, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
     if NATIVE:

@@ -9,9 +9,10 @@ to write it into:
 | "original" | W + ΔW | the quantization error comes back, and the adapter has learned with the other base |
 | "nf4" | Q(Q(W) + ΔW) | ΔW where it is below a step of NF4, which is nearly everywhere |
 
-so that each merge is compared with the model as it was trained: layer by layer as weights, and on text as logits. The
-layers' own merge (`layers/linear.py`) does the arithmetic. `merge` works on a model in memory and leaves it as it is;
-`stream.merge_files` works from files to files, one layer at a time.
+Calibrated on rows of text (`quant/calibrate/`), rounding to NF4 keeps most of ΔW. Each merge is compared with the
+model as it was trained: layer by layer as weights, and on text as logits. The layers' own merge (`layers/linear.py`)
+does the arithmetic. `merge` works on a model in memory and leaves it as it is; `stream.merge_files` works from files
+to files, one layer at a time.
 
     measure.py   one layer: ‖M − (Q(W) + ΔW)‖, and ΔW in steps of NF4
     probe.py     the whole model: KL between logits, with and without the adapter

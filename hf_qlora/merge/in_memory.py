@@ -35,7 +35,7 @@ from hf_qlora.quant.base import (
 from hf_qlora.quant.calibrate.group import Packed
 from hf_qlora.quant.calibrate.loss import mean_loss
 from hf_qlora.quant.calibrate.rows import CalibrationRows
-from hf_qlora.quant.calibrate.run import calibration_report, checked_calibration, measured_inputs
+from hf_qlora.quant.calibrate.run import calibration_report, measured_inputs, planned
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
 from hf_qlora.quant.linear4bit import dense_weight
 
@@ -96,13 +96,13 @@ def merge(
             f"original {_name_of(original)} is not what the base was made of: {other}. Name the model that was "
             "quantized; force merges all the same."
         )
-    config, stay_dense = _packing(base)
-    if calibration is not None:
-        calibration = checked_calibration(calibration, base, config, tokenizer)
+    if calibration is not None:  # read before anything long
+        calibration = planned(calibration, base, tokenizer)
     merged, notes = _merged(model, names, dense)
     if other:
         notes.append(f"The original is not what the base was made of: {other}.")
     if onto == "nf4":
+        config, stay_dense = _packing(base)
         quantize_model(merged, config, skip=stay_dense, calibration=calibration, base=_packed_weights(base))
     layers = _measured(reference, merged, names, dense, notes)
     logits = probe.divergence(reference, merged, ids) if ids else None

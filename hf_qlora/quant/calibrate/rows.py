@@ -90,12 +90,6 @@ class CalibrationRows:
         return {name: value[self.count - self.held_out :] for name, value in self.inputs.items()}
 
     @property
-    def mask(self) -> Tensor | None:
-        """Where there is no padding, bool, (rows, length), of all rows; None where the inputs have no mask."""
-        found = self.inputs.get("attention_mask")
-        return None if found is None else found.bool()
-
-    @property
     def tokens(self) -> int:
         """Those to calibrate on that are no padding; 0 where rows are not of text."""
         if not self.text:

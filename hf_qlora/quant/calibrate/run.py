@@ -39,8 +39,8 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 _REPORT = "_hf_qlora_calibration"
 
 
-def checked_calibration(given: Any, model: nn.Module, config: NF4Config, tokenizer: Any = None) -> Calibration:
-    """A Calibration with rows that fit the model, of one or of whatever `calibration_rows` takes.
+def checked_calibration(given: Any, model: nn.Module, config: NF4Config) -> Calibration:
+    """A Calibration with rows that fit the model and that it can make sense of.
 
     Raises:
         CalibrationError: rows that cannot be used.
@@ -48,21 +48,24 @@ def checked_calibration(given: Any, model: nn.Module, config: NF4Config, tokeniz
     """
     if config.quant_type != "nf4":
         raise ConfigError(f"calibration= rounds to NF4 alone; quant_type is {config.quant_type!r}. Leave it out.")
-    calibration = given if isinstance(given, Calibration) else Calibration(given)
-    if isinstance(calibration.rows, CalibrationRows) and calibration.checked:
-        return calibration
-    rows = calibration_rows(calibration.rows, model, calibration.tokenizer or tokenizer)
-    plausible(model, rows)
-    return dataclasses.replace(calibration, rows=rows, checked=True)
+    calibration = planned(given, model)
+    plausible(model, calibration.rows)
+    return calibration
 
 
-def planned(given: Any, model: nn.Module, tokenizer: Any, resume: Path, **size: int) -> Calibration:
-    """A Calibration for a model that is not loaded yet: its rows are read and held against what is known of it.
+def planned(
+    given: Any, model: nn.Module, tokenizer: Any = None, resume: Path | None = None, **size: int
+) -> Calibration:
+    """A Calibration, of one or of whatever `calibration_rows` takes, with its rows read and held against the model.
 
     Args:
-        model: without weights.
-        resume: where it keeps rounded layers, unless it says itself.
+        model: it need not have its weights yet.
+        tokenizer: unless the calibration has one.
+        resume: where rounded layers are kept, unless the calibration says.
         size: of the rows, as for `calibration_rows`.
+
+    Raises:
+        CalibrationError: rows that cannot be used.
     """
     calibration = given if isinstance(given, Calibration) else Calibration(given)
     rows = calibration_rows(calibration.rows, model, calibration.tokenizer or tokenizer, **size)

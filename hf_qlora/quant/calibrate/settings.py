@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from hf_qlora.quant.calibrate.group import Method
@@ -26,8 +26,6 @@ class Calibration(Method):
     tokenizer: Any = None
     scales: Literal["own", "base"] = "own"
     resume: str | os.PathLike[str] | None = None
-
-    checked: bool = field(default=False, repr=False)  # rows that have been held against the model
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,7 @@ X, by the rounded one; everything between the layers treats rows apart, so that 
 make of them. When the first of the layers that read the same inputs is called, all of these are rounded, from exactly
 the inputs that the quantized model produces; then the forward goes on. So one forward calibrates any architecture
 whose layers see the rows of a batch in their order, and the memory is that of the model, of one layer's Gram matrices,
-and of the hidden states of all rows.
+and of the activations of all rows at once.
 
 The last rows are held out: they go through the layers too and are in no Gram matrix, and the errors are theirs.
 
