@@ -48,6 +48,7 @@ def bench_adaptive_depth(
     names = tuple(task or tasks.TASKS)
     _check_choice("--task", names, tasks.TASKS)
     file = results.with_stem(f"{results.stem}_quick") if quick else results
+    _check_lines(file)
     if not report_only:
         run.perform(replace(run.QUICK if quick else run.Plan(), tasks=names), file, device, workers)
     typer.echo(report.markdown(file) or f"No test runs in {file} yet.")
@@ -100,7 +101,7 @@ def bench_callbacks(
     The arms take turns in one process, so that ratios hold on a noisy machine. Minutes on two cores.
     """
     from hf_qlora.bench import callbacks
-    from hf_qlora.bench.measure import write_whole
+    from hf_qlora.bench.results import write_whole
     from hf_qlora.bench.train_step.arms import SHAPES, Case
 
     _check_choice("--shape", [shape], SHAPES)
@@ -210,6 +211,7 @@ def bench_learning_curve(
     """
     from hf_qlora.bench.train_step import curves
 
+    _check_lines(results)
     if not report_only:
         curves.perform(results, steps, device=device, workers=workers)
     typer.echo(curves.markdown(results) or f"No runs to compare in {results} yet.")
@@ -235,6 +237,7 @@ def bench_calibrated_nf4(
     names = tuple(part or run.PARTS)
     _check_choice("--part", names, run.PARTS)
     file = results.with_stem(f"{results.stem}_quick") if quick else results
+    _check_lines(file)
     if not report_only:
         run.perform(run.QUICK if quick else run.Plan(), file, names, device, workers)
         report.plot(file, file.with_suffix(".png"))
@@ -254,7 +257,7 @@ def bench_skip_list(
     Minutes on two cores.
     """
     from hf_qlora.bench import skip_list
-    from hf_qlora.bench.measure import write_whole
+    from hf_qlora.bench.results import write_whole
 
     if report_only:
         typer.echo(skip_list.markdown(_read_results(results)))
@@ -299,16 +302,28 @@ def _check_choice(option: str, given: Iterable[str], known: Iterable[str]) -> No
 
 
 def _read_results(results: Path) -> Any:
-    import json
+    from hf_qlora.bench.results import read_whole
 
     if not results.is_file():
         raise misused(f"{results} is not there; leave out --report to measure.")
-    return json.loads(results.read_text(encoding="utf-8"))
+    try:
+        return read_whole(results)
+    except ValueError as error:
+        raise misused(str(error)) from None
+
+
+def _check_lines(results: Path) -> None:
+    from hf_qlora.bench.results import read_lines
+
+    try:
+        read_lines(results)
+    except ValueError as error:
+        raise misused(str(error)) from None
 
 
 def _measured(found: Any, results: Path, report: Any) -> None:
     """Keep what was measured, draw it and print it, as the module `report` does."""
-    from hf_qlora.bench.measure import write_whole
+    from hf_qlora.bench.results import write_whole
 
     write_whole(results, found)
     report.plot(found, results.with_suffix(".png"))

@@ -1,4 +1,4 @@
-"""What the measurements share: on what they ran, how much memory was used, and files that are whole or not there."""
+"""What the measurements share: on what they ran, how much memory was used, and a clock."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ctypes
 import functools
 import gc
 import hashlib
-import json
 import os
 import platform
 import re
@@ -45,14 +44,6 @@ def code() -> str:
     for path in sorted(Path(hf_qlora.__file__).parent.rglob("*.py")):
         found.update(path.read_bytes())
     return found.hexdigest()[:12]
-
-
-def write_whole(path: Path, values: Any) -> None:
-    """Write JSON to a temporary name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
 
 
 @dataclass(frozen=True)

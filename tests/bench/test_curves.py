@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hf_qlora.bench.results import append_line, read_lines
 from hf_qlora.bench.train_step import curves
 from hf_qlora.bench.train_step.arms import CHUNKED, DOCUMENTED, TUNED, Case
 from hf_qlora.cli import app
@@ -36,7 +37,7 @@ def test_runs_are_resumed_and_compared(tmp_path: Path, monkeypatch: pytest.Monke
     results = tmp_path / "new" / "curves.jsonl"
     curves.perform(results, 3, seeds=(1,))
     monkeypatch.setattr(curves, "SEEDS", (1,))
-    rows = curves.read(results)
+    rows = read_lines(results)
     assert [(row["arm"], row["seed"]) for row in rows] == [(arm, 1) for arm in (DOCUMENTED, TUNED, CHUNKED)]
     first, *others = (row["losses"] for row in rows)
     for losses in others:
@@ -53,7 +54,7 @@ def test_the_table_is_of_paired_differences(tmp_path: Path) -> None:
         for seed in (1, 2, 3):
             for arm, shift in ((DOCUMENTED, 0.0), (TUNED, 0.1 * seed), (CHUNKED, -0.2)):
                 losses = [seed + shift, seed + shift]
-                file.write(json.dumps({"arm": arm, "seed": seed, "steps": 2, "losses": losses}) + "\n")
+                append_line(results, {"arm": arm, "seed": seed, "steps": 2, "losses": losses})
     table = curves.markdown(results, last=1)
     # differences 0.1, 0.2, 0.3: t = 2√3 with 2 degrees of freedom, of which a table says p = 0.074
     assert f"| {TUNED} − {DOCUMENTED} | 3 | +0.2000 | +0.2000 | 0.07 | 0.2000 |" in table

@@ -21,6 +21,7 @@ from hf_qlora.bench.depth import report, run, tasks
 from hf_qlora.bench.depth.arms import ARMS, REFERENCE
 from hf_qlora.bench.depth.run import Plan, Run
 from hf_qlora.bench.measure import environment
+from hf_qlora.bench.results import append_line
 from hf_qlora.cli import app
 
 
@@ -231,15 +232,12 @@ def test_only_seeds_in_common_are_compared(plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     sweep = dict.fromkeys(run.SWEEP_SEEDS, 1.0)
     scores = {REFERENCE: {**sweep, 1: 2.0, 2: 4.0}, "gain": {**sweep, 1: 1.0, 2: 2.0, 3: 100.0}}
-    with path.open("w") as file:
-        for arm, seeds in scores.items():
-            for seed, score in seeds.items():
-                made = Run("toy", arm, 1e-3, seed, 2)
-                file.write(
-                    json.dumps({"run": dataclasses.asdict(made), "found": {"score": score}, "with": WITH}) + "\n"
-                )
-        for other in (Run("toy", "gain", 1e-2, 1, 2), Run("toy", "gain", 1e-3, 1, 1)):  # another rate, fewer steps
-            file.write(json.dumps({"run": dataclasses.asdict(other), "found": {"score": 50.0}, "with": WITH}) + "\n")
+    for arm, seeds in scores.items():
+        for seed, score in seeds.items():
+            made = Run("toy", arm, 1e-3, seed, 2)
+            append_line(path, {"run": dataclasses.asdict(made), "found": {"score": score}, "with": WITH})
+    for other in (Run("toy", "gain", 1e-2, 1, 2), Run("toy", "gain", 1e-3, 1, 1)):  # another rate, fewer steps
+        append_line(path, {"run": dataclasses.asdict(other), "found": {"score": 50.0}, "with": WITH})
     reference, gain = report.table(path, Toy)
     assert (reference.mean, gain.mean, gain.difference, gain.seeds) == (3.0, 1.5, -1.5, 2)
     assert "| gain | 0.001\\* | 2 | 1.5000 | 0.7071 | 2.0000 | -1.5000 |  |  |" in report.markdown(path)

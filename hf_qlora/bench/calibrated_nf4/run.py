@@ -10,9 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from hf_qlora.bench.calibrated_nf4 import models, parts
-from hf_qlora.bench.lines import append_line, read_lines
 from hf_qlora.bench.measure import environment
 from hf_qlora.bench.processes import apart, side_by_side
+from hf_qlora.bench.results import append_line, read_lines
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from scipy import stats
 from hf_qlora.bench.depth.arms import ARMS, REFERENCE
 from hf_qlora.bench.depth.run import SWEEP_SEEDS, Run, best_rate, read
 from hf_qlora.bench.depth.tasks import TASKS, Task
-from hf_qlora.bench.lines import read_lines
+from hf_qlora.bench.results import read_lines
 from hf_qlora.bench.train_step.report import described
 
 

@@ -17,9 +17,9 @@ from transformers import set_seed
 
 from hf_qlora.bench.depth.arms import ARMS, Arm
 from hf_qlora.bench.depth.tasks import TASKS, Task
-from hf_qlora.bench.lines import append_line, read_lines
 from hf_qlora.bench.measure import environment
 from hf_qlora.bench.processes import side_by_side
+from hf_qlora.bench.results import append_line, read_lines
 
 
 SWEEP_SEEDS = (0, 100)  # one alone may take a rate just below a cliff

@@ -9,7 +9,6 @@ one line of a JSON-lines file; what is there is not done again.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from hf_qlora import assets
 from hf_qlora.bench.depth.tasks import Answers
 from hf_qlora.bench.measure import environment
 from hf_qlora.bench.processes import side_by_side
+from hf_qlora.bench.results import append_line, read_lines
 from hf_qlora.bench.train_step.arms import ARMS, CHUNKED, DOCUMENTED, TUNED, Case
 
 
@@ -57,14 +57,11 @@ def perform(
     Args:
         workers: processes side by side.
     """
-    done = {(row["arm"], row["seed"], row["steps"]) for row in read(results)}
+    done = {(row["arm"], row["seed"], row["steps"]) for row in read_lines(results)}
     todo = [(arm, seed) for seed in seeds for arm in COMPARED if (arm, seed, steps) not in done]
-    results.parent.mkdir(parents=True, exist_ok=True)
     jobs = [(job, (*job, steps, device, workers == 1)) for job in todo]
     for (arm, seed), found in tqdm(side_by_side(_run, jobs, workers), total=len(jobs), desc="curves", unit="run"):
-        row = {"arm": arm, "seed": seed, "steps": steps, **found, "with": environment(device)}
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(results, {"arm": arm, "seed": seed, "steps": steps, **found, "with": environment(device)})
 
 
 def _run(arm: str, seed: int, steps: int, device: str, shown: bool) -> dict[str, list[float]]:
@@ -79,15 +76,9 @@ def _run(arm: str, seed: int, steps: int, device: str, shown: bool) -> dict[str,
     return {"losses": losses, "gradient_norms": norms}
 
 
-def read(results: Path) -> list[dict[str, Any]]:
-    if not results.is_file():
-        return []
-    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines() if line]
-
-
 def markdown(results: Path, last: int = LAST) -> str:
     """For each pair of arms: the difference of the mean losses, and how far curves are apart step by step."""
-    rows = read(results)
+    rows = read_lines(results)
     steps = max((row["steps"] for row in rows), default=0)
     curves = {(row["arm"], row["seed"]): row["losses"] for row in rows if row["steps"] == steps}
     lines = [
