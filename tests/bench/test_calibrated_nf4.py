@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from hf_qlora.bench.calibrated_nf4 import data, report, run
+from hf_qlora.bench.results import append_line
 from hf_qlora.cli import app
 
 
@@ -70,7 +71,8 @@ def test_the_share_that_is_kept_and_the_share_that_is_closed(tmp_path: Path) -> 
     ]
     made = dict.fromkeys(("device", "torch", "transformers", "peft", "bitsandbytes", "code", "date"), "x")
     results = tmp_path / "runs.jsonl"
-    results.write_text("".join(json.dumps(row | {"with": made}) + "\n" for row in rows))
+    for row in rows:
+        append_line(results, row | {"with": made})
     told = report.markdown(results)
     assert "| calibrated, chats | 2.100 | 90.0% | 25.0% | 5.000 |" in told
     assert "| calibrated, chats | 2.600 | 80% | 2.600 | 80% |" in told

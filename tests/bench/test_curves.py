@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 
 import pytest
@@ -50,11 +49,10 @@ def test_runs_are_resumed_and_compared(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_table_is_of_paired_differences(tmp_path: Path) -> None:
     results = tmp_path / "curves.jsonl"
-    with results.open("w") as file:
-        for seed in (1, 2, 3):
-            for arm, shift in ((DOCUMENTED, 0.0), (TUNED, 0.1 * seed), (CHUNKED, -0.2)):
-                losses = [seed + shift, seed + shift]
-                append_line(results, {"arm": arm, "seed": seed, "steps": 2, "losses": losses})
+    for seed in (1, 2, 3):
+        for arm, shift in ((DOCUMENTED, 0.0), (TUNED, 0.1 * seed), (CHUNKED, -0.2)):
+            losses = [seed + shift, seed + shift]
+            append_line(results, {"arm": arm, "seed": seed, "steps": 2, "losses": losses})
     table = curves.markdown(results, last=1)
     # differences 0.1, 0.2, 0.3: t = 2√3 with 2 degrees of freedom, of which a table says p = 0.074
     assert f"| {TUNED} − {DOCUMENTED} | 3 | +0.2000 | +0.2000 | 0.07 | 0.2000 |" in table
