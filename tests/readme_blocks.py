@@ -1,8 +1,9 @@
-"""Run a Markdown file's ```python blocks in order, in one namespace and one scratch folder.
+"""Run the ```python blocks of Markdown files in order, in one namespace and one scratch folder.
 
-    python tests/readme_blocks.py README.md
+    python tests/readme_blocks.py README.md docs
 
-A block fenced with anything more, such as ```python notest, is shown and not run: what needs a hub or a GPU.
+The files of a folder go on from the first one: each begins with the names that it left. A block fenced with anything
+more, such as ```python notest, is shown and not run: what needs a hub or a GPU.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from typing import Any
 BLOCK = re.compile(r"^```python[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
 
-def run(path: Path) -> int:
+def run(path: Path, namespace: dict[str, Any]) -> int:
     """Run the blocks, with tracebacks that name the file's own lines, and return how many there were."""
     text = path.read_text(encoding="utf-8")
-    namespace: dict[str, Any] = {"__name__": "__main__"}
     blocks = list(BLOCK.finditer(text))
     for block in blocks:
         first_line = text.count("\n", 0, block.start(1))
@@ -30,11 +30,15 @@ def run(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    readme = Path(sys.argv[1]).resolve()
+    first = Path(sys.argv[1]).resolve()
+    others = [page for folder in sys.argv[2:] for page in sorted(Path(folder).resolve().glob("*.md"))]
+    names: dict[str, Any] = {"__name__": "__main__"}
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
-        count = run(readme)
-        os.chdir(readme.parent)
-    if not count:
-        sys.exit(f"{readme.name} has no ```python block to run.")
-    print(f"{readme.name}: {count} blocks ran")
+        counts = {first.name: run(first, names)}
+        for page in others:
+            counts[page.name] = run(page, dict(names))
+        os.chdir(first.parent)
+    if not counts[first.name]:
+        sys.exit(f"{first.name} has no ```python block to run.")
+    print(", ".join(f"{name}: {count} blocks ran" for name, count in counts.items() if count))
