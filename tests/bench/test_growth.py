@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,27 @@ def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
     assert growth.markdown(found) in done.output
     again = CliRunner().invoke(app, ["bench", "growth", "--report", "--results", str(results)])
     assert again.output.strip() == growth.markdown(found)
+
+
+def test_what_was_interrupted_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(shape="tiny", batch_size=1, sequence_length=8, rank=2)
+    kept: list[str] = []
+
+    def keep(result: dict[str, Any]) -> None:
+        kept.append(json.dumps(result))
+        if len(kept) == 1:
+            raise KeyboardInterrupt
+
+    measured: list[Case] = []
+    point = {"step_s": [1.0], "peak": 1, "loss": 1.0, "gradient_norm": 1.0}
+    monkeypatch.setattr(growth, "_point", lambda at, *_: measured.append(at) or dict.fromkeys(growth.ARMS, point))
+    with pytest.raises(KeyboardInterrupt):
+        growth.measure(case, 1, ("rank",), keep=keep)
+    whole = growth.measure(case, 1, ("rank",), json.loads(kept[-1]), keep)
+    assert [at.rank for at in measured] == [2, 4]
+    assert [one["value"] for one in whole["axes"]["rank"]] == [2, 4]
+    growth.measure(case, 2, ("rank",), whole)  # other rounds: measured anew
+    assert [at.rank for at in measured] == [2, 4, 2, 4]
 
 
 @pytest.mark.parametrize(

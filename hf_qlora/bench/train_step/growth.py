@@ -10,7 +10,7 @@ line describes the points is said beside it (R²).
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,15 +59,46 @@ AXES = {
 }
 
 
-def measure(case: Case, rounds: int, axes: Sequence[str] = tuple(AXES)) -> dict[str, Any]:
-    """All of it, as JSON types: for each axis its points, each with the arms' step times and peaks."""
+def measure(
+    case: Case,
+    rounds: int,
+    axes: Sequence[str] = tuple(AXES),
+    before: dict[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """All of it, as JSON types: for each axis its points, each with the arms' step times and peaks.
+
+    Args:
+        before: an earlier result; its points are taken over where it is of the same case, rounds, code and device.
+        keep: is given the result so far after each point.
+    """
     points = [(name, value) for name in axes for value in AXES[name].values[case.shape]]
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in axes}
+    result: dict[str, Any] = {
+        "case": asdict(case),
+        "rounds": rounds,
+        "with": environment(case.device),
+        "axes": {n: [] for n in axes},
+    }
+    known = _known(before, result)
     with tqdm(total=len(points) * len(ARMS) * (1 + rounds), desc="growth", unit="step") as bar:
         for name, value in points:
             bar.set_postfix_str(f"{value} {AXES[name].unit}")
-            found[name].append({"value": value, "arms": _point(_at(case, name, value), rounds, bar)})
-    return {"case": asdict(case), "with": environment(case.device), "axes": found}
+            if (name, value) in known:
+                result["axes"][name].append(known[name, value])
+                bar.update(len(ARMS) * (1 + rounds))
+                continue
+            result["axes"][name].append({"value": value, "arms": _point(_at(case, name, value), rounds, bar)})
+            keep(result)
+    return result
+
+
+def _known(before: dict[str, Any] | None, result: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    """The points of an earlier result that need not be measured again."""
+    if before is None or any(before.get(key) != result[key] for key in ("case", "rounds")):
+        return {}
+    if any(before["with"][key] != result["with"][key] for key in ("code", "device", "threads")):
+        return {}
+    return {(name, point["value"]): point for name, points in before["axes"].items() for point in points}
 
 
 def _at(case: Case, name: str, value: int) -> Case:
@@ -116,10 +147,9 @@ def line(values: Sequence[float], costs: Sequence[float]) -> Line:
 def markdown(result: dict[str, Any]) -> str:
     """The slopes, and below them the points."""
     case = result["case"]
-    rounds = len(next(iter(result["axes"].values()))[0]["arms"][CHUNKED]["step_s"])
     lines = [
         f"{case['shape']}, {case['batch_size']} × {case['sequence_length']} tokens, rank {case['rank']} where not "
-        f"varied, {rounds} rounds; {described(result['with'])}.",
+        f"varied, {result['rounds']} rounds; {described(result['with'])}.",
         "",
         "| one step more costs | ours, s | R² | floor, s | R² | ours, MiB | R² |",
         "| --- | --- | --- | --- | --- | --- | --- |",
