@@ -25,7 +25,14 @@ from transformers import (
     set_seed,
 )
 
-from hf_qlora import AdaptiveDepthLoRAConfig, DepthScaleCallback, assets, create_optimizer, inspect_adapter
+from hf_qlora import (
+    AdaptiveDepthLoRAConfig,
+    DepthScaleCallback,
+    ModelCardCallback,
+    assets,
+    create_optimizer,
+    inspect_adapter,
+)
 
 
 def main() -> None:
@@ -72,6 +79,7 @@ def main() -> None:
         optimizers=(create_optimizer(model, lr=options.learning_rate), None),  # gains learn ten times as fast
     )
     trainer.add_callback(DepthScaleCallback(trainer))
+    trainer.add_callback(ModelCardCallback(trainer, dataset_name="sarcastic headlines", dataset_split="test"))
     trainer.train()
     accuracy = trainer.evaluate()["eval_accuracy"]  # all processes take part
     if not trainer.is_world_process_zero():
@@ -79,6 +87,7 @@ def main() -> None:
     print(f"accuracy on {len(test_set)} test headlines: {accuracy:.3f}")
 
     model.save_pretrained(options.output)  # an ordinary LoRA adapter: every scale is folded in
+    trainer.create_model_card()  # with the accuracy
     inspect_adapter.show(str(options.output))
     print(f"The scales over the steps: {options.output / 'depth_scales.png'}")
 
@@ -94,7 +103,7 @@ def main() -> None:
 
 def classifier(base: Path) -> Any:
     torch.manual_seed(0)  # the same new head each time
-    return AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    return AutoModelForSequenceClassification.from_pretrained(base, id2label={0: "sincere", 1: "sarcastic"})
 
 
 def headlines(tokenizer: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

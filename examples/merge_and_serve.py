@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
-from hf_qlora import QLoRAConfig, assets, quantize_model
+from hf_qlora import ModelCardCallback, QLoRAConfig, assets, quantize_model
 from hf_qlora.demo.chats import Messages, read_chats
 from hf_qlora.demo.examples import Example, collate, encode
 
@@ -88,7 +88,7 @@ def train(base: Path, examples: list[Example], options: argparse.Namespace) -> P
     config = QLoRAConfig(r=16, lora_alpha=16, target_modules="all-linear", use_rslora=True, task_type="CAUSAL_LM")
     model = get_peft_model(dense(base), config)
     arguments = TrainingArguments(
-        str(options.output / "run"),
+        str(options.output / "adapter"),
         max_steps=options.steps,
         per_device_train_batch_size=4,
         learning_rate=5e-4,
@@ -99,7 +99,9 @@ def train(base: Path, examples: list[Example], options: argparse.Namespace) -> P
         report_to="none",
         use_cpu=True,
     )
-    Trainer(model, arguments, data_collator=collate, train_dataset=examples).train()
+    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=examples)
+    trainer.add_callback(ModelCardCallback(trainer, dataset_name="ner_finance.dev.v0"))
+    trainer.train()
     return model
 
 
