@@ -16,13 +16,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import random
 import shutil
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +40,15 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_qlora import AdaptiveDepthLoRAConfig, ModelCardCallback, QLoRAConfig, assets, create_optimizer, plots
-from hf_qlora.data.errors import DataError, first_line, offline, short
-from hf_qlora.data.files import hub_rows, json_rows
+from hf_qlora.data.errors import DataError, first_line, offline
+from hf_qlora.data.labelled import Labelled, labelled, rows_in
 from hf_qlora.quant.footprint import footprint
 from hf_qlora.trainer.checkpoint import checkpoints, last_whole
 
 
 # The best of those that `hf-qlora bench results-classification --sweep` tries, by accuracy on the validation split.
 LEARNING_RATES = {"full": 2e-4, "lora": 1.7e-3, "qlora": 1.7e-3, "adaptive-depth": 1.7e-3}
-HEADLINE_CLASSES = ("plain", "sarcastic")
 TEST_ROWS, VALIDATION_ROWS, SPLIT_SEED = 5000, 1000, 20231
-FEWEST = 10  # rows of a class: some of them in each split
 MAX_TOKENS = 64
 ELSEWHERE = ("output", "json", "resume")  # options that change nothing of what is learned
 INTERRUPTED, MISUSED = 130, 2  # exit codes
@@ -97,8 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.set_verbosity_error()  # the new head is announced as missing
     try:
         checkpoint = checked_output(options)
-        rows, names = read(options)
-        splits = split(rows)
+        texts = read(options)
+        splits, names = split(texts.rows), texts.names
         base, tokenizer, model = load(options, names)
     except DataError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -126,55 +121,20 @@ def main(arguments: list[str] | None = None) -> int:
 # ---- data
 
 
-def read(options: argparse.Namespace) -> tuple[list[tuple[str, int]], list[str]]:
-    """Texts, each once, with the number of their class, and the names of the classes.
+def read(options: argparse.Namespace) -> Labelled:
+    """The texts with their classes.
 
     Raises:
-        DataError: nothing to read, a column that is not there, fewer than two classes, or a class with few rows.
+        DataError: nothing to read, a column that is not there, fewer than two classes, or a class with few texts.
     """
-    labels: dict[str, Any] = {}
-    for number, row in enumerate(source_rows(options.dataset), 1):
-        text, label = (cell(row, number, column) for column in (options.text_column, options.label_column))
-        if not isinstance(text, str) or not isinstance(label, str | int):
-            raise DataError(f"Row {number} is not a text with a class (a word or a whole number): {short(repr(row))}")
-        labels.setdefault(text, label)
-    rows = list(labels.items())
-    random.Random(SPLIT_SEED).shuffle(rows)
-    rows = rows[: options.rows]
-    counts = Counter(label for _, label in rows)
-    if len(counts) < 2:
-        raise DataError(f"All {len(rows)} texts are of one class, {next(iter(counts), 'none')!r}: two are needed.")
-    rarest, count = counts.most_common()[-1]
-    if count < FEWEST:
-        raise DataError(f"Class {rarest!r} has {count} texts; each class needs {FEWEST}, to have some in each split.")
-    classes = sorted(counts, key=lambda label: (isinstance(label, str), label))
-    names = list(HEADLINE_CLASSES) if options.dataset is None else [str(label) for label in classes]
-    return [(text, classes.index(label)) for text, label in rows], names
-
-
-def source_rows(source: str | None) -> list[Any]:
-    if source is None:
-        try:
-            return list(assets.sarcasm_headlines())
-        except (OSError, ValueError) as error:  # no network, or another file than the pinned one
-            raise DataError(f"Cannot load the headlines: {first_line(error)}") from error
-    path = Path(source)
-    files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".json")) if path.is_dir() else [path]
-    if path.exists() or path.suffix in (".jsonl", ".json"):
-        if not files:
-            raise DataError(f"The folder {path} has no files that end in .jsonl or .json.")
-        return [row for file in files for row in json_rows(file)]
-    return list(hub_rows(source, "train", SPLIT_SEED, "a .jsonl or .json file nor a folder with some"))
-
-
-def cell(row: Any, number: int, column: str) -> Any:
-    if not isinstance(row, Mapping) or row.get(column) is None:
-        columns = ", ".join(map(str, row)) if isinstance(row, Mapping) else "none"
-        raise DataError(
-            f"Row {number} has nothing in the column {column!r}; its columns: {columns}. Name the columns "
-            "with --text-column and --label-column."
-        )
-    return row[column]
+    limit = {"limit": options.rows, "seed": SPLIT_SEED}
+    if options.dataset:
+        rows = rows_in(options.dataset, SPLIT_SEED)
+        return labelled(rows, options.text_column, options.label_column, **limit)
+    try:
+        return dataclasses.replace(labelled(assets.sarcasm_headlines(), **limit), names=["plain", "sarcastic"])
+    except OSError as error:  # no network
+        raise DataError(f"Cannot load the headlines: {first_line(error)}") from error
 
 
 def split(rows: list[tuple[str, int]]) -> dict[str, list[tuple[str, int]]]:
@@ -246,7 +206,7 @@ def adapted(model: Any, options: argparse.Namespace) -> tuple[Any, dict[str, int
 
 
 def config(method: str, rank: int) -> QLoRAConfig:
-    """The head is PEFT's `modules_to_save` of the task: a full copy, in the base's precision, saved with the adapter."""
+    """The head is PEFT's `modules_to_save` of the task: a copy in the base's precision, saved with the adapter."""
     shared: dict[str, Any] = {
         "r": rank,
         "lora_alpha": 2 * rank,
@@ -309,6 +269,7 @@ def make_trainer(
         use_cpu=options.device == "cpu",
         dataloader_pin_memory=options.device == "cuda",
         report_to="none",
+        disable_tqdm=False,
     )
     # A gain of the scales by depth learns faster than the rest; of a model without an adapter Trainer makes its own.
     own = None if options.method == "full" else create_optimizer(model, lr=options.learning_rate)
@@ -388,7 +349,7 @@ def draw(result: Any, names: list[str], path: Path) -> None:
 
 
 def write_card(trainer: Trainer, state: Any, metrics: dict[str, float], options: argparse.Namespace) -> None:
-    """With the validation's metrics, and the test's at the step of what is saved; of a full model, transformers' own."""
+    """With the metrics of validation and test, at the step of what is saved; of a full model, transformers' own."""
     card = next((one for one in trainer.callback_handler.callbacks if isinstance(one, ModelCardCallback)), None)
     if card is None:
         trainer.create_model_card(dataset=options.dataset or "sarcasm headlines", tasks="text-classification")
