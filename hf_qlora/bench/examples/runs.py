@@ -4,10 +4,10 @@
 
     {"part": "runs", "arm": …, "seed": …, "arguments": […], "found": {…}, "card": "…", "with": {…}, "sha256": …}
 
-The seeds are the outer loop: an experiment that is cut off has whole seeds, with all arms, and goes on where it stopped.
-What identifies a run is its part, arm, seed and arguments, so that runs of other settings may lie in the same file; a
-study reads its own. An example has to take `--seed`, `--output FOLDER` and `--json FILE`; the card is the README.md that
-it leaves in its output, which is otherwise thrown away.
+The seeds are the outer loop: an experiment that is cut off has whole seeds, with all arms, and goes on where it
+stopped. What identifies a run is its part, arm, seed and arguments, so that runs of other settings may lie in the same
+file; a study reads its own. An example has to take `--seed`, `--output FOLDER` and `--json FILE`; the card is the
+README.md that it leaves in its output, which is otherwise thrown away.
 
 A study's parts that are no runs of an example, such as times, are lines of the same file, kept by `keep`.
 """
