@@ -38,7 +38,7 @@ def markdown(results: Path, ours: Study | None = None) -> str:
 
 def _scores(rows: dict[int, dict[str, Any]]) -> list[str]:
     lines = [
-        "| method | accuracy, % | sd | worst | macro-F1, % | minus full, points | 95 % interval | trained | saved, MiB |",
+        "| method | accuracy, % | sd | worst | macro-F1, % | minus full | 95 % interval | trained | saved, MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for method in METHODS:
