@@ -163,7 +163,8 @@ def rows_of(study: Study, results: Path) -> dict[int, dict[str, dict[str, Any]]]
 def _do(script: Path, run: Run, device: str, threads: int) -> tuple[dict[str, Any], str]:
     """What the example wrote: its findings, and its card."""
     with tempfile.TemporaryDirectory() as scratch:
-        file, output, log = Path(scratch, "found.json"), Path(scratch, "output"), Path(scratch, "log.txt")
+        file, log = Path(scratch, "found.json"), Path(scratch, "log.txt")
+        output = Path(scratch, script.stem.replace("_", "-"))  # as the card is titled
         command = [sys.executable, str(script), *run.arguments, "--seed", str(run.seed)]
         command += ["--output", str(output), "--json", str(file)]
         variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
