@@ -78,7 +78,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write what was found into this file")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     options = parser.parse_args(arguments)
-    options.learning_rate = options.learning_rate or LEARNING_RATES[options.method]
+    if options.learning_rate is None:
+        options.learning_rate = LEARNING_RATES[options.method]
+    if not 0 < options.learning_rate < 1:
+        parser.error(f"--learning-rate {options.learning_rate:g} is not between 0 and 1.")
     return options
 
 
@@ -394,8 +397,10 @@ def checked_output(options: argparse.Namespace) -> str | None:
     """Make the output's folder, and find the checkpoint to go on from.
 
     Raises:
-        DataError: it cannot be written; nothing to go on from, or from other settings; or a run that was not finished.
+        DataError: no such device; it cannot be written; nothing to go on from, or from other settings; or a run that was not finished.
     """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise DataError("--device cuda: torch sees no GPU here; use --device cpu.")
     note, given = options.output / "settings.json", settings(options)
     try:
         options.output.mkdir(parents=True, exist_ok=True)

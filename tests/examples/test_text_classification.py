@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import text_classification as example
+import torch
 
 
 SCRIPT = Path(example.__file__)
@@ -63,6 +64,7 @@ def test_data_that_nothing_can_be_learned_from_is_refused(
         (("--dataset", "good.jsonl", "--model", "./nothing"), "./nothing"),
         (("--dataset", "good.jsonl", "--output", "good.jsonl"), "cannot be written"),
         (("--dataset", "good.jsonl", "--resume"), "no whole checkpoint"),
+        (("--dataset", "good.jsonl", "--device", "cuda"), "no GPU"),
     ],
 )
 def test_what_is_not_there_is_refused(
@@ -73,6 +75,7 @@ def test_what_is_not_there_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Path("empty").mkdir()
     Path("broken.jsonl").write_text("{", encoding="utf-8")
     Path("binary.jsonl").write_bytes(b"\xff\xfe\x00")
@@ -83,7 +86,10 @@ def test_what_is_not_there_is_refused(
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [("--steps", "0"), ("--method", "magic"), ("--seed", "x"), ("--patience", "-1")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("--steps", "0"), ("--method", "magic"), ("--seed", "x"), ("--patience", "-1"), ("--learning-rate", "-1")],
+)
 def test_arguments_that_are_none_end_with_2(arguments: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as ended:
         example.parse(list(arguments))
