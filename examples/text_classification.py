@@ -397,7 +397,7 @@ def checked_output(options: argparse.Namespace) -> str | None:
     """Make the output's folder, and find the checkpoint to go on from.
 
     Raises:
-        DataError: no such device; it cannot be written; nothing to go on from, or from other settings; or a run that was not finished.
+        DataError: no such device, a folder that cannot be written, nothing to go on from, or a run that was stopped.
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda: torch sees no GPU here; use --device cpu.")
