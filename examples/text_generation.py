@@ -90,7 +90,8 @@ def run(options: Any, tokenizer: Any, model: Any, train_set: list[Row], held_out
     """Measure, train, measure again; as JSON types."""
     found: dict[str, Any] = {"settings": settings_of(options), "seed": options.seed, "weight_bytes": {}}
     found["weight_bytes"]["base"] = footprint(model).total_bytes
-    found["base"] = measured("base", model, tokenizer, held_out, answers=True)
+    found["base_parameters"] = model.num_parameters()
+    found["base"] = measured("base", model, tokenizer, held_out, options.brief, answers=True)
     set_seed(options.seed)
     trainer = make_trainer(options, model, tokenizer, train_set)
     interruption = Interruption()
@@ -112,14 +113,17 @@ def run(options: Any, tokenizer: Any, model: Any, train_set: list[Row], held_out
     logs = [log for log in trainer.state.log_history if "loss" in log]
     found["losses"], found["gradient_norms"] = ([log[key] for log in logs] for key in ("loss", "grad_norm"))
     found["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if isinstance(model, PeftModel):
+    found["weight_bytes"]["training"] = footprint(model).total_bytes
+    if options.method == "qlora":
+        adapter = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        found["weight_bytes"]["nf4"] = found["weight_bytes"]["training"] - adapter
         with model.disable_adapter():
-            name = "nf4" if options.method == "qlora" else "adapter off"
-            found[name] = measured(name, model, tokenizer, held_out)
-    else:
+            found["nf4"] = measured("nf4", model, tokenizer, held_out, options.brief)
+    elif options.method == "full":
         model = model.to(torch.bfloat16)
-    found["weight_bytes"]["trained"] = footprint(model).total_bytes
-    found["trained"] = measured("trained", model, tokenizer, held_out, answers=True)
+    found["trained"] = measured("trained", model, tokenizer, held_out, options.brief, answers=True)
+    if options.brief:
+        return found
     show(model, tokenizer, held_out[:3])
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
@@ -132,7 +136,7 @@ def run(options: Any, tokenizer: Any, model: Any, train_set: list[Row], held_out
         card.write()
         merged = model.merge_and_unload()  # dense, in bfloat16
         found["weight_bytes"]["merged"] = footprint(merged).total_bytes
-        found["merged"] = measured("merged", merged, tokenizer, held_out)
+        found["merged"] = measured("merged", merged, tokenizer, held_out, options.brief)
     print(f"saved in {options.output}: {found['saved_bytes'] / 2**20:.1f} MiB")
     return found
 
@@ -293,13 +297,16 @@ class Interruption(TrainerCallback):
 # Measuring
 
 
-def measured(name: str, model: Any, tokenizer: Any, rows: list[Row], answers: bool = False) -> dict[str, Any]:
-    """Perplexity and speed; with `answers` the greedy ones, their BLEU and how many are exact."""
+def measured(
+    name: str, model: Any, tokenizer: Any, rows: list[Row], brief: bool, answers: bool = False
+) -> dict[str, Any]:
+    """Perplexity and, unless `brief`, speed; with `answers` the greedy ones too, their BLEU and how many are exact."""
     found: dict[str, Any] = {"perplexity": perplexity(model, rows)}
-    if answers:
+    if answers and not brief:
         given = generate(model, tokenizer, rows)
         found |= scores(given, [row["answer"] for row in rows]) | {"answers": given}
-    found["tokens_per_s"] = speed(model, rows[0])
+    if not brief:
+        found["tokens_per_s"] = speed(model, rows[0])
     shown = (f"{key.replace('_', ' ')} {value:.2f}" for key, value in found.items() if isinstance(value, float))
     print(f"{name:<12} {', '.join(shown)}", flush=True)
     return found
@@ -390,9 +397,8 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--answer-tokens", type=positive(int), default=24, help="of an answer, likewise")
     parser.add_argument("--held-out", type=positive(int), default=160, help="pairs to measure on")
-    parser.add_argument(
-        "--split", choices=("test", "validation"), default="test", help="to measure on"
-    )
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="to measure on")
+    parser.add_argument("--brief", action="store_true", help="measure the perplexity only, and save nothing else")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("text-generation"))
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
