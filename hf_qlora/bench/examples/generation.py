@@ -47,7 +47,7 @@ class Plan:
 
 QUICK = Plan(
     seeds=(1, 2),
-    rates={name: ("1e-3",) for name in NAMES},
+    rates=dict.fromkeys(NAMES, ("1e-3",)),
     arguments=("--steps", "2", "--held-out", "8", "--answer-tokens", "8"),
     rounds=1,
 )
