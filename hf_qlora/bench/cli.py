@@ -300,7 +300,8 @@ def bench_results_generation(
     results: Runs = Path("results/text_generation.jsonl"),
     seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
     cost: Annotated[bool, typer.Option(help="Measure memory and times too.")] = True,
-    card: Annotated[Path, typer.Option(help="Folder of text_generation.md, the model card.")] = Path("model_cards"),
+    cards: Annotated[Path, typer.Option(help="Folder of text_generation.md, the model card.")] = Path("model_cards"),
+    docs: Annotated[Path, typer.Option(help="Page that the tables go into.")] = Path("docs/text_generation.md"),
     quick: Annotated[bool, typer.Option("--quick", help="A little of everything, to see that it works.")] = False,
     device: Device = "cpu",
     workers: Workers = 1,
@@ -328,7 +329,7 @@ def bench_results_generation(
         except ExampleError as error:
             raise misused(str(error)) from None
         if not quick:
-            generation.write_card(file, card, plan)
+            generation.write_pages(file, cards, docs, plan)
     typer.echo(generation.markdown(file, plan) or f"No runs in {file} yet.")
 
 

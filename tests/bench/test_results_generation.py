@@ -25,7 +25,7 @@ PERPLEXITY = {"full": (7.0, 7.2, 7.1), "lora": (7.5, 7.6, 7.4), "qlora": (8.0, 8
 
 def keep(file: Path, run: Run, perplexity: float, exact: float = 30.0) -> None:
     stage = {"perplexity": perplexity, "bleu": 20.0, "exact_match": exact}
-    found: dict[str, Any] = {name: stage for name in ("trained", "merged")}
+    found: dict[str, Any] = dict.fromkeys(("trained", "merged"), stage)
     found |= {"base": {"perplexity": 28.0, "bleu": 0.5, "exact_match": 0.0}, "nf4": {"perplexity": 45.0}}
     found |= {"trained_parameters": 4_884_480, "base_parameters": 134_515_008, "saved_bytes": 19_600_000}
     found |= {"weight_bytes": {"base": 269_000_000, "training": 131_500_000, "nf4": 112_000_000}}
@@ -84,12 +84,19 @@ def test_bytes_and_parameters(results: Path) -> None:
     assert "2.40 times less" in text
 
 
-def test_the_card_is_the_first_seeds_with_the_tables(results: Path, tmp_path: Path) -> None:
-    path = generation.write_card(results, tmp_path / "cards", PLAN)
-    assert path is not None
-    text = path.read_text(encoding="utf-8")
-    assert text.startswith("# qlora 1\n")
-    assert generation.markdown(results, PLAN) in text
+def test_the_pages_have_the_first_seeds_card_and_the_tables(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "docs.md"
+    page.write_text(f"before {generation.BEGIN} old {generation.END} after", encoding="utf-8")
+    for _ in range(2):  # again changes nothing
+        generation.write_pages(results, tmp_path / "cards", page, PLAN)
+        text = page.read_text(encoding="utf-8")
+        assert text.startswith("before <")
+        assert text.endswith("> after")
+        assert "old" not in text
+        assert text.count(generation.markdown(results, PLAN)) == 1
+    card = (tmp_path / "cards" / "text_generation.md").read_text(encoding="utf-8")
+    assert card.startswith("# qlora 1\n")
+    assert generation.markdown(results, PLAN) in card
 
 
 def test_without_runs_there_is_nothing(tmp_path: Path) -> None:

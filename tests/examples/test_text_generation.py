@@ -108,7 +108,8 @@ def test_held_out_questions_are_not_trained_on(given: tuple[str, ...], monkeypat
     train, test, train_again, validation = parts
     assert train == train_again
     assert (len(test), len(validation), len(train)) == (8, 8, 84)
-    assert not (train & test or train & validation or test & validation)
+    assert not train & (test | validation)
+    assert not test & validation
 
 
 def test_perplexity_is_that_of_each_token(given: tuple[str, ...]) -> None:

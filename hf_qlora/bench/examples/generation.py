@@ -23,6 +23,7 @@ from hf_qlora.bench.train_step.report import described
 
 SCRIPT = "text_generation.py"
 SWEEP = "sweep"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"  # in the page of the docs
 MARGIN = 0.5  # points of exact match
 NAMES = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
 SCORES = {"perplexity": ("perplexity", 3), "bleu": ("BLEU", 2), "exact_match": ("exact match, %", 2)}
@@ -210,13 +211,21 @@ def card(results: Path, plan: Plan | None = None) -> str:
     return ""
 
 
-def write_card(results: Path, folder: Path, plan: Plan | None = None) -> Path | None:
-    """Write `card` into the folder; None where there is nothing to write."""
+def write_pages(results: Path, cards: Path, docs: Path, plan: Plan | None = None) -> None:
+    """Write `card` into the folder `cards`, and the tables into the page `docs`, where it has a place for them."""
     text = card(results, plan)
     if not text:
-        return None
-    path = folder / "text_generation.md"
-    folder.mkdir(parents=True, exist_ok=True)
+        return
+    cards.mkdir(parents=True, exist_ok=True)
+    _write(cards / "text_generation.md", text)
+    if docs.is_file():
+        page = docs.read_text(encoding="utf-8")
+        start, end = page.find(BEGIN), page.find(END)
+        if 0 <= start < end:
+            _write(docs, f"{page[:start]}{BEGIN}\n\n{markdown(results, plan)}\n\n{page[end:]}")
+
+
+def _write(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.partial")
     aside.write_text(text, encoding="utf-8")
-    return aside.replace(path)
+    aside.replace(path)
