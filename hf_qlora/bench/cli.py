@@ -244,6 +244,47 @@ def bench_calibrated_nf4(
     typer.echo(report.markdown(file) or f"No runs in {file} yet.")
 
 
+@bench.command("results-classification")
+def bench_results_classification(
+    results: Runs = Path("results/text_classification.jsonl"),
+    sweep: Annotated[bool, typer.Option("--sweep", help="Try learning rates on the validation split.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two steps of everything, to see that it works.")] = False,
+    device: Device = "cpu",
+    workers: Workers = 1,
+    card: Annotated[Path | None, typer.Option(help="Write the model card of the recorded run here.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Put the tables between the marks of this page.")] = None,
+    report_only: ReportOnly = False,
+) -> None:
+    """Full fine-tuning, LoRA, QLoRA and scales by depth on headlines: examples/text_classification.py, ten seeds.
+
+    An hour on two cores with --workers 2, and goes on where it stopped.
+    """
+    try:
+        from hf_qlora.bench.examples import classification, classification_report, runs
+    except ImportError as error:
+        raise misused(f"{error}. Install what the experiment needs: pip install 'hf-qlora[bench]'") from None
+    from hf_qlora.bench.results import write_text
+
+    _check_choice("--device", [device], ("cpu", "cuda"))
+    file = results.with_stem(f"{results.stem}_quick") if quick else results
+    _check_lines(file)
+    if page is not None and not page.is_file():
+        raise misused(f"--page: {page} is not there.")
+    try:
+        if sweep:
+            classification.sweep(file, device, workers)
+        elif not report_only:
+            classification.measure(file, quick, device, workers)
+    except runs.ExampleError as error:
+        raise misused(str(error)) from None
+    ours = classification.study(quick, Path())
+    if card is not None and (text := classification_report.card(file, ours)):
+        write_text(card, text)
+    if page is not None:
+        write_text(page, classification_report.document(file, page.read_text(encoding="utf-8"), ours))
+    typer.echo(classification_report.markdown(file, ours) or f"No whole seed in {file} yet.")
+
+
 @bench.command("skip-list")
 def bench_skip_list(
     budget: Annotated[str, typer.Option(help="For the layers that are left dense, as in quant-report.")] = "5%",

@@ -28,9 +28,14 @@ def sealed(values: dict[str, Any]) -> dict[str, Any]:
 
 def write_whole(path: Path, values: dict[str, Any]) -> None:
     """Write sealed JSON to a temporary name and rename it."""
+    write_text(path, json.dumps(sealed(values), indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(sealed(values), indent=1) + "\n", encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     aside.replace(path)
 
 

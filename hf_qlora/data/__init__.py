@@ -4,5 +4,6 @@ errors.py     what cannot be read
 files.py      .txt, .jsonl and .json files, folders of them, and data sets of the Hub
 chats.py      rows in the usual layouts, as chats
 documents.py  rows as documents: a text, a chat, or token ids
+labelled.py   texts with a class, and their names
 tokenizer.py  the tokenizer that lies with a model
 """

@@ -157,7 +157,7 @@ def test_both_trainers_share_one_loss_trajectory(method: str, given: tuple[str, 
         assert process.returncode == 0, said
         found = json.loads(file.read_text())
         losses[trainer] = found["losses"]
-        assert (tmp_path / trainer / "README.md").is_file() == (method != "full")
+        assert method == "full" or "## Results" in (tmp_path / trainer / "README.md").read_text(encoding="utf-8")
     # bfloat16 products in layers; the two compute the loss over the vocabulary in another order
     assert losses["trl"] == pytest.approx(losses["transformers"], rel=5e-3)
     assert len(losses["trl"]) == 4

@@ -4,10 +4,10 @@
 
     {"part": "runs", "arm": …, "seed": …, "arguments": […], "found": {…}, "card": "…", "with": {…}, "sha256": …}
 
-The seeds are the outer loop: an experiment that is cut off has whole seeds, with all arms, and goes on where it stopped.
-What identifies a run is its part, arm, seed and arguments, so that runs of other settings may lie in the same file; a
-study reads its own. An example has to take `--seed`, `--output FOLDER` and `--json FILE`; the card is the README.md that
-it leaves in its output, which is otherwise thrown away.
+The seeds are the outer loop: an experiment that is cut off has whole seeds, with all arms, and goes on where it
+stopped. What identifies a run is its part, arm, seed and arguments, so that runs of other settings may lie in the same
+file; a study reads its own. An example has to take `--seed`, `--output FOLDER` and `--json FILE`; the card is the
+README.md that it leaves in its output, which is otherwise thrown away.
 
 A study's parts that are no runs of an example, such as times, are lines of the same file, kept by `keep`.
 """
@@ -163,7 +163,8 @@ def rows_of(study: Study, results: Path) -> dict[int, dict[str, dict[str, Any]]]
 def _do(script: Path, run: Run, device: str, threads: int) -> tuple[dict[str, Any], str]:
     """What the example wrote: its findings, and its card."""
     with tempfile.TemporaryDirectory() as scratch:
-        file, output, log = Path(scratch, "found.json"), Path(scratch, "output"), Path(scratch, "log.txt")
+        file, log = Path(scratch, "found.json"), Path(scratch, "log.txt")
+        output = Path(scratch, script.stem.replace("_", "-"))  # as the card is titled
         command = [sys.executable, str(script), *run.arguments, "--seed", str(run.seed)]
         command += ["--output", str(output), "--json", str(file)]
         variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}

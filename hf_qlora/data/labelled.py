@@ -1,0 +1,97 @@
+"""Texts with a class: from rows of files and of the Hub, and parts of them to train, decide and test on.
+
+A text is taken once, with its first class, so that parts have no text in common.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_qlora.data.errors import DataError, short
+from hf_qlora.data.files import hub_rows, json_rows
+
+
+SUFFIXES = (".jsonl", ".json")
+FEWEST = 10  # texts of a class: some of them in each part
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Texts with the numbers of their classes, and the classes' names.
+
+    Attributes:
+        rows: (text, class), shuffled.
+    """
+
+    rows: list[tuple[str, int]]
+    names: list[str]
+
+
+def rows_in(source: str, seed: int = 0) -> list[Any]:
+    """The rows of a .jsonl or .json file, of a folder with some, or of the Hub's data set of that name ("train").
+
+    Args:
+        seed: of the rows that are drawn from a data set on the Hub.
+
+    Raises:
+        DataError: nothing of that name, no rows in it, or a file that is not read.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        if not files:
+            raise DataError(f"The folder {path} has no files that end in {' or '.join(SUFFIXES)}.")
+        return [row for file in files for row in json_rows(file)]
+    if path.exists() or path.suffix in SUFFIXES:
+        return json_rows(path)
+    return list(hub_rows(source, "train", seed, f"a {' or '.join(SUFFIXES)} file nor a folder with some"))
+
+
+def labelled(
+    rows: Iterable[Any], text: str = "text", label: str = "label", limit: int | None = None, seed: int = 0
+) -> Labelled:
+    """What is learned from rows with a text and a class, which is a word or a whole number.
+
+    Args:
+        text, label: names of the columns.
+        limit: use at most so many texts, drawn by the seed.
+
+    Raises:
+        DataError: a row without the columns or with other values, one class only, or a class of fewer than 10 texts.
+    """
+    by_text: dict[str, str | int] = {}
+    for number, row in enumerate(rows, 1):
+        key, value = _cell(row, number, text), _cell(row, number, label)
+        if not isinstance(key, str) or not isinstance(value, str | int):
+            raise DataError(f"Row {number} is no text with a class (a word or a whole number): {short(repr(row))}")
+        by_text.setdefault(key, value)
+    found = list(by_text.items())
+    random.Random(seed).shuffle(found)
+    found = found[:limit]
+    counts = Counter(value for _, value in found)
+    if len(counts) < 2:
+        raise DataError(
+            f"The {len(found)} texts have one class, {next(iter(counts))!r}: there is nothing to tell apart."
+            if counts
+            else "There are no texts to learn from."
+        )
+    rarest, count = counts.most_common()[-1]
+    if count < FEWEST:
+        raise DataError(f"Class {rarest!r} has {count} texts; each needs {FEWEST}, to have some to train and test on.")
+    classes = sorted(counts, key=lambda value: (isinstance(value, str), value))
+    return Labelled([(key, classes.index(value)) for key, value in found], [str(value) for value in classes])
+
+
+def _cell(row: Any, number: int, column: str) -> Any:
+    if not isinstance(row, Mapping):
+        raise DataError(f"Row {number} has no columns, but is {short(repr(row))}")
+    if row.get(column) is None:
+        raise DataError(
+            f"Row {number} has nothing in the column {column!r}; its columns are {', '.join(map(str, row))}."
+        )
+    return row[column]

@@ -1,0 +1,195 @@
+"""examples/text_classification.py: what it refuses, how it splits and scores, and that a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import text_classification as example
+
+
+SCRIPT = Path(example.__file__)
+SMALL = ("--rows", "300", "--device", "cpu")
+
+
+def written(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def reviews(count: int = 60) -> list[dict[str, Any]]:
+    return [{"text": f"text {i}", "label": ("good", "bad", "none")[i % 3]} for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no texts"),
+        ([{"text": f"text {i}", "label": 1} for i in range(40)], "one class"),
+        ([{"text": f"text {i}"} for i in range(40)], "'label'"),
+        ([{"text": f"text {i}", "label": 0.5} for i in range(40)], "whole number"),
+        ([{"words": "a", "label": 1}], "'text'"),
+        (["a", "b"], "JSON object"),
+        ([*reviews(30), {"text": "alone", "label": "rare"}], "'rare'"),
+    ],
+)
+def test_data_that_nothing_can_be_learned_from_is_refused(
+    rows: list[Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path / "rows.jsonl", rows)
+    assert example.main(["--dataset", str(file), "--output", str(tmp_path / "output")]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("Error: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dataset", "missing.jsonl"), "missing.jsonl"),
+        (("--dataset", "nobody/nothing"), "nobody/nothing"),
+        (("--dataset", "empty"), "no files"),
+        (("--dataset", "broken.jsonl"), "line 1 is not JSON"),
+        (("--dataset", "binary.jsonl"), "UTF-8"),
+        (("--dataset", "good.jsonl", "--model", "./nothing"), "./nothing"),
+        (("--dataset", "good.jsonl", "--output", "good.jsonl"), "cannot be written"),
+        (("--dataset", "good.jsonl", "--resume"), "no whole checkpoint"),
+    ],
+)
+def test_what_is_not_there_is_refused(
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("broken.jsonl").write_text("{", encoding="utf-8")
+    Path("binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    written(Path("good.jsonl"), reviews())
+    assert example.main(list(arguments)) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [("--steps", "0"), ("--method", "magic"), ("--seed", "x"), ("--patience", "-1")])
+def test_arguments_that_are_none_end_with_2(arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        example.parse(list(arguments))
+    assert ended.value.code == 2
+
+
+def test_each_method_has_its_learning_rate() -> None:
+    for method, rate in example.LEARNING_RATES.items():
+        assert example.parse(["--method", method]).learning_rate == rate
+    assert example.parse(["--learning-rate", "0.5"]).learning_rate == 0.5
+
+
+def test_splits_have_nothing_in_common_and_are_the_same_for_every_seed(tmp_path: Path) -> None:
+    repeated = [*reviews(600), *reviews(100)]
+    file = written(tmp_path / "rows.jsonl", repeated)
+    found = []
+    for seed in ("0", "1"):
+        texts = example.read(example.parse(["--dataset", str(file), "--seed", seed]))
+        found.append(example.split(texts.rows))
+    assert found[0] == found[1]
+    parts = [{text for text, _ in part} for part in found[0].values()]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 600
+    assert texts.names == ["bad", "good", "none"]
+    for part in found[0].values():
+        shares = np.bincount([label for _, label in part]) / len(part)
+        assert np.abs(shares - 1 / 3).max() < 0.02  # parts of 60 and more, rounded to whole texts
+
+
+def test_a_folder_and_other_columns_are_read(tmp_path: Path) -> None:
+    rows = [{"body": row["text"], "stars": i % 2} for i, row in enumerate(reviews())]
+    written(tmp_path / "a.jsonl", rows[:30])
+    (tmp_path / "b.json").write_text(json.dumps(rows[30:]), encoding="utf-8")
+    options = ["--dataset", str(tmp_path), "--text-column", "body", "--label-column", "stars"]
+    texts = example.read(example.parse(options))
+    assert sorted(texts.rows) == sorted((row["body"], row["stars"]) for row in rows)
+    assert texts.names == ["0", "1"]
+
+
+def test_scores_are_those_counted_by_hand() -> None:
+    logits = np.array([[2.0, 1.0], [0.0, 1.0], [3.0, 1.0], [0.0, 4.0]])  # classes 0, 1, 0, 1
+    found = example.scores(SimpleNamespace(predictions=logits, label_ids=np.array([0, 1, 1, 1])))
+    # class 0: precision 1/2, recall 1, F1 2/3; class 1: precision 1, recall 2/3, F1 4/5
+    assert found == {"accuracy": 0.75, "macro_f1": pytest.approx((2 / 3 + 4 / 5) / 2, rel=1e-12)}
+
+
+# ---- whole runs, on MiniLM
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    where = ("--output", str(folder / "output"), "--json", str(folder / "found.json"))
+    return [sys.executable, str(SCRIPT), *SMALL, *where, *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(example.LEARNING_RATES))
+def test_each_method_runs_to_its_end(method: str, tmp_path: Path) -> None:
+    run = subprocess.run(
+        command(tmp_path, "--method", method, "--steps", "4"), env=environment(), capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["correct"].count("1") / len(found["correct"]) == pytest.approx(found["test"]["accuracy"], abs=1e-9)
+    assert set(found["head"].values()) == {"torch.float32"}
+    assert any("classifier" in name for name in found["head"])
+    assert found["reload_difference"] < 1e-4  # float32, with folded scales rounded once more
+    assert (found["base_bytes"] < 0.62 * found["dense_bytes"]) == (method == "qlora")
+    output = tmp_path / "output"
+    assert (output / "confusion_matrix.png").stat().st_size > 5000
+    assert "accuracy" in (output / "README.md").read_text()
+    labels = json.loads((output / ("config.json" if method == "full" else "adapter_config.json")).read_text())
+    assert "sarcastic" in json.dumps(labels)
+    assert not list(output.glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint_and_the_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    subprocess.run(command(whole, "--steps", "40"), env=environment(), check=True, capture_output=True)
+    stopped = subprocess.Popen(
+        command(parts, "--steps", "40"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert stopped.stdout is not None
+    for line in stopped.stdout:
+        if "'loss'" in line:  # it trains
+            break
+    stopped.send_signal(signal.SIGINT)
+    said, _ = stopped.communicate(timeout=120)
+    assert stopped.returncode == 130
+    assert "--resume" in said
+    assert list((parts / "output").glob("checkpoint-*"))
+    again = subprocess.run(command(parts, "--steps", "40"), env=environment(), capture_output=True, text=True)
+    assert again.returncode == 2  # a stopped run is not written over
+    other = subprocess.run(
+        command(parts, "--steps", "41", "--resume"), env=environment(), capture_output=True, text=True
+    )
+    assert other.returncode == 2
+    assert "steps" in other.stderr
+    subprocess.run(command(parts, "--steps", "40", "--resume"), env=environment(), check=True, capture_output=True)
+    found = [json.loads((folder / "found.json").read_text()) for folder in (whole, parts)]
+    assert found[0]["correct"] == found[1]["correct"]
+    assert found[0]["test"]["loss"] == pytest.approx(found[1]["test"]["loss"], abs=1e-6)  # float32, on one thread
