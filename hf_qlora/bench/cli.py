@@ -344,6 +344,51 @@ def bench_memory_plan(
     _measured(run.measure(chosen), results, report)
 
 
+@bench.command("results-generation")
+def bench_results_generation(
+    results: Runs = Path("results/text_generation.jsonl"),
+    seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
+    cost: Annotated[bool, typer.Option(help="Measure memory and times too.")] = True,
+    cards: Annotated[Path, typer.Option(help="Folder of text_generation.md, the model card.")] = Path("model_cards"),
+    docs: Annotated[Path, typer.Option(help="Page that the tables go into.")] = Path("docs/text_generation.md"),
+    quick: Annotated[bool, typer.Option("--quick", help="A little of everything, to see that it works.")] = False,
+    device: Device = "cpu",
+    workers: Workers = 1,
+    report_only: ReportOnly = False,
+) -> None:
+    """Full fine-tuning, LoRA and QLoRA on SmolLM2, by examples/text_generation.py over seeds, and what each costs.
+
+    Two hours on two cores, and goes on where it stopped.
+    """
+    from dataclasses import replace
+
+    _check_choice("--device", [device], ("cpu", "cuda"))
+    try:
+        from hf_qlora.bench.examples import generation
+        from hf_qlora.bench.examples.runs import ExampleError
+    except ImportError as error:
+        raise misused(f"{error}. Install what the table needs: pip install 'hf-qlora[bench]'") from None
+    _check_device(device)
+    file = results.with_stem(f"{results.stem}_quick") if quick else results
+    _check_lines(file)
+    plan = generation.QUICK if quick else replace(generation.Plan(), seeds=tuple(range(1, seeds + 1)))
+    if not report_only:
+        try:
+            generation.perform(plan, file, device, workers, cost)
+        except ExampleError as error:
+            raise misused(str(error)) from None
+        if not quick:
+            generation.write_pages(file, cards, docs, plan)
+    typer.echo(generation.markdown(file, plan) or f"No runs in {file} yet.")
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise misused("--device cuda: torch sees no GPU; leave it out to measure on the CPU.")
+
+
 def _check_choice(option: str, given: Iterable[str], known: Iterable[str]) -> None:
     unknown = sorted(set(given) - set(known))
     if unknown:
