@@ -74,7 +74,6 @@ __all__ = [
 ]
 
 
-
 def __getattr__(name: str) -> Any:
     """`QuantizationBenchmark`, which is imported where it is used: training needs nothing of the benches."""
     if name == "QuantizationBenchmark":

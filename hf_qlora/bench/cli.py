@@ -209,7 +209,8 @@ def bench_quantization(
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the dense weights: bfloat16, float16 or float32.")] = "bfloat16",
     output: Annotated[
-        Path, typer.Option(help="Folder for the results; a case that is in it with the same settings is not done again.")
+        Path,
+        typer.Option(help="Folder for the results; cases that are there with the same settings are not done again."),
     ] = Path("results/quantization"),
     rounds: Annotated[int | None, typer.Option(min=1, help="Of each timing; 10 by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts, batches and adapters.")] = 0,

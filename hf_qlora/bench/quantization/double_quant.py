@@ -33,7 +33,10 @@ REPEATS = 4  # dequantizations in a timed round: one alone is a few milliseconds
 
 def run(context: Context) -> list[Row]:
     schemes = [
-        Scheme(kind, size, nested) for kind in QUANT_TYPES for size in context.settings.block_sizes for nested in (False, True)
+        Scheme(kind, size, nested)
+        for kind in QUANT_TYPES
+        for size in context.settings.block_sizes
+        for nested in (False, True)
     ]
     layers = quantizable_layers(context.dense(), NF4Config(), ())[0].values()
     weights = {id(layer.weight): dense_weight(layer) for layer in layers}

@@ -1,6 +1,7 @@
 """`memory`: what weights take, counted by kind, and what a process takes to load the model and run it once.
 
-    weights     bytes of all tensors, each storage once: codes, scales, dense (embeddings, norms, heads, adapters)
+    weights     bytes of all tensors, each storage once: codes, scales with the tables of
+                levels, dense (embeddings, norms, heads, adapters)
     resident    of the process once the model is loaded, less what the imports took
     peak        the most until one forward of 1 × 128 tokens is done, loading included, less the imports
 

@@ -7,9 +7,9 @@
 
 KL is mean KL(p ‖ q) in nats, p of the unmerged model and q of the merged one, on the texts of `merge/probe.py`; beside
 it stands that of the unmerged model with the adapter left out.
-The adapter is random, and each layer's ΔW is 2 % of its W in the norm: KL says what a merge does to an adapter of that
-size, and nothing of what it does to a task. A peak is what a merge takes beyond the model that it is given, the most of
-its rounds. All arms take turns in one process of their own.
+The adapter is random, and each layer's ΔW is 2 % of its W in the norm: KL says what a merge does to an adapter of
+that size, and nothing of what it does to a task. A peak is what a merge takes beyond the model that it is given, the
+most of its rounds. All arms take turns in one process of their own.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ ARMS: dict[str, Callable[[PeftModel], Any]] = {
 CASE = Case(
     "merge",
     "Merging",
-    "KL is how far the merged model is from the unmerged one; where it is no less than that of leaving the adapter out, "
-    "rounding to NF4 has lost the adapter. The two merges of this package also measure themselves, layer by layer and "
-    "on text, within their seconds.",
+    "KL is how far the merged model is from the unmerged one; where it is no less than that of leaving the adapter "
+    "out, rounding to NF4 has lost the adapter. The two merges of this package also measure themselves, layer by "
+    "layer and on text, within their seconds.",
     run,
     lambda sizes: 3 * sizes.dense + 2 * sizes.nf4,
 )

@@ -35,7 +35,8 @@ def svg(result: QuantizationResult, case: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r' (?:xmlns(?::xlink)?)="[^"]*"', "", text).replace("xlink:href", "href")
-    return re.sub(r'(<svg[^>]*?) width="[^"]*pt"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*pt"', r"\1", text, count=1), count=1)
+    head, rest = text.split(">", 1)
+    return re.sub(r' (?:width|height)="[^"]*"', "", head) + ">" + rest  # as wide as the page lets it be
 
 
 def save_all(result: QuantizationResult, folder: Path) -> list[Path]:
@@ -53,7 +54,7 @@ def _figure(result: QuantizationResult, case: str) -> Any:
     draw = DRAWN.get(case)
     if draw is None:
         return None
-    style = {name: INK for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
+    style = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     more = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "font.family": "sans-serif"}
     with pyplot().rc_context({**style, **more}):
         return draw(list(result.cases[case].rows))
@@ -109,6 +110,8 @@ def _latency(rows: list[Row]) -> Any:
         axis.set_xticks(range(len(batches)), batches)
         axis.set_title(step, fontsize=9)
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_minor_formatter("{x:,.0f}")
     axes[0].set_ylabel("tokens/s, each round a mark")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, **LEGEND, loc="lower center", ncols=len(arms), bbox_to_anchor=(0.5, -0.08))

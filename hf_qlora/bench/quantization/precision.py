@@ -70,9 +70,7 @@ def layer_errors(reference: nn.Module, quantized: nn.Module) -> dict[str, dict[s
 def weight_error(weight: Tensor, layer: Linear4bit) -> dict[str, float]:
     """Of one layer, with the sums of squares that they are of."""
     squares, norm, largest = 0.0, 0.0, 0.0
-    pieces = zip(
-        DensePieces(weight, layer.state.blocksize), PackedPieces(layer.weight.data, layer.state), strict=True
-    )
+    pieces = zip(DensePieces(weight, layer.state.blocksize), PackedPieces(layer.weight.data, layer.state), strict=True)
     for dense, packed in pieces:
         difference = (dense - packed).double()
         squares += float(difference.square().sum())
@@ -103,7 +101,8 @@ def log_probabilities(model: Any, ids: Tensor) -> Tensor:
 
 def divergence(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """Mean KL over all positions, nats."""
-    total = sum(float((p.double().exp() * (p.double() - q.double())).sum()) for p, q in zip(expected, found, strict=True))
+    pairs = ((p.double(), q.double()) for p, q in zip(expected, found, strict=True))
+    total = sum(float((p.exp() * (p - q)).sum()) for p, q in pairs)
     return max(total / sum(len(p) for p in expected), 0.0)
 
 

@@ -30,8 +30,7 @@ from hf_qlora.validation import ConfigError
 
 
 CASES: dict[str, Case] = {
-    module.CASE.name: module.CASE
-    for module in (memory, latency, precision, double_quant, train_step, load, merging)
+    module.CASE.name: module.CASE for module in (memory, latency, precision, double_quant, train_step, load, merging)
 }
 
 

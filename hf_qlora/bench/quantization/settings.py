@@ -111,7 +111,7 @@ class Context:
         return quantize_model(self.dense(), NF4Config())
 
     def alone(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a module's function in a process of its own; for smoke, and on CUDA, where tensors are counted, here."""
+        """Call a module's function in a process of its own; here for smoke, and on CUDA, which counts tensors."""
         if self.settings.smoke or torch.device(self.settings.device).type == "cuda":
             return function(*args)
         return apart(function, *args)

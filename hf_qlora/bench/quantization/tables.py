@@ -164,5 +164,3 @@ def _rich(table: Table) -> RichTable:
     for line in table.body:
         shown.add_row(*line)
     return shown
-
-

@@ -1,6 +1,6 @@
-"""`train-step`: a QLoRA step of ours, of stock PEFT with bitsandbytes, and the frozen base's own, on the model's weights.
+"""`train-step`: a QLoRA step of ours, of stock PEFT with bitsandbytes, and the frozen base's own.
 
-It is `hf_qlora/bench/train_step/`, with the given model for a random one: the arms take turns in one process, each is
+It is `hf_qlora/bench/train_step/`, with the given model for one of random weights: the arms take turns in one process, each is
 alone in one for its peak, and the loss and the gradient norm after the last step are kept, which must agree between
 ours and stock. The floor is a forward and a backward of the dense base without any adapter; its norm is that of the
 gradient at the input.
@@ -57,7 +57,9 @@ class OfModel(Case):
 def run(context: Context) -> list[Row]:
     settings = context.settings
     size = (2, 16, 4) if settings.smoke else (4, 256, 16)
-    case = OfModel("", *size, device=settings.device, seed=settings.seed, folder=str(context.folder), dtype=settings.dtype)
+    case = OfModel(
+        "", *size, device=settings.device, seed=settings.seed, folder=str(context.folder), dtype=settings.dtype
+    )
     rows: list[Row] = []
     setting = f"{case.batch_size} × {case.sequence_length} tokens, rank {case.rank}"
     peaks = {}
