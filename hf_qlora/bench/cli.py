@@ -257,6 +257,32 @@ def bench_quantization(
     typer.echo(f"Written to {page}, with plots and every round beside it.")
 
 
+@bench.command("compare")
+def bench_compare(
+    first: Annotated[Path, typer.Argument(help="A result of bench quantization, train-step or generation.")],
+    second: Annotated[Path, typer.Argument(help="Another of the same kind.")],
+    relative: Annotated[
+        bool, typer.Option("--relative", help="Divide timings by the reference arm's, which takes the machine out.")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also what does not differ.")] = False,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(help="slower or larger: exit with 1 where a number is; give it twice for both."),
+    ] = None,
+) -> None:
+    """Hold two runs against each other: which timings are slower or faster beyond noise, and what else differs."""
+    from hf_qlora.bench import compare, runs
+
+    _check_choice("--fail-on", fail_on or [], compare.WORSE)
+    try:
+        found = compare.compare(runs.read(first), runs.read(second), relative)
+    except (ImportError, OSError, ValueError) as error:
+        raise misused(str(error)) from None
+    compare.show(found, everything)
+    if set(fail_on or ()) & found.counts().keys():
+        raise typer.Exit(1)
+
+
 @bench.command("learning-curve")
 def bench_learning_curve(
     results: Runs = Path("results/learning_curve.jsonl"),

@@ -11,7 +11,6 @@ Codes take 4 bits. A scale of 32 bits for each block of B weights takes 32/B; qu
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from bitsandbytes.functional import QuantState
 from torch import Tensor
@@ -51,7 +50,7 @@ def run(context: Context) -> list[Row]:
     rows: list[Row] = []
     for scheme in schemes:
         found = {"bits": bits(packed[scheme]), "relative_error": math.sqrt(errors[scheme] / norm) if norm else 0.0}
-        rows += numbers(arm_of(scheme), setting_of(scheme), **found)
+        rows += numbers(arm_of(scheme), found, setting_of(scheme))
     for scheme, seconds in _dequantized(context, packed).items():
         rows += timings({arm_of(scheme): seconds}, setting_of(scheme))
     return rows
@@ -80,11 +79,8 @@ def bits(packed: list[tuple[Tensor, QuantState]]) -> float:
         stored += [codes, state.absmax]
         if state.nested:
             stored += [state.state2.absmax, state.offset]
-    return 8 * sum(_bytes(tensor) for tensor in stored) / sum(state.shape.numel() for _, state in packed)
-
-
-def _bytes(tensor: Any) -> int:
-    return int(tensor.numel() * tensor.element_size())
+    weights = sum(int(state.shape.numel()) for _, state in packed)
+    return 8 * sum(tensor.nbytes for tensor in stored) / weights
 
 
 def arm_of(scheme: Scheme) -> str:

@@ -34,7 +34,7 @@ def run(context: Context) -> list[Row]:
     arms: dict[str, Callable[[], Any]] = {
         "dense": context.dense,
         "NF4, quantized in place": context.nf4,
-        "NF4, saved checkpoint": lambda: load_model(str(checkpoint), settings.dtype).to(device),  # type: ignore[arg-type]
+        "NF4, saved checkpoint": lambda: load_model(str(checkpoint), settings.dtype).to(device),
         "stock NF4, BitsAndBytesConfig": lambda: stock_nf4(context.folder, device, COMPUTE_DTYPES[settings.dtype]),
     }
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}

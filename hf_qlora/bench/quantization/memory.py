@@ -38,7 +38,7 @@ def run(context: Context) -> list[Row]:
     for arm in ARMS:
         context.at(arm)
         folder = checkpoint if arm == CHECKPOINT else context.folder
-        rows += numbers(arm, **context.alone(measure, arm, folder, context.settings))
+        rows += numbers(arm, context.alone(measure, arm, folder, context.settings))
     return rows
 
 
@@ -63,7 +63,7 @@ def measure(arm: str, folder: Path, settings: Settings) -> dict[str, float]:
 
 
 def _dense(folder: Path, settings: Settings) -> Any:
-    return load_model(str(folder), settings.dtype).to(settings.device)  # type: ignore[arg-type]
+    return load_model(str(folder), settings.dtype).to(settings.device)
 
 
 def _in_place(folder: Path, settings: Settings) -> Any:

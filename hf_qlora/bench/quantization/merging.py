@@ -44,8 +44,8 @@ def run(context: Context) -> list[Row]:
     found: dict[str, dict[str, Any]] = context.alone(measure, context.folder, context.settings)
     rows = timings({arm: values["seconds"] for arm, values in found.items()})
     for arm, values in found.items():
-        rows += numbers(arm, peak_bytes=values["peak"], kl=values["kl"])
-    return [*rows, *numbers(WITHOUT, kl=found[PEFTS]["without"])]
+        rows += numbers(arm, {"peak_bytes": values["peak"], "kl": values["kl"]})
+    return [*rows, *numbers(WITHOUT, {"kl": found[PEFTS]["without"]})]
 
 
 def measure(folder: Path, settings: Settings) -> dict[str, dict[str, Any]]:
@@ -82,7 +82,7 @@ def scaled(model: PeftModel, share: float = RELATIVE_DELTA) -> dict[str, Any]:
 
 
 def _base(folder: Path, settings: Settings) -> Any:
-    return quantize_model(load_model(str(folder), settings.dtype).to(settings.device), NF4Config())  # type: ignore[arg-type]
+    return quantize_model(load_model(str(folder), settings.dtype).to(settings.device), NF4Config())
 
 
 def _ours(folder: Path, settings: Settings) -> PeftModel:

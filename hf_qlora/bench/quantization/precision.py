@@ -39,7 +39,7 @@ def run(context: Context) -> list[Row]:
     reference = context.dense()
     ids, _ = probe.rows(reference, texts_of(context.settings), None)
     expected = [log_probabilities(reference, row) for row in ids]
-    rows = numbers("dense", kl=0.0, perplexity=perplexity(expected, ids))
+    rows = numbers("dense", {"kl": 0.0, "perplexity": perplexity(expected, ids)})
     for arm, config in SCHEMES.items():
         context.at(arm)
         quantized = quantize_model(copy.deepcopy(reference), config)
@@ -51,17 +51,17 @@ def run(context: Context) -> list[Row]:
             "relative_error": _of_all(layers.values()),
             "max_error": max(layer["max_error"] for layer in layers.values()),
         }
-        rows += numbers(arm, **total)
+        rows += numbers(arm, total)
         for name, layer in layers.items():
             shown = {metric: layer[metric] for metric in ("mse", "max_error", "relative_error")}
-            rows += numbers(arm, name, layer=True, **shown)
+            rows += numbers(arm, shown, name, layer=True)
     return rows
 
 
 def layer_errors(reference: nn.Module, quantized: nn.Module) -> dict[str, dict[str, float]]:
     """Of each quantized layer, by name; the reference is read and nothing else."""
     return {
-        name: weight_error(dense_weight(reference.get_submodule(name)), layer)  # type: ignore[arg-type]
+        name: weight_error(dense_weight(reference.get_submodule(name)), layer)
         for name, layer in quantized.named_modules()
         if isinstance(layer, Linear4bit)
     }

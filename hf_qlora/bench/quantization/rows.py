@@ -63,7 +63,7 @@ METRICS: dict[str, Metric] = {
     "kl": Metric("KL, nats", "computed", form=".3g", tolerance=0.05),
     "perplexity": Metric("perplexity", "computed", form=".3f", tolerance=0.01),
     "loss": Metric("loss, nats", "computed", form=".4f", tolerance=0.01),
-    "gradient_norm": Metric("gradient norm", "computed", form=".4f", worse="higher", better="lower", tolerance=0.05),
+    "gradient_norm": Metric("gradient norm", "computed", form=".4f", tolerance=0.05),
 }
 
 
@@ -96,8 +96,8 @@ class Row:
         return float(np.median(self.values))
 
 
-def numbers(arm: str, setting: str = "", *, layer: bool = False, **found: float) -> list[Row]:
-    """A row for each metric that has one value."""
+def numbers(arm: str, found: Mapping[str, float], setting: str = "", layer: bool = False) -> list[Row]:
+    """A row for each metric of one value, by name."""
     return [Row(arm, metric, (value,), setting, layer=layer) for metric, value in found.items()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,7 @@ from hf_qlora.bench.quantization.settings import (
     check_fits,
     described,
     opened,
+    quiet,
     texts_of,
 )
 from hf_qlora.data.tokenizer import reads_text
@@ -85,7 +87,7 @@ class QuantizationBenchmark:
             DataError: no such texts.
             ValueError: the results in `output` were changed by hand.
         """
-        with opened(self.settings) as (folder, scratch):
+        with quiet(), opened(self.settings) as (folder, scratch):
             model, sizes, identity = described(folder, self.settings)
             result = self._begun(identity)
             now = environment(self.settings.device)
@@ -94,7 +96,7 @@ class QuantizationBenchmark:
             with tqdm(self.cases, desc="quantization", unit="case") as bar:
                 bar.update(len(self.cases) - len(todo))
                 for case in todo:
-                    context = Context(self.settings, folder, scratch, lambda at, name=case.name: _say(bar, name, at))
+                    context = Context(self.settings, folder, scratch, functools.partial(_say, bar, case.name))
                     self._do(case, context, result, now)
                     bar.update()
         return result

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 
 from hf_qlora import assets
 from hf_qlora.bench.processes import apart
@@ -105,7 +105,7 @@ class Context:
 
     def dense(self) -> Any:
         """The model as its files have it, in the dtype and on the device."""
-        return load_model(str(self.folder), self.settings.dtype).to(self.settings.device)  # type: ignore[arg-type]
+        return load_model(str(self.folder), self.settings.dtype).to(self.settings.device)
 
     def nf4(self) -> Any:
         return quantize_model(self.dense(), NF4Config())
@@ -114,7 +114,7 @@ class Context:
         """Call a module's function in a process of its own; here for smoke, and on CUDA, which counts tensors."""
         if self.settings.smoke or torch.device(self.settings.device).type == "cuda":
             return function(*args)
-        return apart(function, *args)
+        return apart(_quietly, function, *args)
 
     def saved_nf4(self) -> Path:
         """The folder of the model as an NF4 checkpoint, which is written by the first who asks."""
@@ -122,6 +122,23 @@ class Context:
         if not target.exists():
             self.nf4().save_pretrained(target)
         return target
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own progress bars, which would cut through the suite's."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _quietly(function: Callable[..., Any], *args: Any) -> Any:
+    with quiet():
+        return function(*args)
 
 
 def lora(settings: Settings, config: type[LoraConfig] = QLoRAConfig, **options: Any) -> LoraConfig:

@@ -1,9 +1,9 @@
 """`train-step`: a QLoRA step of ours, of stock PEFT with bitsandbytes, and the frozen base's own.
 
-It is `hf_qlora/bench/train_step/`, with the given model for one of random weights: the arms take turns in one process, each is
-alone in one for its peak, and the loss and the gradient norm after the last step are kept, which must agree between
-ours and stock. The floor is a forward and a backward of the dense base without any adapter; its norm is that of the
-gradient at the input.
+It is `hf_qlora/bench/train_step/`, with the given model for one of random weights: the arms take turns in one process,
+each is alone in one for its peak, and the loss and the gradient norm after the last step are kept, which must agree
+between ours and stock. The floor is a forward and a backward of the dense base without any adapter; its norm is that
+of the gradient at the input.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class OfModel(Case):
 
     def dense(self) -> Any:
         torch.manual_seed(self.seed)
-        model = load_model(self.folder, self.dtype).to(self.device)  # type: ignore[arg-type]
+        model = load_model(self.folder, self.dtype).to(self.device)
         model.config.use_cache = False
         return model.requires_grad_(False)
 
@@ -70,7 +70,7 @@ def run(context: Context) -> list[Row]:
     rows += timings({arm: found["step_s"] for arm, found in seconds.items()}, setting, case.tokens)
     for arm, end in ends.items():
         found = {"loss": end["loss"], "gradient_norm": end["gradient_norm"], "peak_bytes": max(peaks[arm], 0)}
-        rows += numbers(arm, setting, **found)
+        rows += numbers(arm, found, setting)
     return rows
 
 
