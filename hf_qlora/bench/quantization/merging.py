@@ -14,7 +14,6 @@ most of its rounds. All arms take turns in one process of their own.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,6 @@ def measure(folder: Path, settings: Settings) -> dict[str, dict[str, Any]]:
         for arm, do in ARMS.items():
             model = (_stock if arm == PEFTS else _ours)(folder, settings)
             set_peft_model_state_dict(model, adapter)
-            gc.collect()
             reset_peak(settings.device)
             before, started = memory(settings.device).now, clock(settings.device)
             merged = do(model)

@@ -28,13 +28,14 @@ def svg(result: QuantizationResult, case: str) -> str:
     if figure is None:
         return ""
     plt, file = pyplot(), io.StringIO()
-    # Names within the picture must be another picture's nowhere in the page: they are hashed with the case's.
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": case}):
         figure.savefig(file, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
     plt.close(figure)
     text = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
     text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = re.sub(r' (?:xmlns(?::xlink)?)="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r' xmlns(?::xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
+    # One page has several pictures, and what is named within one must be no other's.
+    text = re.sub(r'( id="|="#|url\(#)', rf"\g<1>{case}-", text)
     head, rest = text.split(">", 1)
     return re.sub(r' (?:width|height)="[^"]*"', "", head) + ">" + rest  # as wide as the page lets it be
 

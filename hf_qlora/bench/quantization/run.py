@@ -25,6 +25,7 @@ from hf_qlora.bench.quantization.settings import (
     described,
     opened,
     quiet,
+    settled,
     texts_of,
 )
 from hf_qlora.data.tokenizer import reads_text
@@ -87,7 +88,7 @@ class QuantizationBenchmark:
             DataError: no such texts.
             ValueError: the results in `output` were changed by hand.
         """
-        with quiet(), opened(self.settings) as (folder, scratch):
+        with quiet(), settled(), opened(self.settings) as (folder, scratch):
             model, sizes, identity = described(folder, self.settings)
             result = self._begun(identity)
             now = environment(self.settings.device)
