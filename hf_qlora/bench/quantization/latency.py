@@ -1,11 +1,12 @@
 """`latency`: seconds of reading a prompt and of writing on, a token at a time.
 
-    prefill   one forward of batch × 64 tokens into an empty cache, with the logits of the last position
-    decode    8 forwards of one token for each sequence of the batch, greedily, from that cache
+    prefill   one forward of batch × 32 tokens into an empty cache, with the logits of the last position
+    decode    4 forwards of one token for each sequence of the batch, greedily, from that cache
 
 The arms are all in memory and take turns within a round, in another order each round; one round before is not
 counted, in which bitsandbytes and `fast_generation` repack weights. On CUDA every reading of the clock waits for the
-device. `fast_generation` serves batches up to 32 on CPUs with AVX512-BF16; elsewhere the arm is left out.
+device. `fast_generation` serves batches up to 32 on CPUs with AVX512-BF16; elsewhere the
+arm is left out, and a note says so.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from hf_qlora.bench.generation.arms import as_stock
 from hf_qlora.bench.measure import clock
 from hf_qlora.bench.quantization.case import Case
 from hf_qlora.bench.quantization.rows import Row, timings
-from hf_qlora.bench.quantization.settings import Context, lora
+from hf_qlora.bench.quantization.settings import Context, Settings, lora
 from hf_qlora.config import NF4Config
 from hf_qlora.data.tokenizer import vocabulary_of
 from hf_qlora.quant.base import quantize_model
@@ -32,7 +33,7 @@ from hf_qlora.quant.repacked import obstacle_here
 
 
 DENSE, NF4, FAST, STOCK, LORA = "dense", "NF4", "NF4, fast_generation", "stock NF4", "NF4 + LoRA"
-PROMPT, NEW = 64, 8
+PROMPT, NEW = 32, 4
 
 
 def run(context: Context) -> list[Row]:
@@ -56,13 +57,26 @@ def _models(context: Context) -> dict[str, Any]:
     dense = context.dense()
     nf4 = quantize_model(copy.deepcopy(dense), NF4Config())
     models = {DENSE: dense, NF4: nf4}
-    on_cpu = torch.device(context.settings.device).type == "cpu"
-    if on_cpu and context.settings.dtype == "bfloat16" and not obstacle_here(NF4Config().block_size):
+    if obstacle := _obstacle(context.settings):
+        context.notes.append(f"{FAST} is left out: {obstacle}.")
+    else:
         models[FAST] = copy.deepcopy(nf4)
-    models[STOCK] = as_stock(copy.deepcopy(nf4))
+    stock = as_stock(copy.deepcopy(nf4)).eval()
+    try:
+        generate(stock, torch.ones(1, 1, dtype=torch.long, device=stock.device), 1, context.settings.device)
+        models[STOCK] = stock
+    except AssertionError as error:  # bitsandbytes', of a shape that its kernel for this processor cannot do
+        context.notes.append(f"{STOCK} is left out: bitsandbytes cannot run this model here ({error}).")
     torch.manual_seed(context.settings.seed)
     models[LORA] = get_peft_model(copy.deepcopy(nf4), lora(context.settings, init_lora_weights=False))
     return {name: model.eval() for name, model in models.items()}
+
+
+def _obstacle(settings: Settings) -> str:
+    """Why there is no fast_generation, or ""."""
+    if torch.device(settings.device).type != "cpu":
+        return "it is for generating on the CPU"
+    return "it computes in bfloat16" if settings.dtype != "bfloat16" else obstacle_here(NF4Config().block_size)
 
 
 def _rounds(context: Context, models: dict[str, Any], ids: Tensor, new: int) -> dict[str, dict[str, list[float]]]:

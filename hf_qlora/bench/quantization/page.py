@@ -42,6 +42,7 @@ def _section(result: QuantizationResult, name: str) -> dict[str, Any]:
         "name": name,
         "title": case.title,
         "reading": case.reading,
+        "notes": result.cases[name].notes,
         "seconds": result.cases[name].seconds,
         "picture": Markup(pictures.svg(result, name)),  # drawn here, its text escaped by matplotlib
         "tables": tables.of_case(result, name),

@@ -37,7 +37,8 @@ SCHEMES = {"NF4": NF4Config(), "NF4, scales in float32": NF4Config(double_quant=
 def run(context: Context) -> list[Row]:
     context.at("dense")
     reference = context.dense()
-    ids, _ = probe.rows(reference, texts_of(context.settings), None)
+    ids, text = probe.rows(reference, texts_of(context.settings), None)
+    context.notes.append(f"KL and perplexity are on {text}.")
     expected = [log_probabilities(reference, row) for row in ids]
     rows = numbers("dense", {"kl": 0.0, "perplexity": perplexity(expected, ids)})
     for arm, config in SCHEMES.items():

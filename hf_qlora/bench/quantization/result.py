@@ -34,11 +34,13 @@ class Found:
         rows: what it measured.
         seconds: that it took.
         environment: on what; see `bench/measure.py`.
+        notes: what was not measured as the case says, and why.
     """
 
     rows: tuple[Row, ...]
     seconds: float
     environment: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     def is_of(self, environment: Mapping[str, Any]) -> bool:
         """Whether it was measured in such an environment, on whichever day."""
@@ -52,7 +54,7 @@ class QuantizationResult:
     Attributes:
         model: what identifies it: name, class, numbers of parameters, a hash of its files' sizes and its config.
         settings: of the run.
-        cases: by name, in the order they were done.
+        cases: by name, in the suite's order.
     """
 
     model: dict[str, Any]
@@ -64,7 +66,8 @@ class QuantizationResult:
         cases = {
             name: {
                 "with": found.environment,
-                "seconds": round(found.seconds, 1),
+                "seconds": found.seconds,
+                "notes": list(found.notes),
                 "rows": [row.to_dict() for row in found.rows],
             }
             for name, found in self.cases.items()
@@ -82,7 +85,9 @@ class QuantizationResult:
             raise ConfigError(f"This is no result of `hf-qlora bench quantization` in format {FORMAT}.")
         try:
             cases = {
-                name: Found(tuple(map(Row.from_dict, case["rows"])), case["seconds"], case["with"])
+                name: Found(
+                    tuple(map(Row.from_dict, case["rows"])), case["seconds"], case["with"], tuple(case["notes"])
+                )
                 for name, case in values["cases"].items()
             }
             return cls(dict(values["model"]), dict(values["settings"]), cases)

@@ -136,8 +136,9 @@ class QuantizationBenchmark:
     def _do(self, case: Case, context: Context, result: QuantizationResult, now: dict[str, Any]) -> None:
         started = time.monotonic()
         rows = tuple(case.run(context))
-        result.cases.pop(case.name, None)
-        result.cases[case.name] = Found(rows, time.monotonic() - started, now)
+        seconds = round(time.monotonic() - started, 1)
+        done = {**result.cases, case.name: Found(rows, seconds, now, tuple(context.notes))}
+        result.cases = {name: done[name] for name in CASES if name in done}
         if self.output is not None:
             result.keep(self.output)
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -97,12 +97,14 @@ class Context:
         folder: of the dense model.
         scratch: a folder for what it has to write, which goes with the run.
         at: called with what is being done, for the progress bar.
+        notes: for what a reader must know of what was not measured as the case says; added to by it.
     """
 
     settings: Settings
     folder: Path
     scratch: Path
     at: Callable[[str], None] = lambda _: None
+    notes: list[str] = field(default_factory=list)
 
     def dense(self) -> Any:
         """The model as its files have it, in the dtype and on the device."""

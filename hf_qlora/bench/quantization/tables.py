@@ -145,6 +145,8 @@ def show(result: QuantizationResult, console: Console | None = None) -> None:
         if layers is not None:
             say(f"the {len(layers.body)} layers of the largest relative error")
             to.print(_rich(layers))
+        for note in found.notes:
+            say(f"Note: {note}")
         say(f"{case.reading} ({found.seconds:.0f} s)")
     for cases, line in environments(result):
         say(f"\n{cases}: {line}")

@@ -56,7 +56,7 @@ class OfModel(Case):
 
 def run(context: Context) -> list[Row]:
     settings = context.settings
-    size = (2, 16, 4) if settings.smoke else (4, 256, 16)
+    size = (2, 16, 4) if settings.smoke else (2, 256, 16)
     case = OfModel(
         "", *size, device=settings.device, seed=settings.seed, folder=str(context.folder), dtype=settings.dtype
     )
