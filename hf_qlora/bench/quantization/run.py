@@ -28,7 +28,7 @@ from hf_qlora.bench.quantization.settings import (
     settled,
     texts_of,
 )
-from hf_qlora.data.tokenizer import reads_text
+from hf_qlora.data.tokenizer import reads_text, tokenizer_in
 from hf_qlora.validation import ConfigError
 
 
@@ -93,7 +93,7 @@ class QuantizationBenchmark:
             result = self._begun(identity)
             now = environment(self.settings.device)
             todo = [case for case in self.cases if not _is_done(result, case, now)]
-            self._check(todo, model, sizes)
+            self._check(todo, model, sizes, folder)
             with tqdm(self.cases, desc="quantization", unit="case") as bar:
                 bar.update(len(self.cases) - len(todo))
                 for case in todo:
@@ -117,7 +117,7 @@ class QuantizationBenchmark:
                 )
         return found
 
-    def _check(self, todo: list[Case], model: nn.Module, sizes: Sizes) -> None:
+    def _check(self, todo: list[Case], model: nn.Module, sizes: Sizes, folder: Path) -> None:
         """Refuse what cannot be measured, before anything is."""
         if not todo:
             return
@@ -128,8 +128,10 @@ class QuantizationBenchmark:
         if language and not _is_language_model(model):
             rest = sorted(set(CASES) - {case.name for case in CASES.values() if case.language})
             raise ConfigError(f"{name} is no causal language model, which {language} need; choose from {rest}.")
-        if any(case is precision.CASE for case in todo):
+        if self.settings.texts is not None and precision.CASE in todo:
             texts_of(self.settings)
+            if tokenizer_in(folder) is None:
+                raise ConfigError(f"There is no tokenizer beside {name} to read texts with; leave texts out.")
         for case in todo:
             check_fits(case.need(sizes), self.settings, case.name)
 
