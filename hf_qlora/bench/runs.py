@@ -62,7 +62,7 @@ def read(path: Path) -> Run:
     arms = values.get("arms")
     arms = arms if isinstance(arms, dict) else {}
     if "kind" in values:
-        return _of_suite(QuantizationResult.from_dict(values))
+        return of_suite(QuantizationResult.from_dict(values))
     if arms and "flops" in values and all("step_s" in arm for arm in arms.values()):
         return _of_arms("train-step", "step_s", values, dict.fromkeys(arms, FLOOR))
     if arms and all("generation_s" in arm for arm in arms.values()):
@@ -70,7 +70,7 @@ def read(path: Path) -> Run:
     raise ConfigError(f"{file} cannot be compared; give results of bench quantization, train-step or generation.")
 
 
-def _of_suite(found: QuantizationResult) -> Run:
+def of_suite(found: QuantizationResult) -> Run:
     rows = {(name, row.setting, row.arm, row.metric): row for name, case in found.cases.items() for row in case.rows}
     references = {key: (key[0], key[1], CASES[key[0]].reference, key[3]) for key in rows}
     settings = found.settings | {"model": found.model["name"], "files": found.model["files"]}
