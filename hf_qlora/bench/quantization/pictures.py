@@ -96,6 +96,8 @@ def _memory(rows: list[Row]) -> Any:
 
 def _latency(rows: list[Row]) -> Any:
     """Tokens per second by arm, a panel for prefill and one for decode, bars by batch."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     arms = list(dict.fromkeys(row.arm for row in rows))
     batches = list(dict.fromkeys(row.setting.partition(", ")[2] for row in rows))
     figure, axes = pyplot().subplots(1, 2, figsize=(8.5, 3.2))
@@ -111,8 +113,9 @@ def _latency(rows: list[Row]) -> Any:
         axis.set_xticks(range(len(batches)), batches)
         axis.set_title(step, fontsize=9)
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter("{x:,.0f}")
-        axis.yaxis.set_minor_formatter("{x:,.0f}")
     axes[0].set_ylabel("tokens/s, each round a mark")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, **LEGEND, loc="lower center", ncols=len(arms), bbox_to_anchor=(0.5, -0.08))
