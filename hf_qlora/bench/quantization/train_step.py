@@ -8,6 +8,7 @@ of the gradient at the input.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,9 @@ from hf_qlora.bench.quantization.rows import Row, numbers, timings
 from hf_qlora.bench.quantization.settings import Context
 from hf_qlora.bench.train_step.arms import CHUNKED, DOCUMENTED, FLOOR, Case
 from hf_qlora.bench.train_step.run import interleaved, peak_memory
+from hf_qlora.data.tokenizer import tokenizer_in
 from hf_qlora.merge.load import load_model
+from hf_qlora.merge.probe import DEFAULT_TEXTS
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,24 @@ class OfModel(Case):
         return model.requires_grad_(False)
 
     def batch(self, number: int) -> dict[str, Tensor]:
+        """Pieces of the built-in prose, which goes round; random tokens where there is no tokenizer."""
         generator = torch.Generator().manual_seed(self.seed + number)
         size = (self.batch_size, self.sequence_length)
-        ids = torch.randint(0, self.architecture().vocab_size, size, generator=generator).to(self.device)
-        return {"input_ids": ids, "labels": ids}
+        prose = _prose(self.folder)
+        if prose is None:
+            ids = torch.randint(0, self.architecture().vocab_size, size, generator=generator)
+        else:
+            starts = torch.randint(0, len(prose), (self.batch_size, 1), generator=generator)
+            ids = prose[(starts + torch.arange(self.sequence_length)) % len(prose)]
+        return {"input_ids": ids.to(self.device), "labels": ids.to(self.device)}
+
+
+@functools.cache
+def _prose(folder: str) -> Tensor | None:
+    tokenizer = tokenizer_in(folder)
+    if tokenizer is None:
+        return None
+    return torch.tensor(tokenizer("\n\n".join(DEFAULT_TEXTS))["input_ids"])
 
 
 def run(context: Context) -> list[Row]:
