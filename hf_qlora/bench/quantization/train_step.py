@@ -1,9 +1,9 @@
 """`train-step`: a QLoRA step of ours, of stock PEFT with bitsandbytes, and the frozen base's own.
 
-It is `hf_qlora/bench/train_step/`, with the given model for one of random weights: the arms take turns in one process,
-each is alone in one for its peak, and the loss and the gradient norm after the last step are kept, which must agree
-between ours and stock. The floor is a forward and a backward of the dense base without any adapter; its norm is that
-of the gradient at the input.
+It is `hf_qlora/bench/train_step/`, with the given model for one of random weights, on the prose of `merge/probe.py`: the
+arms take turns in one process, and each is alone in one for its peak. The learning rate is 0, so that steps take what
+they take and weights stay where they are: the losses and gradient norms of one batch can then be compared. The floor is
+a forward and a backward of the dense base without any adapter; its norm is that of the gradient at the input.
 """
 
 from __future__ import annotations
@@ -75,7 +75,13 @@ def run(context: Context) -> list[Row]:
     settings = context.settings
     size = (2, 16, 4) if settings.smoke else (2, 256, 16)
     case = OfModel(
-        "", *size, device=settings.device, seed=settings.seed, folder=str(context.folder), dtype=settings.dtype
+        "",
+        *size,
+        device=settings.device,
+        learning_rate=0.0,
+        seed=settings.seed,
+        folder=str(context.folder),
+        dtype=settings.dtype,
     )
     rows: list[Row] = []
     setting = f"{case.batch_size} × {case.sequence_length} tokens, rank {case.rank}"
@@ -95,8 +101,8 @@ ARMS = (DOCUMENTED, CHUNKED, FLOOR)
 CASE = SuiteCase(
     "train-step",
     "Training step",
-    "Seconds of a whole step with its optimizer, beside the frozen base's own forward and backward; loss and gradient "
-    "norm of ours and stock must agree, or one of them is not training.",
+    "Seconds of a whole step with its optimizer, beside the frozen base's own forward and backward. The learning rate "
+    "is 0: loss and gradient norm of ours and stock must agree to about a percent, or one of them is not training.",
     run,
     # All arms at once, and what layers keep for backward.
     lambda sizes: 2 * sizes.dense + 2 * sizes.nf4 + 2**30,
