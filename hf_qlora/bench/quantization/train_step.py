@@ -1,9 +1,9 @@
 """`train-step`: a QLoRA step of ours, of stock PEFT with bitsandbytes, and the frozen base's own.
 
-It is `hf_qlora/bench/train_step/`, with the given model for one of random weights, on the prose of `merge/probe.py`: the
-arms take turns in one process, and each is alone in one for its peak. The learning rate is 0, so that steps take what
-they take and weights stay where they are: the losses and gradient norms of one batch can then be compared. The floor is
-a forward and a backward of the dense base without any adapter; its norm is that of the gradient at the input.
+It is `hf_qlora/bench/train_step/`, with the given model for one of random weights, on the prose of `merge/probe.py`:
+the arms take turns in one process, and each is alone in one for its peak. The learning rate is 0, so that steps take
+what they take and weights stay where they are: the losses and gradient norms of one batch can then be compared. The
+floor is a forward and a backward of the dense base without any adapter; its norm is that of the gradient at the input.
 """
 
 from __future__ import annotations
