@@ -13,6 +13,10 @@ Modules import downwards only (`[tool.importlinter]` in pyproject.toml has all o
         → layers → quant → kernels → config
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
 from hf_qlora.hub.callback import ModelCardCallback
 from hf_qlora.layers.checkpointing import disable_checkpointing, enable_checkpointing
@@ -35,6 +39,9 @@ from hf_qlora.train.plan import MemoryPlan, plan_memory
 from hf_qlora.tuner import QLoRAModel
 
 
+if TYPE_CHECKING:
+    from hf_qlora.bench.quantization.run import QuantizationBenchmark
+
 __version__ = "0.1.0"
 __all__ = [
     "AdapterHealthCallback",
@@ -50,6 +57,7 @@ __all__ = [
     "NF4Config",
     "QLoRAConfig",
     "QLoRAModel",
+    "QuantizationBenchmark",
     "QuantizationReport",
     "calibration_report",
     "calibration_rows",
@@ -64,5 +72,15 @@ __all__ = [
     "quantization_report",
     "quantize_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`QuantizationBenchmark`, which is imported where it is used: training needs nothing of the benches."""
+    if name == "QuantizationBenchmark":
+        from hf_qlora.bench.quantization.run import QuantizationBenchmark
+
+        return QuantizationBenchmark
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register()

@@ -46,6 +46,14 @@ class Generation(Case):
         return torch.randint(0, SHAPES[self.shape]["vocab_size"], size, generator=generator)
 
 
+def as_stock(model: Any) -> Any:
+    """As `from_pretrained` gives it: bitsandbytes' own layers, which repack in place where the processor can."""
+    for module in with_stock_layers(model).modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = has_avx512bf16()
+    return model
+
+
 class Bases:
     """The base in the three forms, each made once and copied."""
 
@@ -61,12 +69,7 @@ class Bases:
         return copy.deepcopy(self._nf4)
 
     def stock(self) -> Any:
-        """As `from_pretrained` gives it: bitsandbytes' own layers, which repack in place where the processor can."""
-        model = with_stock_layers(self.nf4())
-        for module in model.modules():
-            if isinstance(module, bnb.nn.Linear4bit):
-                module.support_avx512bf16_for_cpu = has_avx512bf16()
-        return model
+        return as_stock(self.nf4())
 
     def adapted(self, base: nn.Module, config: type[LoraConfig] = QLoRAConfig) -> Any:
         """With an adapter that is not zero, and the same each time."""

@@ -1,0 +1,16 @@
+"""The benchmark suite: what quantizing a given model saves, costs and loses. `hf-qlora bench quantization`.
+
+    memory, latency, precision, double_quant, train_step, load, merging   a case each: what is measured, and how
+    case.py      what a case is
+    rows.py      what it returns: rows of raw numbers, and how each kind of number is read
+    settings.py  what is measured, on which model, and whether it fits
+    run.py       the runner, and `QuantizationBenchmark`, its Python face
+    result.py    what comes of it: saved, read back, resumed
+    tables.py    rows as tables, for the terminal and the page
+    pictures.py  plots
+    page.py      one HTML page with all of it
+
+The arms of a case take turns, round after round, so that what disturbs one disturbs all; rounds before the count are
+for caches, allocators and repacking; every reading of the clock waits for the device. Peaks of memory are of processes
+of their own. Raw rounds are kept, and results are sealed (`bench/results.py`).
+"""
