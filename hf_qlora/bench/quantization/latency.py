@@ -109,7 +109,7 @@ def generate(model: Any, ids: Tensor, new: int, device: str) -> tuple[float, flo
 CASE = Case(
     "latency",
     "Latency",
-    "Lower is faster; each mark is a round, and arms take turns, so that ratios hold where the machine is not quiet. "
+    "Higher bars are faster; each mark is a round, and arms take turns, so that ratios hold on a busy machine. "
     "Prefill is bound by arithmetic and decoding by memory, so that NF4 helps where batches are small and a kernel "
     "reads the codes themselves.",
     run,
