@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hf_qlora.bench import skip_list
+from hf_qlora.bench import callbacks, skip_list
 from hf_qlora.bench.calibrated_nf4 import report as calibrated_nf4
 from hf_qlora.bench.depth import report as depth
 from hf_qlora.bench.generation import report as generation
+from hf_qlora.bench.memory_plan import report as memory_plan
 from hf_qlora.bench.results import read_whole
 from hf_qlora.bench.train_step import checkpointing, curves
 from hf_qlora.bench.train_step import report as train_step
@@ -97,6 +99,74 @@ def _is_in(page: str, table: str) -> None:
     assert rows
     missing = [row for row in rows if row not in text]
     assert not missing, "\n".join(missing)
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
+    """The rows of "What was measured", worked out here from the raw results."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in readme.splitlines() if line.startswith("| ")]
+    cpu, gpu, generating = (_arms(name) for name in ("train_step_cpu", "train_step_h200", "generation_cpu"))
+    stock, tuned, ours = "stock, as documented", "stock, all bfloat16", "ours"
+    memory = [arms[ours]["memory"]["peak"] / arms[stock]["memory"]["peak"] for arms in (cpu, gpu)]
+    times = [_median(arms[ours]["step_s"]) / _median(arms[stock]["step_s"]) for arms in (cpu, gpu)]
+    by_hand = _median(cpu[ours]["step_s"]) / _median(cpu[tuned]["step_s"])
+    fast = [
+        _median(generating[f"{arm}, fast_generation"]["generation_s"]) / _median(generating[arm]["generation_s"])
+        for arm in ("NF4", "NF4 + LoRA")
+    ]
+    for start, figures in {
+        "| Memory of a training step": [f"{value:.2f}" for value in memory],
+        "| its time, ÷ the same": [f"{value:.2f}" for value in times],
+        "| its time, ÷ stock with everything": [f"{by_hand:.2f}"],
+        "| What a 4-bit merge keeps": ["97.6%", "26.4%"],
+        "| What a calibrated base": ["87%", "36%"],
+        "| Generating on a CPU": [f"{value:.2f}" for value in fast],
+    }.items():
+        (row,) = (row for row in rows if row.startswith(start))
+        assert all(figure in row for figure in figures), (start, figures)
+    # these stand in tables that are held to their results above
+    page = _lines("calibrated_nf4.md")
+    for start, figure in (
+        ("| calibrated, chats |", "| 97.6% ("),
+        ("| PEFT's merge |", "| 26.4% ("),
+        ("| calibrated, chats |", "| 87% ("),
+        ("| calibrated, headlines |", "| 36% ("),
+    ):
+        assert any(line.startswith(start) and figure in line for line in page), start
+
+
+def test_plans_of_the_readme_and_of_its_page() -> None:
+    ratios = []
+    for name in ("memory_plan_cpu", "memory_plan_h200"):
+        found = memory_plan.markdown(read_whole(ROOT / "results" / f"{name}.json"))
+        ratios += [float(number) for number in re.search(r"a step: .* from (\S+) to (\S+) of", found).groups()]  # type: ignore[union-attr]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"planned ÷ measured, 33 settings on a CPU and a GPU | {min(ratios):.3f} to {max(ratios):.3f} |" in readme
+    rows = memory_plan.markdown(read_whole(ROOT / "results" / "memory_plan_cpu.json")).splitlines()
+    shown = [line for line in _lines("memory.md") if re.match(r"\| .* \| \d+ \| \d+ \| 1\.\d+ \|", line)]
+    assert len(shown) >= 5
+    assert not [line for line in shown if line not in rows]
+
+
+def test_what_callbacks_cost() -> None:
+    found = callbacks.markdown(read_whole(ROOT / "results" / "callbacks_cpu.json"))
+    both = next(line for line in found.splitlines() if line.startswith("| both "))
+    _, _, rounds, minima, _, share = (cell.strip() for cell in both.strip("|").split("|"))
+    text = " ".join(_lines("training.md"))
+    for figure in (f"{float(share[:-1]):.1f} %", f"{float(rounds):.3f}", f"{float(minima):.3f}"):
+        assert figure in text, figure
+
+
+def _arms(name: str) -> Any:
+    return read_whole(ROOT / "results" / f"{name}.json")["arms"]
+
+
+def _median(values: list[float]) -> float:
+    return float(statistics.median(values))
+
+
+def _lines(page: str) -> list[str]:
+    return (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
 
 
 def test_every_result_is_in_the_documentation() -> None:
