@@ -275,7 +275,7 @@ def bench_compare(
     everything: Annotated[bool, typer.Option("--all", help="Also what does not differ.")] = False,
     fail_on: Annotated[
         list[str] | None,
-        typer.Option(help="slower or larger: exit with 1 where a number is; give it twice for both."),
+        typer.Option(help="slower or larger: exit with 1 where a number is, or is missing; give it twice for both."),
     ] = None,
 ) -> None:
     """Hold two runs against each other: which timings are slower or faster beyond noise, and what else differs."""
@@ -287,7 +287,7 @@ def bench_compare(
     except (ImportError, OSError, ValueError) as error:
         raise misused(str(error)) from None
     compare.show(found, everything)
-    if set(fail_on or ()) & found.counts().keys():
+    if fail_on and (found.missing or set(fail_on) & found.counts().keys()):
         raise typer.Exit(1)
 
 

@@ -74,6 +74,7 @@ class Comparison:
 
     verdicts: tuple[Verdict, ...]
     warnings: tuple[str, ...]
+    missing: int = 0  # numbers of the first that the second has not
 
     def counts(self) -> dict[str, int]:
         return dict(Counter(verdict.word for verdict in self.verdicts))
@@ -105,7 +106,7 @@ def compare(before: Run, after: Run, relative: bool = False) -> Comparison:
             verdicts.append(_timing(key, ours[key], theirs[key], tests[key], adjusted[key], len(timed)))
         else:
             verdicts.append(_number(key, ours[key].values[0], theirs[key].values[0]))
-    return Comparison(tuple(verdicts), tuple(warnings))
+    return Comparison(tuple(verdicts), tuple(warnings), len(ours) - len(common))
 
 
 def _timing(key: Key, before: Row, after: Row, p: float, adjusted: float, tests: int) -> Verdict:
@@ -188,9 +189,7 @@ def show(found: Comparison, everything: bool = False, console: Console | None = 
     shown = [verdict for verdict in found.verdicts if everything or verdict.word not in (SAME, FEW, EQUAL)]
     if shown:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for place, title in enumerate(
-            ("case", "setting", "arm", "number", "first", "second", "ratio", "95 %", "p", "")
-        ):
+        for place, title in enumerate(HEAD):
             table.add_column(title, justify="left" if place < 4 or not title else "right", no_wrap=place > 3)
         for verdict in shown:
             table.add_row(*_cells(verdict))

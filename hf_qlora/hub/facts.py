@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 from typing import Any, cast
@@ -13,6 +15,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from peft import PeftModel
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_qlora import plots, saving
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
@@ -22,6 +25,7 @@ from hf_qlora.identity import in_cache, is_local
 from hf_qlora.layers import depth
 from hf_qlora.layers.names import adapted_layers
 from hf_qlora.quant.footprint import footprint
+from hf_qlora.quant.selection import is_named
 
 
 logger = logging.getLogger(__name__)
@@ -102,6 +106,7 @@ def add_adapter(
         else {
             "double_quant": quantized.double_quant,
             "compute_dtype": str(quantized.compute_dtype or dtype),
+            "skip": _kept_dense(base, config),
         },
         "classes": len(saving.labels(model)),
         "dtype": dtype,
@@ -200,7 +205,7 @@ def _table(model: PeftModel, config: QLoRAConfig, adapter: str) -> dict[str, str
     kinds = [name for name in ("use_rslora", "use_dora") if getattr(config, name)]
     others = [name for name in model.peft_config if name != adapter]
     rows = {
-        "Base, quantized": quantization_of(cast("NF4Config | None", config.quantization)),
+        "Base, quantized": quantization_of(_named_here(model, cast("NF4Config | None", config.quantization))),
         "Rank, alpha": f"{config.r}, {config.lora_alpha}" + "".join(f", {card.code(kind)}" for kind in kinds),
         "Ranks of their own": _patterns(config.rank_pattern),
         "Alphas of their own": _patterns(config.alpha_pattern),
@@ -216,6 +221,33 @@ def _table(model: PeftModel, config: QLoRAConfig, adapter: str) -> dict[str, str
         "Versions": card.code(", ".join(f"{name} {version}" for name, version in saving.versions().items())),
     }
     return {name: value for name, value in rows.items() if value}
+
+
+def _named_here(model: nn.Module, config: NF4Config | None) -> NF4Config | None:
+    """The config without names of modules that this model does not have."""
+    if config is None:
+        return None
+    names = [name for name, _ in model.named_modules()]
+    there = tuple(part for part in config.skip_modules if any(is_named(name, [part]) for name in names))
+    return dataclasses.replace(config, skip_modules=there)
+
+
+def _kept_dense(base: nn.Module, config: QLoRAConfig) -> list[str]:
+    """What `BitsAndBytesConfig` has to be told not to quantize; empty where it knows by itself, of heads alone."""
+    asked = [*cast("NF4Config", config.quantization).skip_modules, *(config.modules_to_save or ())]
+    if not {*asked} - {*NF4Config().skip_modules}:
+        return []
+    linear = [_own_name(name) for name, module in base.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    dense = list(dict.fromkeys(name for name in linear if name))
+    named = [part for part in dict.fromkeys(asked) if any(is_named(name, [part]) for name in dense)]
+    return named + [name for name in dense if not is_named(name, named)]
+
+
+def _own_name(name: str) -> str:
+    """A base's layer by its name in the base; "" for what adapters put beside it."""
+    if ".lora_" in name:
+        return ""
+    return re.sub(r"\.(base_layer|original_module|modules_to_save\..*)$", "", name)
 
 
 def quantization_of(config: NF4Config | None) -> str:

@@ -181,6 +181,10 @@ def test_the_command_says_what_is_slower_and_fails_on_it_where_asked(tmp_path: P
     assert invoke(a, b, "--fail-on", "larger").exit_code == 0
     assert invoke(b, a, "--fail-on", "slower").exit_code == 0
     assert invoke(a, b, "--fail-on", "doom").exit_code == 2
+    fewer = saved(tmp_path, "fewer", noisy(1, 3)[:-1])
+    assert invoke(a, fewer).exit_code == 0
+    assert invoke(a, fewer, "--fail-on", "larger").exit_code == 1  # a number that has gone is no success
+    assert invoke(fewer, a, "--fail-on", "larger").exit_code == 0
 
 
 @pytest.mark.parametrize("name", ["train_step_cpu.json", "generation_cpu.json"])

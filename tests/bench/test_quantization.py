@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import bert, llama
+from architectures import bert, gpt2, llama
 from typer.testing import CliRunner
 
 import hf_qlora
 from hf_qlora import QuantizationBenchmark
-from hf_qlora.bench.quantization import latency, memory, settings
+from hf_qlora.bench.quantization import latency, memory, settings, train_step
 from hf_qlora.bench.quantization.page import html
-from hf_qlora.bench.quantization.result import QuantizationResult
+from hf_qlora.bench.quantization.result import QuantizationResult, check_folder
 from hf_qlora.bench.quantization.rows import Row, summary
 from hf_qlora.bench.quantization.run import CASES
 from hf_qlora.cli import app
@@ -209,6 +209,24 @@ def test_what_cannot_be_measured_is_one_sentence(
     assert said in " ".join(done.output.split())
     assert done.output.startswith("Error: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(QuantizationBenchmark, "_do", None)
+    for target in (tmp_path / "file", tmp_path / "file" / "below"):
+        done = run("load", "--smoke", "--output", str(target))
+        assert done.exit_code == 2
+        assert "cannot be written into" in done.output
+    check_folder(tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_model_of_few_positions_is_trained_on_short_rows(tmp_path: Path) -> None:
+    gpt2(n_positions=32, vocab_size=256).save_pretrained(tmp_path)
+    assert train_step.positions(str(tmp_path)) == 32
+    assert train_step.size_of(str(tmp_path), smoke=False) == (2, 32, 16)
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(

@@ -15,7 +15,16 @@ from hub.conftest import BASE, Model, adapted, tokenizer
 from hub.server import Fault, Hub
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainerState, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.modelcard import TrainingSummary
 
 from hf_qlora import AdaptiveDepthLoRAConfig, ModelCardCallback, QLoRAConfig, saving
@@ -457,6 +466,29 @@ def test_the_snippets_load_what_was_pushed(block_size: int, hub: Hub, base: Mode
         exec(snippet, scope)
         with torch.no_grad():
             assert torch.equal(scope["model"].eval()(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("family", [BertConfig, LlamaConfig])
+def test_the_snippets_of_a_classifier_quantize_no_head(family: Any, hub: Hub, tmp_path: Path) -> None:
+    """The head is new, and in the adapter: bitsandbytes would quantize it, empty as it is."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64, "pad_token_id": 0}
+    torch.manual_seed(0)
+    AutoModel.from_config(family(hidden_size=64, intermediate_size=64, **sizes)).save_pretrained(tmp_path)
+    hub.put("alice/encoder", {path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    base = AutoModelForSequenceClassification.from_pretrained("alice/encoder", num_labels=3)
+    model = get_peft_model(base, QLoRAConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
+    model.push_to_hub(REPO)
+    ids = torch.arange(2, 34).view(2, 16)
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+    snippets = re.findall(r"(?ms)^```python\n(.*?)^```", hub.tree(REPO)["README.md"].decode())
+    assert len(snippets) == 2
+    for snippet in snippets:
+        scope: dict[str, Any] = {}
+        exec(snippet, scope)
+        with torch.no_grad():
+            found = scope["model"].eval()(input_ids=ids).logits
+        assert torch.allclose(found, expected, atol=1e-4)  # float32, products of the same NF4 weights
 
 
 # ── Names ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -325,6 +325,25 @@ def test_in_eval_without_gradients_and_in_generation_nothing_is_lazy() -> None:
     assert torch.equal(model.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False), found)
 
 
+def test_the_last_position_of_a_batch_costs_no_copy_of_the_weight_for_each_sequence() -> None:
+    """torch makes those where a frozen weight meets an input with gaps, which a slice of a batch has."""
+    model, ids = adapted(), batch()["input_ids"].repeat(8, 1)
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    with torch.no_grad(), Sizes():
+        found = model.eval()(input_ids=ids, logits_to_keep=1).logits
+    assert largest < len(ids) * model.lm_head.weight.numel()
+    assert torch.allclose(found, model(input_ids=ids).logits[:, -1:], atol=1e-5)  # products of another shape
+
+
 @pytest.mark.parametrize("case", ADAPTED)
 def test_copies_pickles_and_files(case: str, tmp_path: Path) -> None:
     model, inputs = adapted(**ADAPTED[case]), batch()

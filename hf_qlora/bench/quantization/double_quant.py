@@ -94,8 +94,8 @@ def setting_of(scheme: Scheme) -> str:
 CASE = Case(
     "double-quant",
     "Double quantization",
-    "The error hardly moves when the scales are quantized too, and the bits do: 4.127 for 4.5 in blocks of 64. Larger "
-    "blocks save less than that, and lose more.",
+    "The error hardly moves when the scales are quantized too, and the bits do: about 4.13 for 4.5 in blocks of 64. "
+    "Larger blocks save less than that, and lose more.",
     run,
     lambda sizes: 2 * sizes.dense,
     language=False,

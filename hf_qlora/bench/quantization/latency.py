@@ -69,7 +69,8 @@ def _models(context: Context) -> dict[str, Any]:
         context.notes.append(f"{STOCK} is left out: bitsandbytes cannot run this model here ({error}).")
     torch.manual_seed(context.settings.seed)
     models[LORA] = get_peft_model(copy.deepcopy(nf4), lora(context.settings, init_lora_weights=False))
-    return {name: model.eval() for name, model in models.items()}
+    # Frozen all: torch multiplies by a frozen weight otherwise where inputs have gaps, as the last position's have.
+    return {name: model.eval().requires_grad_(False) for name, model in models.items()}
 
 
 def _obstacle(settings: Settings) -> str:

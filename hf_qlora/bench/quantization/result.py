@@ -9,6 +9,7 @@ those it was measured with. A file of another model or other settings is left al
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,11 +117,13 @@ class QuantizationResult:
 
         Raises:
             ImportError: matplotlib is not installed.
-            OSError: the disk is full or read-only.
+            ConfigError: no folder can be made there.
+            OSError: the disk is full.
         """
         from hf_qlora.bench.quantization import page, pictures
 
         target = Path(folder)
+        check_folder(target)
         self.keep(target)
         pictures.save_all(self, target)
         return page.write(self, target / PAGE)
@@ -139,3 +142,18 @@ class QuantizationResult:
 
     def __str__(self) -> str:
         return self.table()
+
+
+def check_folder(target: Path) -> None:
+    """Raise ConfigError unless files can be written into the folder; what is made to see that goes again."""
+    missing = [path for path in (target, *target.parents) if not path.exists()]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+    except OSError as error:
+        raise ConfigError(f"The results cannot be written into {target} ({error.strerror}); name a folder.") from error
+    finally:
+        for path in missing:
+            if path.is_dir():
+                path.rmdir()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from hf_qlora.bench.measure import environment
 from hf_qlora.bench.quantization import double_quant, latency, load, memory, merging, precision, train_step
 from hf_qlora.bench.quantization.case import Case
-from hf_qlora.bench.quantization.result import FILE, Found, QuantizationResult
+from hf_qlora.bench.quantization.result import FILE, Found, QuantizationResult, check_folder
 from hf_qlora.bench.quantization.settings import (
     DEFAULT_ROUNDS,
     SMOKE_ROUNDS,
@@ -88,6 +88,8 @@ class QuantizationBenchmark:
             DataError: no such texts.
             ValueError: the results in `output` were changed by hand.
         """
+        if self.output is not None:
+            check_folder(self.output)
         with quiet(), settled(), opened(self.settings) as (folder, scratch):
             model, sizes, identity = described(folder, self.settings)
             result = self._begun(identity)

@@ -9,6 +9,7 @@ floor is a forward and a backward of the dense base without any adapter; its nor
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,19 @@ class OfModel(Case):
         return {"input_ids": ids.to(self.device), "labels": ids.to(self.device)}
 
 
+def positions(folder: str) -> int:
+    """How long a sequence the model takes."""
+    return (
+        getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    )
+
+
+def size_of(folder: str, smoke: bool) -> tuple[int, int, int]:
+    """Batch size, tokens of a sequence, and rank."""
+    batch_size, length, rank = (2, 16, 4) if smoke else (2, 256, 16)
+    return batch_size, min(length, positions(folder)), rank
+
+
 @functools.cache
 def _prose(folder: str) -> Tensor | None:
     tokenizer = tokenizer_in(folder)
@@ -73,10 +87,9 @@ def _prose(folder: str) -> Tensor | None:
 
 def run(context: Context) -> list[Row]:
     settings = context.settings
-    size = (2, 16, 4) if settings.smoke else (2, 256, 16)
     case = OfModel(
         "",
-        *size,
+        *size_of(str(context.folder), settings.smoke),
         device=settings.device,
         learning_rate=0.0,
         seed=settings.seed,
