@@ -62,23 +62,36 @@ def round_with_feedback(
     Raises:
         torch.linalg.LinAlgError: H is not positive definite.
     """
-    if order is not None:
+    return Feedback(gram, order)(target, scales, dtype)
+
+
+class Feedback:
+    """Error feedback over inputs with a Gram matrix, for any number of weights; arguments as above."""
+
+    def __init__(self, gram: Tensor, order: Tensor | None = None) -> None:
+        self.order = order
+        self.upper = _inverse_factor(gram, order).to(gram.dtype)
+        self.pivots = self.upper.diagonal().tolist()
+
+    def __call__(self, target: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        if self.order is None:
+            return self._in_order(target.clone(), scales, dtype)
         codes = torch.empty_like(target, dtype=torch.uint8)
-        codes[order] = round_with_feedback(target[order], scales[order], gram[order][:, order], dtype=dtype)
+        codes[self.order] = self._in_order(target[self.order], scales[self.order], dtype)
         return codes
-    upper = _inverse_factor(gram).to(target.dtype)
-    rest, codes, nearest = target.clone(), torch.empty_like(target, dtype=torch.uint8), Nearest(scales, dtype)
-    pivots = upper.diagonal().tolist()
-    for start in range(0, len(rest), STRIPE):
-        stop = min(start + STRIPE, len(rest))
-        stripe, U = rest[start:stop], upper[start:stop, start:stop]
-        errors = torch.empty_like(stripe)
-        for j in range(stop - start):
-            codes[start + j], values = nearest(start + j, stripe[j])
-            torch.sub(stripe[j], values, out=errors[j]).div_(pivots[start + j])
-            stripe[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
-        rest[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
-    return codes
+
+    def _in_order(self, rest: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        codes, nearest = torch.empty_like(rest, dtype=torch.uint8), Nearest(scales, dtype)
+        for start in range(0, len(rest), STRIPE):
+            stop = min(start + STRIPE, len(rest))
+            stripe, U = rest[start:stop], self.upper[start:stop, start:stop]
+            errors = torch.empty_like(stripe)
+            for j in range(stop - start):
+                codes[start + j], values = nearest(start + j, stripe[j])
+                torch.sub(stripe[j], values, out=errors[j]).div_(self.pivots[start + j])
+                stripe[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
+            rest[stop:].addmm_(self.upper[start:stop, stop:].t(), errors, alpha=-1)
+        return codes
 
 
 def refine(codes: Tensor, target: Tensor, scales: Tensor, gram: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -152,8 +165,12 @@ class Nearest:
         return values.to(self.dtype).to(values.dtype)
 
 
-def _inverse_factor(gram: Tensor) -> Tensor:
-    """U, upper triangular, with Uᵀ U = H⁻¹, in float64."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
+def _inverse_factor(gram: Tensor, order: Tensor | None) -> Tensor:
+    """U, upper triangular, with Uᵀ U = H⁻¹, in float64; all in the memory of one matrix."""
+    H = gram if order is None else gram.index_select(0, order).index_select(1, order)
+    work = H.double() if H.dtype != torch.float64 else H.clone()
+    del H
+    torch.linalg.cholesky(work, out=work)
+    torch.cholesky_inverse(work, out=work)
+    torch.linalg.cholesky(work, upper=True, out=work)
+    return work

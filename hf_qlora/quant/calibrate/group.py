@@ -22,7 +22,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from hf_qlora.config import NF4Config
-from hf_qlora.quant.calibrate.feedback import damped, refine, refit_scales, round_with_feedback
+from hf_qlora.quant.calibrate.feedback import Feedback, damped, refine, refit_scales
 from hf_qlora.quant.codebook import nf4_levels
 from hf_qlora.quant.dequantize import block_scales
 from hf_qlora.quant.linear4bit import nest_scales, share_tables
@@ -31,6 +31,8 @@ from hf_qlora.validation import ConfigError
 
 
 Packed = tuple[Tensor, QuantState]
+
+SLAB_BYTES = 2**25  # of the weights, in float32, that are rounded at a time; it takes some ten times that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ def round_group(
     """Round the weights of layers that read the same inputs.
 
     Args:
-        weights: T of each, (out_features, in_features), float32.
+        weights: T of each, (out_features, in_features), of a floating dtype.
         gram: H, (K, K), float32.
         cross: D, (K, K), float32; None where X₀ = X.
         dtype: that the layers compute in.
@@ -87,10 +89,10 @@ def round_group(
     Returns:
         for each, the packed codes and their state, as `quantize_weight` gives them.
     """
-    H, widths = damped(gram, method.damping), [len(weight) for weight in weights]
-    target = torch.cat([weight.t() for weight in weights], 1)
+    target, widths = _side_by_side(weights), [len(weight) for weight in weights]
+    slabs = _slabs(target)
     if method.correction and cross is not None:
-        target = target + _correction(target, gram, cross, method.correction_damping)
+        _correct(target, slabs, gram, cross, method.correction_damping)
     if scales is None:
         states = [
             _state(_absmax(part.t(), config.block_size), part.t().shape, dtype, config)
@@ -98,25 +100,56 @@ def round_group(
         ]
     else:
         states = [_copied(state) for state in scales]
+    H = damped(gram, method.damping)
     order = gram.diagonal().argsort(descending=True, stable=True) if method.order == "activation" else None
-    spread = _spread(states)
-    codes = round_with_feedback(target, spread, H, order, dtype)
+    feedback = Feedback(H, order)
+    codes = torch.empty_like(target, dtype=torch.uint8)
+    for slab in slabs:
+        codes[:, slab] = feedback(target[:, slab], _spread(states, slab), dtype)
+    del feedback
     fits = method.refits if scales is None and target.shape[0] % config.block_size == 0 else 0
     for _ in range(fits):
-        states = _refitted(codes, target, states, H, config)
-        spread = _spread(states)
+        states = _refitted(codes, target, states, slabs, H, config)
         for _ in range(method.passes):
-            codes = refine(codes, target, spread, H, dtype)
+            _refine(codes, target, states, slabs, H, dtype)
     for _ in range(0 if fits else method.passes):
-        codes = refine(codes, target, spread, H, dtype)
+        _refine(codes, target, states, slabs, H, dtype)
     parts = codes.split(widths, 1)
     return [(pack(part.t().reshape(-1)).view(-1, 1), state) for part, state in zip(parts, states, strict=True)]
 
 
-def _correction(target: Tensor, gram: Tensor, cross: Tensor, damping: float) -> Tensor:
-    """T' − T, transposed as `target` is, (K, N)."""
-    factor = torch.linalg.cholesky(damped(gram, damping).double())
-    return torch.cholesky_solve(((cross - gram) @ target).double(), factor).to(target.dtype)
+def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
+    """All of them transposed, (K, ΣN), float32."""
+    widths = [len(weight) for weight in weights]
+    result = torch.empty(weights[0].shape[1], sum(widths), device=weights[0].device)
+    for part, weight in zip(result.split(widths, 1), weights, strict=True):
+        part.copy_(weight.t())
+    return result
+
+
+def _slabs(target: Tensor) -> list[slice]:
+    """Outputs do not know of each other: some at a time bound what rounding them takes beside the weights."""
+    K, N = target.shape
+    width = max(1, SLAB_BYTES // (4 * K))
+    return [slice(start, min(start + width, N)) for start in range(0, N, width)]
+
+
+def _correct(target: Tensor, slabs: Sequence[slice], gram: Tensor, cross: Tensor, damping: float) -> None:
+    """T' in place of T."""
+    factor = damped(gram, damping).double()
+    torch.linalg.cholesky(factor, out=factor)
+    difference = cross - gram
+    for slab in slabs:
+        part = target[:, slab]
+        part += torch.cholesky_solve((difference @ part).double(), factor).to(target.dtype)
+
+
+def _refine(
+    codes: Tensor, target: Tensor, states: Sequence[QuantState], slabs: Sequence[slice], H: Tensor, dtype: torch.dtype
+) -> None:
+    """Codes that are no worse, in place."""
+    for slab in slabs:
+        codes[:, slab] = refine(codes[:, slab], target[:, slab], _spread(states, slab), H, dtype)
 
 
 def _absmax(weight: Tensor, block_size: int) -> Tensor:
@@ -148,23 +181,32 @@ def _copied(state: QuantState) -> QuantState:
     return result
 
 
-def _spread(states: Sequence[QuantState]) -> Tensor:
-    """The scale of each weight of all layers side by side, (K, ΣN)."""
-    return torch.cat(
-        [
-            block_scales(state).repeat_interleave(state.blocksize)[: state.shape.numel()].view(state.shape).t()
-            for state in states
-        ],
-        1,
-    )
+def _spread(states: Sequence[QuantState], slab: slice) -> Tensor:
+    """The scale of each weight of some outputs, of all layers side by side, (K, outputs)."""
+    parts, first = [], 0
+    for state in states:
+        N, K = state.shape
+        rows = range(max(slab.start - first, 0), min(slab.stop - first, N))
+        if rows:
+            scales = block_scales(state)
+            flat = torch.arange(rows.start * K, rows.stop * K, device=scales.device)
+            parts.append(scales[flat // state.blocksize].view(-1, K).t())
+        first += N
+    return torch.cat(parts, 1)
 
 
 def _refitted(
-    codes: Tensor, target: Tensor, states: Sequence[QuantState], gram: Tensor, config: NF4Config
+    codes: Tensor,
+    target: Tensor,
+    states: Sequence[QuantState],
+    slabs: Sequence[slice],
+    gram: Tensor,
+    config: NF4Config,
 ) -> list[QuantState]:
     flat = torch.cat([block_scales(state).view(state.shape[0], -1).t() for state in states], 1)
-    fitted = refit_scales(codes, target, flat, gram).split([state.shape[0] for state in states], 1)
+    for slab in slabs:
+        flat[:, slab] = refit_scales(codes[:, slab], target[:, slab], flat[:, slab], gram)
     return [
         _state(part.t().reshape(-1), state.shape, state.dtype, config)
-        for part, state in zip(fitted, states, strict=True)
+        for part, state in zip(flat.split([state.shape[0] for state in states], 1), states, strict=True)
     ]

@@ -187,7 +187,7 @@ class Streams:
             scales = [self.base[name][1] for name in new] if self.calibration.scales == "base" else None
             with torch.autocast(student.device.type, enabled=False):
                 packed = round_group(
-                    [weights[name].float() for name in new],
+                    [weights[name] for name in new],
                     gram,
                     cross,
                     self.config,
