@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_qlora.data.chats import render
+from hf_qlora.data.chats import Messages, render
 
 
 NO_LABEL = -100  # left out by the models' cross entropy
