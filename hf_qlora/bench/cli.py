@@ -23,6 +23,8 @@ Workers = Annotated[int, typer.Option(min=1, help="Processes side by side.")]
 Results = Annotated[Path, typer.Option(help="JSON.")]
 DrawnResults = Annotated[Path, typer.Option(help="JSON; the picture goes beside it.")]
 Runs = Annotated[Path, typer.Option(help="JSON lines, one for each run; runs that are there are not done again.")]
+Seeds = Annotated[int, typer.Option(min=1, help="How many; more of them go on from fewer.")]
+Write = Annotated[bool, typer.Option("--write", help="Write the model card and the page of the docs, in a checkout.")]
 ReportOnly = Annotated[bool, typer.Option("--report", help="Do nothing; print the table of --results.")]
 
 
@@ -341,42 +343,42 @@ def bench_calibrated_nf4(
 @bench.command("results-classification")
 def bench_results_classification(
     results: Runs = Path("results/text_classification.jsonl"),
-    sweep: Annotated[bool, typer.Option("--sweep", help="Try learning rates on the validation split.")] = False,
+    seeds: Seeds = 5,
     quick: Annotated[bool, typer.Option("--quick", help="Two steps of everything, to see that it works.")] = False,
     device: Device = "cpu",
     workers: Workers = 1,
-    card: Annotated[Path | None, typer.Option(help="Write the model card of the recorded run here.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Put the tables between the marks of this page.")] = None,
+    write: Write = False,
     report_only: ReportOnly = False,
 ) -> None:
-    """Full fine-tuning, LoRA, QLoRA and scales by depth on headlines: examples/text_classification.py, ten seeds.
+    """Full fine-tuning, LoRA, QLoRA and scales by depth on headlines: examples/text_classification.py over seeds.
 
-    An hour on two cores with --workers 2, and goes on where it stopped.
+    Learning rates first, three for each method, then the seeds, then cost. Hours; goes on where it stopped.
     """
-    try:
-        from hf_qlora.bench.examples import classification, classification_report, runs
-    except ImportError as error:
-        raise misused(f"{error}. Install what the experiment needs: pip install 'hf-qlora[bench]'") from None
-    from hf_qlora.bench.results import write_text
+    from dataclasses import replace
 
     _check_choice("--device", [device], ("cpu", "cuda"))
+    try:
+        from hf_qlora.bench.examples import classification, classification_report, pages, runs
+    except ImportError as error:
+        raise misused(f"{error}. Install what the experiment needs: pip install 'hf-qlora[bench]'") from None
     file = results.with_stem(f"{results.stem}_quick") if quick else results
     _check_lines(file)
-    if page is not None and not page.is_file():
-        raise misused(f"--page: {page} is not there.")
+    plan = classification.QUICK if quick else replace(classification.Plan(), seeds=tuple(range(1, seeds + 1)))
     try:
-        if sweep:
-            classification.sweep(file, device, workers)
-        elif not report_only:
-            classification.measure(file, quick, device, workers)
-    except runs.ExampleError as error:
+        if report_only:
+            ours = runs.last_origin(file, device)
+        else:
+            _check_device(device)
+            script = runs.example(classification.SCRIPT)
+            ours = runs.origin(script, device)
+            classification.measure(plan, file, device, workers, script)
+        text = classification_report.markdown(file, plan, ours)
+        if write and (card := classification_report.card(file, plan, ours)):
+            for path in pages.write("text_classification", card, text, runs.checkout()):
+                typer.echo(f"Written: {path}")
+    except (runs.ExampleError, OSError) as error:
         raise misused(str(error)) from None
-    ours = classification.study(quick, Path())
-    if card is not None and (text := classification_report.card(file, ours)):
-        write_text(card, text)
-    if page is not None:
-        write_text(page, classification_report.document(file, page.read_text(encoding="utf-8"), ours))
-    typer.echo(classification_report.markdown(file, ours) or f"No whole seed in {file} yet.")
+    typer.echo(text or f"No runs on {device} in {file} yet.")
 
 
 @bench.command("skip-list")

@@ -15,6 +15,7 @@ result is not written over by a run of another kind.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,8 @@ class EarlyStopping(EarlyStoppingCallback):
         saved = state.stateful_callbacks.get(type(self).__name__)
         if isinstance(saved, dict):  # of a checkpoint; else it is the callback itself
             self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
 
 
 def check_run(
@@ -100,10 +103,24 @@ def check_run(
     return str(last)
 
 
-def begin_run(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder, and note what its run is of."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / NOTE, settings)
+def begin_run(folder: Path, settings: Mapping[str, Any], file: Path | None = None) -> None:
+    """Make the folder, and note what its run is of.
+
+    Args:
+        file: what will be written at the end; that it can be is found out now.
+
+    Raises:
+        RunError: one of them cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / NOTE, settings)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_dir() or not os.access(file.parent, os.W_OK):
+                raise RunError(f"{file} cannot be written: it is a folder, or lies in one that is not to be written.")
+    except OSError as error:
+        raise RunError(f"{error.filename} cannot be written: {error.strerror}.") from error
 
 
 def way_on(folder: Path) -> str:

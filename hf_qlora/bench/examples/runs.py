@@ -87,10 +87,15 @@ def example(name: str) -> Path:
     Raises:
         ExampleError: it is not there.
     """
-    path = Path(hf_qlora.__file__).parents[1] / "examples" / name
+    path = checkout() / "examples" / name
     if not path.is_file():
         raise ExampleError(f"{path} is not there; the examples come with a checkout of the repository, not by pip.")
     return path
+
+
+def checkout() -> Path:
+    """The folder that the package's own lies in."""
+    return Path(hf_qlora.__file__).parents[1]
 
 
 def imported(script: Path) -> Any:
