@@ -20,7 +20,6 @@ import math
 import random
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -71,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         tokenizer, model = load(options)
         train_set, held_out = choose_rows(options, tokenizer)
+        begin_run(options.output, settings_of(options), options.json)
     except (DataError, ImportError, OSError, ValueError) as error:
         stop(first_line(error))
     except KeyboardInterrupt:
         stop("stopped before training; nothing was saved.", 130)
-    begin_run(options.output, settings_of(options))
     print(f"{len(train_set)} pairs to train on, {len(held_out)} {options.split} pairs held out")
     try:
         found = run(options, tokenizer, model, train_set, held_out)
@@ -411,21 +410,9 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         stop("--trainer trl needs TRL: pip install 'trl>=1.16'.")
     try:
         options.checkpoint = check_run(options.output, settings_of(options), options.resume)
-        if options.json is not None:
-            check_writable(options.json)
     except RunError as error:
         stop(str(error))
-    except OSError as error:
-        stop(f"--json: {options.json} cannot be written: {first_line(error)}")
     return options
-
-
-def check_writable(path: Path) -> None:
-    """That a file can be written beside `path`, and take its place."""
-    if path.is_dir():
-        raise IsADirectoryError("it is a folder")
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
 
 
 def positive(kind: type) -> Any:

@@ -435,39 +435,43 @@ def bench_memory_plan(
 @bench.command("results-generation")
 def bench_results_generation(
     results: Runs = Path("results/text_generation.jsonl"),
-    seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
+    seeds: Seeds = 5,
     cost: Annotated[bool, typer.Option(help="Measure memory and times too.")] = True,
-    cards: Annotated[Path, typer.Option(help="Folder of text_generation.md, the model card.")] = Path("model_cards"),
-    docs: Annotated[Path, typer.Option(help="Page that the tables go into.")] = Path("docs/text_generation.md"),
-    quick: Annotated[bool, typer.Option("--quick", help="A little of everything, to see that it works.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two steps of everything, to see that it works.")] = False,
     device: Device = "cpu",
     workers: Workers = 1,
+    write: Write = False,
     report_only: ReportOnly = False,
 ) -> None:
     """Full fine-tuning, LoRA and QLoRA on SmolLM2, by examples/text_generation.py over seeds, and what each costs.
 
-    Two hours on two cores, and goes on where it stopped.
+    Learning rates first, three for each method, then the seeds, then cost. Hours; goes on where it stopped.
     """
     from dataclasses import replace
 
     _check_choice("--device", [device], ("cpu", "cuda"))
     try:
-        from hf_qlora.bench.examples import generation
-        from hf_qlora.bench.examples.runs import ExampleError
+        from hf_qlora.bench.examples import generation, generation_report, pages, runs
     except ImportError as error:
         raise misused(f"{error}. Install what the table needs: pip install 'hf-qlora[bench]'") from None
-    _check_device(device)
     file = results.with_stem(f"{results.stem}_quick") if quick else results
     _check_lines(file)
     plan = generation.QUICK if quick else replace(generation.Plan(), seeds=tuple(range(1, seeds + 1)))
-    if not report_only:
-        try:
-            generation.perform(plan, file, device, workers, cost)
-        except ExampleError as error:
-            raise misused(str(error)) from None
-        if not quick:
-            generation.write_pages(file, cards, docs, plan)
-    typer.echo(generation.markdown(file, plan) or f"No runs in {file} yet.")
+    try:
+        if report_only:
+            ours = runs.last_origin(file, device)
+        else:
+            _check_device(device)
+            script = runs.example(generation.SCRIPT)
+            ours = runs.origin(script, device)
+            generation.measure(plan, file, device, workers, script, cost)
+        text = generation_report.markdown(file, plan, ours)
+        if write and (card := generation_report.card(file, plan, ours)):
+            for path in pages.write("text_generation", card, text, runs.checkout()):
+                typer.echo(f"Written: {path}")
+    except (runs.ExampleError, OSError) as error:
+        raise misused(str(error)) from None
+    typer.echo(text or f"No runs on {device} in {file} yet.")
 
 
 def _check_device(device: str) -> None:

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from hf_qlora.bench.examples import generation_cost
 from hf_qlora.bench.examples.rates import Sweep
-from hf_qlora.bench.examples.runs import Origin, Run, Study, example, origin
-from hf_qlora.bench.examples.runs import perform as perform_runs
+from hf_qlora.bench.examples.runs import Origin, Run, Study, example, origin, perform
 
 
 SCRIPT = "text_generation.py"
@@ -46,6 +45,7 @@ class Plan:
     arguments: tuple[str, ...] = ()
     rounds: int = 8
 
+    @property
     def sweep(self) -> Sweep:
         return Sweep(
             self.rates,
@@ -56,12 +56,13 @@ class Plan:
             only=("--split", "validation", "--measure", "perplexity"),
         )
 
+    @property
     def base(self) -> Run:
         return Run(BASE, 0, (*self.arguments, "--method", BASE, "--measure", "trained"), BASE)
 
     def study(self, results: Path, ours: Origin) -> Study:
         """The methods that the sweep is done for, at their rates."""
-        sweep = self.sweep()
+        sweep = self.sweep
         arms = {method: sweep.arm(method, rate) for method, rate in sweep.chosen(results, ours).items()}
         return Study(arms, self.seeds, (*self.arguments, "--measure", "trained"))
 
@@ -74,16 +75,18 @@ QUICK = Plan(
 )
 
 
-def perform(plan: Plan, results: Path, device: str = "cpu", workers: int = 1, cost: bool = True) -> None:
+def measure(
+    plan: Plan, results: Path, device: str = "cpu", workers: int = 1, script: Path | None = None, cost: bool = True
+) -> None:
     """Do what is not in the file `results`, and append it there: the sweep, the seeds, and what a step costs.
 
     Raises:
         ExampleError: no example, or a run of it that failed. What ended before is kept.
     """
-    script = example(SCRIPT)
+    script = script or example(SCRIPT)
     ours = origin(script, device)
-    perform_runs(script, [*plan.sweep().runs(), plan.base()], results, device, workers)
-    perform_runs(script, plan.study(results, ours).runs(), results, device, workers)
+    perform(script, [*plan.sweep.runs(), plan.base], results, device, workers)
+    perform(script, plan.study(results, ours).runs(), results, device, workers)
     if cost:
-        rates = plan.sweep().chosen(results, ours)
+        rates = plan.sweep.chosen(results, ours)
         generation_cost.perform(script, plan.arguments, results, plan.rounds, rates, device)

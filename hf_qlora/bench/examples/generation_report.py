@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from hf_qlora.bench.examples import generation_cost, pages
 from hf_qlora.bench.examples.generation import Plan
-from hf_qlora.bench.examples.runs import last_origin, read, rows_of
+from hf_qlora.bench.examples.runs import Origin, last_origin, read, rows_of
 from hf_qlora.bench.examples.statistics import Mean, mean_of, two_way, verdict
 from hf_qlora.bench.train_step.report import described
 
@@ -33,14 +33,18 @@ Rows = list[dict[str, dict[str, Any]]]  # of each seed, what its runs found, by 
 Values = npt.NDArray[np.float64]  # (seeds, answers)
 
 
-def markdown(results: Path, plan: Plan | None = None, device: str = "cpu") -> str:
-    """All tables, of the seeds that all methods have; empty where there are none."""
-    plan, ours = plan or Plan(), last_origin(results, device)
+def markdown(results: Path, plan: Plan | None = None, ours: Origin | None = None) -> str:
+    """All tables, of the seeds that all methods have; empty where there are none.
+
+    Args:
+        ours: the script and the device; by default those of the last row of a CPU.
+    """
+    plan, ours = plan or Plan(), ours or last_origin(results)
     lines = [] if ours is None else list(rows_of(plan.study(results, ours), results, ours).values())
     if not lines or ours is None:
         return ""
     rows = [{arm: row["found"] for arm, row in of_seed.items()} for of_seed in lines]
-    base = dict(read(results, ours)).get(plan.base(), {}).get("found")
+    base = dict(read(results, ours)).get(plan.base, {}).get("found")
     on = "; ".join(sorted({described(row["with"]) for of_seed in lines for row in of_seed.values()}))
     parts = [
         _perplexities(rows, base),
@@ -48,7 +52,7 @@ def markdown(results: Path, plan: Plan | None = None, device: str = "cpu") -> st
         _answers(rows, base),
         *([exactness(rows)] if {ASKED, "full"} <= rows[0].keys() else []),
         _sizes(rows),
-        plan.sweep().markdown(results, ours, NAMES),
+        plan.sweep.markdown(results, ours, NAMES),
         generation_cost.markdown(results, ours),
         _note(rows),
     ]
@@ -198,12 +202,12 @@ def _note(rows: Rows) -> str:
     )
 
 
-def card(results: Path, plan: Plan | None = None, device: str = "cpu") -> str:
+def card(results: Path, plan: Plan | None = None, ours: Origin | None = None) -> str:
     """The card that the first seed's QLoRA run wrote, with the tables; empty where there is no such run."""
-    plan, ours = plan or Plan(), last_origin(results, device)
+    plan, ours = plan or Plan(), ours or last_origin(results)
     if ours is None:
         return ""
     for of_seed in rows_of(plan.study(results, ours), results, ours).values():
         if ASKED in of_seed:
-            return pages.card(of_seed[ASKED]["card"], markdown(results, plan, device))
+            return pages.card(of_seed[ASKED]["card"], markdown(results, plan, ours))
     return ""
