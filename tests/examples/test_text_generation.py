@@ -146,7 +146,7 @@ def test_a_run_again_and_another_method(
     assert {"base", "nf4"}.isdisjoint(found)
     assert found["versions"].keys() == {"accelerate", "sacrebleu"}
     assert "version:" in found["trained"]["bleu_signature"]
-    assert "| 8 |" in (text := (folder / "README.md").read_text(encoding="utf-8")) or "8 examples" in text
+    assert "On the evaluation data (8 examples)" in (folder / "README.md").read_text(encoding="utf-8")
     assert "method='qlora'" in refused(capsys, *where, "--method", "full")
 
 
