@@ -30,14 +30,13 @@ SCRIPT = "text_classification.py"
 NAMES = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "adaptive-depth": "adaptive-depth LoRA"}
 METHODS = tuple(NAMES)
 COSTED = METHODS[:3]
+RATES = {"full": ("1e-4", "2e-4", "4e-4")} | dict.fromkeys(METHODS[1:], ("1e-3", "1.7e-3", "3e-3"))
 COST = "cost"
-OF_ADAPTERS = ("1e-3", "1.7e-3", "3e-3")
 WARMUP, STEADY = 2, 3  # steps before anything is counted; steps whose peak is taken
 ORDER_SEED = 0  # of the batches of the cost
 
 
-def sweep_of(arguments: tuple[str, ...] = ()) -> Sweep:
-    rates = {"full": ("1e-4", "2e-4", "4e-4")} | dict.fromkeys(METHODS[1:], OF_ADAPTERS)
+def sweep_of(rates: Mapping[str, tuple[str, ...]] = RATES, arguments: tuple[str, ...] = ()) -> Sweep:
     return Sweep(
         rates, lambda found: -found["validation"]["accuracy"], lambda s: f"{-100 * s:.1f} %", "accuracy", arguments
     )
@@ -59,7 +58,7 @@ class Plan:
         return Study(arms, self.seeds, self.sweep.arguments)
 
 
-QUICK = Plan((1, 2), sweep_of(("--rows", "200", "--steps", "2")), rounds=1)
+QUICK = Plan((1, 2), sweep_of(dict.fromkeys(METHODS, ("1e-3",)), ("--rows", "200", "--steps", "2")), rounds=1)
 
 
 def measure(plan: Plan, results: Path, device: str = "cpu", workers: int = 1, script: Path | None = None) -> None:
@@ -78,7 +77,7 @@ def measure(plan: Plan, results: Path, device: str = "cpu", workers: int = 1, sc
 
 
 class Step:
-    """A method's model with its optimizer, as the example makes them; called with a number, it trains on that batch."""
+    """A method's model with its optimizer, as the example makes them; called with a number, it trains on a batch."""
 
     def __init__(self, script: Path, method: str, rate: str, device: str) -> None:
         module = imported(script)
@@ -92,12 +91,15 @@ class Step:
             data = dict.fromkeys(("train", "validation"), module.encoded(tokenizer, texts.rows))
             trainer, _ = module.make_trainer(self.model, tokenizer, data, options)
             trainer.create_optimizer()
-        self.optimizer, self.collate, self.size = trainer.optimizer, trainer.data_collator, options.batch_size
-        self.examples, self.device = list(data["train"]), device  # the shortest first
-        self.longest = self.examples[-self.size :]
-        random.Random(ORDER_SEED).shuffle(self.examples)  # as Trainer does
+        self.optimizer, self.collate, self.device = trainer.optimizer, trainer.data_collator, device
+        self.take(data["train"], options.batch_size)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.train()
+
+    def take(self, examples: list[Any], size: int) -> None:
+        """Batches of examples that come with the shortest first."""
+        self.size, self.longest, self.examples = size, examples[-size:], list(examples)
+        random.Random(ORDER_SEED).shuffle(self.examples)  # as Trainer does
 
     def __call__(self, number: int) -> tuple[float, float]:
         """The loss, and the norm of the gradient."""

@@ -106,7 +106,7 @@ def _costs(line: dict[str, Any]) -> list[str]:
             f"| {found['gradient_norm'][-1]:.4f} |"
         )
     note = (
-        f"Medians of {line['rounds']} steps, the methods in turn and each first as often, with batches as in training. "
+        f"Medians of {line['rounds']} steps, the methods in turn and each first as often, batches as in training. "
         "Peaks, with the longest texts too, in a process for each, above what imports take. Weights as they lie in "
         f"memory, without the adapter. {described(line['with'])}."
     )
