@@ -43,6 +43,7 @@ from hf_qlora.data.answers import Row, collate, encode, generate, log_likelihood
 from hf_qlora.data.chats import Messages, as_messages
 from hf_qlora.data.documents import read_documents
 from hf_qlora.data.errors import DataError, first_line
+from hf_qlora.hub.card import hub_id
 from hf_qlora.quant.footprint import footprint
 from hf_qlora.train.interrupt import RunError, StopOnCtrlC, begin_run, check_run, way_on, write_json
 from hf_qlora.trainer.checkpoint import checkpoints
@@ -62,7 +63,8 @@ OF_A_TASK = 60  # rows to train on, at most: each task has ten to test on
 SPLIT_SEED = 2023
 MEASURED = ("all", "trained", "perplexity")
 MEASURED_HELP = "trained: not the base, no speed; perplexity: of what was trained, and nothing is saved"
-ELSEWHERE = ("output", "json", "resume", "checkpoint", "save_steps")  # options that change nothing of what is learned
+# Options that change nothing of what is learned
+ELSEWHERE = ("output", "json", "resume", "checkpoint", "save_steps", "no_checkpoints")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -211,6 +213,7 @@ def make_trainer(options: Any, model: Any, tokenizer: Any, train_set: list[Row],
         "lr_scheduler_type": "linear",
         "warmup_steps": max(1, options.steps // 10),
         "logging_steps": max(1, options.steps // 12),
+        "save_strategy": "no" if options.no_checkpoints else "steps",
         "save_steps": options.save_steps,
         "save_total_limit": 1,
         "seed": options.seed,
@@ -242,11 +245,11 @@ def make_trainer(options: Any, model: Any, tokenizer: Any, train_set: list[Row],
 
 def make_card(options: Any, trainer: Trainer) -> ModelCardCallback:
     """The callback that writes the model card, added to the trainer."""
-    own = options.dataset and options.dataset.partition("#")[0]
-    named = own if own and not Path(own).exists() else None
-    name = named or (Path(own).name if own else "33 tasks of evals' self_prompting")
+    own = (options.dataset or "").partition("#")[0]  # a column may be named behind it, and a split of the Hub's
+    on_hub = hub_id(own.partition(":")[0]) if own and not Path(own).exists() else None
+    name = on_hub or Path(own).name or "33 tasks of evals' self_prompting"
     card = ModelCardCallback(
-        trainer, dataset=named, dataset_name=name, license="apache-2.0" if options.model is None else None
+        trainer, dataset=on_hub, dataset_name=name, license="apache-2.0" if options.model is None else None
     )
     trainer.add_callback(card)
     return card
@@ -397,6 +400,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save-steps", type=positive(int), help="between checkpoints; half of --steps by default")
+    parser.add_argument("--no-checkpoints", action="store_true", help="but after a Ctrl-C")
     parser.add_argument("--output", type=Path, help="folder; text-generation-METHOD by default")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     parser.add_argument("--json", type=Path, help="write what was found into this file")

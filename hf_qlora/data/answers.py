@@ -75,7 +75,7 @@ def perplexity(logs: Sequence[float], rows: list[Row]) -> float:
     return math.exp(-sum(logs) / sum(map(tokens_of, rows)))
 
 
-def generate(model: Any, tokenizer: Any, rows: list[Row], batch_size: int = 32, **how: Any) -> list[str]:
+def generate(model: Any, tokenizer: Any, rows: list[Row], batch_size: int = 64, **how: Any) -> list[str]:
     """The answers, greedy by default, in the order of the rows."""
     order = sorted(range(len(rows)), key=lambda i: rows[i]["start"])
     longest = max(map(tokens_of, rows))

@@ -123,6 +123,7 @@ def test_what_is_measured_is_in_bfloat16_without_autocast(method: str, given: tu
     assert ("forward" in vars(trainer.model)) == (method == "full")  # accelerate's, else this test says nothing
     measured = example.as_measured(trainer)
     assert measured.forward.__func__ is type(measured).forward
+    assert "_original_forward" not in vars(measured)
     assert measured(torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16
     assert measured(torch.tensor([[1, 2, 3]]), return_dict=False)[0].dtype == torch.bfloat16
 
@@ -148,6 +149,25 @@ def test_a_run_again_and_another_method(
     assert "version:" in found["trained"]["bleu_signature"]
     assert "On the evaluation data (8 examples)" in (folder / "README.md").read_text(encoding="utf-8")
     assert "method='qlora'" in refused(capsys, *where, "--method", "full")
+
+
+@pytest.mark.parametrize(
+    ("named", "id", "shown"),
+    [
+        (None, None, "33 tasks of evals' self_prompting"),
+        ("me/chats:validation#messages", "me/chats", "me/chats"),
+        (f"{__file__}#messages", None, Path(__file__).name),
+    ],
+)
+def test_the_card_names_the_data(
+    named: str | None, id: str | None, shown: str, given: tuple[str, ...], tmp_path: Path
+) -> None:
+    options = example.read_options([*given, "--output", str(tmp_path / "out"), "--device", "cpu", "--steps", "1"])
+    tokenizer, model = example.load(options)
+    trainer = example.make_trainer(options, model, tokenizer, *example.choose_rows(options, tokenizer))
+    options.dataset = named
+    card = example.make_card(options, trainer)
+    assert (card.dataset, card.dataset_name) == (id, shown)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -224,7 +244,7 @@ def test_an_interrupted_run_goes_on(
     found = {}
     for name, arguments in (
         ("resumed", (*where, "--resume")),
-        ("whole", (*given, *few, "--output", str(tmp_path / "other"))),
+        ("whole", (*given, *few, "--no-checkpoints", "--output", str(tmp_path / "other"))),
     ):
         process = start(*arguments, "--json", str(tmp_path / name))
         said = process.communicate(timeout=60)[0]

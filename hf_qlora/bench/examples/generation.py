@@ -21,6 +21,7 @@ from hf_qlora.bench.examples.runs import Origin, Run, Study, example, origin, pe
 
 
 SCRIPT = "text_generation.py"
+TRAINED = ("--measure", "trained", "--no-checkpoints")
 BASE = "base"  # the arm of the model that is not trained, and its part
 
 
@@ -53,18 +54,18 @@ class Plan:
             shown="{:.3f}".format,
             of="perplexity",
             arguments=self.arguments,
-            only=("--split", "validation", "--measure", "perplexity"),
+            only=("--split", "validation", "--measure", "perplexity", "--no-checkpoints"),
         )
 
     @property
     def base(self) -> Run:
-        return Run(BASE, 0, (*self.arguments, "--method", BASE, "--measure", "trained"), BASE)
+        return Run(BASE, 0, (*self.arguments, "--method", BASE, *TRAINED), BASE)
 
     def study(self, results: Path, ours: Origin) -> Study:
         """The methods that the sweep is done for, at their rates."""
         sweep = self.sweep
         arms = {method: sweep.arm(method, rate) for method, rate in sweep.chosen(results, ours).items()}
-        return Study(arms, self.seeds, (*self.arguments, "--measure", "trained"))
+        return Study(arms, self.seeds, (*self.arguments, *TRAINED))
 
 
 QUICK = Plan(
