@@ -34,6 +34,7 @@ from transformers import (
     AutoTokenizer,
     TextStreamer,
     Trainer,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -46,7 +47,7 @@ from hf_qlora.data.errors import DataError, first_line
 from hf_qlora.hub.card import hub_id
 from hf_qlora.quant.footprint import footprint
 from hf_qlora.train.interrupt import RunError, StopOnCtrlC, begin_run, check_run, way_on, write_json
-from hf_qlora.trainer.checkpoint import checkpoints
+from hf_qlora.trainer.checkpoint import checkpoints, step_of
 
 
 # The best of three for each method, by a validation split: `hf-qlora bench results-generation` tries them.
@@ -260,7 +261,13 @@ def trained(options: Any, trainer: Trainer) -> dict[str, Any]:
     stopper = StopOnCtrlC()
     trainer.add_callback(stopper)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=options.checkpoint)
+    last = options.checkpoint and Path(options.checkpoint)
+    if options.method == "full" and last and step_of(last) >= options.steps:
+        # It was stopped while it was measured. Trainer would make one more step.
+        trainer.model = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32).to(options.device)
+        trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=options.checkpoint)
     if stopper.asked:
         raise KeyboardInterrupt
     seconds, logs = time.monotonic() - started, [log for log in trainer.state.log_history if "loss" in log]

@@ -450,6 +450,8 @@ def bench_results_generation(
     from dataclasses import replace
 
     _check_choice("--device", [device], ("cpu", "cuda"))
+    if write and quick:
+        raise misused("--write is of the whole measurement: leave out --quick.")
     try:
         from hf_qlora.bench.examples import generation, generation_report, pages, runs
     except ImportError as error:

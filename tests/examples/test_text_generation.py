@@ -151,6 +151,33 @@ def test_a_run_again_and_another_method(
     assert "method='qlora'" in refused(capsys, *where, "--method", "full")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_stopped_while_it_is_measured(
+    method: str, given: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not trained a step more."""
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    found = {}
+    for name in ("whole", "stopped"):
+        own = ("--method", method, "--steps", "4", "--measure", "trained", "--device", "cpu")
+        where = (*given, *own, "--output", str(tmp_path / name), "--json", str(tmp_path / f"{name}.json"))
+        if name == "stopped":
+            with monkeypatch.context() as patched:
+                patched.setattr(example.Measuring, "__call__", stopped)
+                with pytest.raises(SystemExit) as ended:
+                    example.main(where)
+            assert ended.value.code == 130
+            where = (*where, "--resume")
+        example.main(where)
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert found["stopped"]["losses"] == found["whole"]["losses"]
+    assert found["stopped"]["trained"] == found["whole"]["trained"]
+
+
 @pytest.mark.parametrize(
     ("named", "id", "shown"),
     [

@@ -6,6 +6,7 @@ statistics.py             paired differences, intervals over seeds and items, an
 pages.py                  the model card and the page of the docs
 classification.py         examples/text_classification.py: methods side by side, and what each costs
 classification_report.py  its tables and its card
-generation.py             examples/text_generation.py: the same for answers, with its tables and its card
+generation.py             examples/text_generation.py: the same for answers
+generation_report.py      its tables and its card
 generation_cost.py        its memory, times and speed
 """
