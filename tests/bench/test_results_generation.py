@@ -211,6 +211,7 @@ def test_a_changed_file_and_no_gpu_are_one_sentence(results: Path, monkeypatch: 
         assert said in ended.output
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_cost_is_measured_to_its_end(tmp_path: Path) -> None:
     """All parts of it, on a tiny model; again there is nothing left to do."""
     torch.manual_seed(0)
