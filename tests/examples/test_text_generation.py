@@ -262,7 +262,7 @@ def test_an_interrupted_run_goes_on(
         if "'loss'" in line:
             break
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=300)[0]
     assert process.returncode == 130, said
     assert "--resume goes on from it" in said.splitlines()[-1]
     assert 0 < max(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")) < steps
@@ -274,7 +274,7 @@ def test_an_interrupted_run_goes_on(
         ("whole", (*given, *few, "--no-checkpoints", "--output", str(tmp_path / "other"))),
     ):
         process = start(*arguments, "--json", str(tmp_path / name))
-        said = process.communicate(timeout=60)[0]
+        said = process.communicate(timeout=300)[0]
         assert process.returncode == 0, said
         found[name] = json.loads((tmp_path / name).read_text())
     assert not list(folder.glob("checkpoint-*"))
