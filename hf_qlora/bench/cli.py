@@ -23,6 +23,8 @@ Workers = Annotated[int, typer.Option(min=1, help="Processes side by side.")]
 Results = Annotated[Path, typer.Option(help="JSON.")]
 DrawnResults = Annotated[Path, typer.Option(help="JSON; the picture goes beside it.")]
 Runs = Annotated[Path, typer.Option(help="JSON lines, one for each run; runs that are there are not done again.")]
+Seeds = Annotated[int, typer.Option(min=1, help="How many; more of them go on from fewer.")]
+Write = Annotated[bool, typer.Option("--write", help="Write the model card and the page of the docs, in a checkout.")]
 ReportOnly = Annotated[bool, typer.Option("--report", help="Do nothing; print the table of --results.")]
 
 
@@ -341,42 +343,42 @@ def bench_calibrated_nf4(
 @bench.command("results-classification")
 def bench_results_classification(
     results: Runs = Path("results/text_classification.jsonl"),
-    sweep: Annotated[bool, typer.Option("--sweep", help="Try learning rates on the validation split.")] = False,
+    seeds: Seeds = 5,
     quick: Annotated[bool, typer.Option("--quick", help="Two steps of everything, to see that it works.")] = False,
     device: Device = "cpu",
     workers: Workers = 1,
-    card: Annotated[Path | None, typer.Option(help="Write the model card of the recorded run here.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Put the tables between the marks of this page.")] = None,
+    write: Write = False,
     report_only: ReportOnly = False,
 ) -> None:
-    """Full fine-tuning, LoRA, QLoRA and scales by depth on headlines: examples/text_classification.py, ten seeds.
+    """Full fine-tuning, LoRA, QLoRA and scales by depth on headlines: examples/text_classification.py over seeds.
 
-    An hour on two cores with --workers 2, and goes on where it stopped.
+    Learning rates first, three for each method, then the seeds, then cost. Hours; goes on where it stopped.
     """
-    try:
-        from hf_qlora.bench.examples import classification, classification_report, runs
-    except ImportError as error:
-        raise misused(f"{error}. Install what the experiment needs: pip install 'hf-qlora[bench]'") from None
-    from hf_qlora.bench.results import write_text
+    from dataclasses import replace
 
     _check_choice("--device", [device], ("cpu", "cuda"))
+    try:
+        from hf_qlora.bench.examples import classification, classification_report, pages, runs
+    except ImportError as error:
+        raise misused(f"{error}. Install what the experiment needs: pip install 'hf-qlora[bench]'") from None
     file = results.with_stem(f"{results.stem}_quick") if quick else results
     _check_lines(file)
-    if page is not None and not page.is_file():
-        raise misused(f"--page: {page} is not there.")
+    plan = classification.QUICK if quick else replace(classification.Plan(), seeds=tuple(range(1, seeds + 1)))
     try:
-        if sweep:
-            classification.sweep(file, device, workers)
-        elif not report_only:
-            classification.measure(file, quick, device, workers)
-    except runs.ExampleError as error:
+        if report_only:
+            ours = runs.last_origin(file, device)
+        else:
+            _check_device(device)
+            script = runs.example(classification.SCRIPT)
+            ours = runs.origin(script, device)
+            classification.measure(plan, file, device, workers, script)
+        text = classification_report.markdown(file, plan, ours)
+        if write and (card := classification_report.card(file, plan, ours)):
+            for path in pages.write("text_classification", card, text, runs.checkout()):
+                typer.echo(f"Written: {path}")
+    except (runs.ExampleError, OSError) as error:
         raise misused(str(error)) from None
-    ours = classification.study(quick, Path())
-    if card is not None and (text := classification_report.card(file, ours)):
-        write_text(card, text)
-    if page is not None:
-        write_text(page, classification_report.document(file, page.read_text(encoding="utf-8"), ours))
-    typer.echo(classification_report.markdown(file, ours) or f"No whole seed in {file} yet.")
+    typer.echo(text or f"No runs on {device} in {file} yet.")
 
 
 @bench.command("skip-list")
@@ -433,39 +435,45 @@ def bench_memory_plan(
 @bench.command("results-generation")
 def bench_results_generation(
     results: Runs = Path("results/text_generation.jsonl"),
-    seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
+    seeds: Seeds = 5,
     cost: Annotated[bool, typer.Option(help="Measure memory and times too.")] = True,
-    cards: Annotated[Path, typer.Option(help="Folder of text_generation.md, the model card.")] = Path("model_cards"),
-    docs: Annotated[Path, typer.Option(help="Page that the tables go into.")] = Path("docs/text_generation.md"),
-    quick: Annotated[bool, typer.Option("--quick", help="A little of everything, to see that it works.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two steps of everything, to see that it works.")] = False,
     device: Device = "cpu",
     workers: Workers = 1,
+    write: Write = False,
     report_only: ReportOnly = False,
 ) -> None:
     """Full fine-tuning, LoRA and QLoRA on SmolLM2, by examples/text_generation.py over seeds, and what each costs.
 
-    Two hours on two cores, and goes on where it stopped.
+    Learning rates first, three for each method, then the seeds, then cost. Hours; goes on where it stopped.
     """
     from dataclasses import replace
 
     _check_choice("--device", [device], ("cpu", "cuda"))
+    if write and quick:
+        raise misused("--write is of the whole measurement: leave out --quick.")
     try:
-        from hf_qlora.bench.examples import generation
-        from hf_qlora.bench.examples.runs import ExampleError
+        from hf_qlora.bench.examples import generation, generation_report, pages, runs
     except ImportError as error:
         raise misused(f"{error}. Install what the table needs: pip install 'hf-qlora[bench]'") from None
-    _check_device(device)
     file = results.with_stem(f"{results.stem}_quick") if quick else results
     _check_lines(file)
     plan = generation.QUICK if quick else replace(generation.Plan(), seeds=tuple(range(1, seeds + 1)))
-    if not report_only:
-        try:
-            generation.perform(plan, file, device, workers, cost)
-        except ExampleError as error:
-            raise misused(str(error)) from None
-        if not quick:
-            generation.write_pages(file, cards, docs, plan)
-    typer.echo(generation.markdown(file, plan) or f"No runs in {file} yet.")
+    try:
+        if report_only:
+            ours = runs.last_origin(file, device)
+        else:
+            _check_device(device)
+            script = runs.example(generation.SCRIPT)
+            ours = runs.origin(script, device)
+            generation.measure(plan, file, device, workers, script, cost)
+        text = generation_report.markdown(file, plan, ours)
+        if write and (card := generation_report.card(file, plan, ours)):
+            for path in pages.write("text_generation", card, text, runs.checkout()):
+                typer.echo(f"Written: {path}")
+    except (runs.ExampleError, OSError) as error:
+        raise misused(str(error)) from None
+    typer.echo(text or f"No runs on {device} in {file} yet.")
 
 
 def _check_device(device: str) -> None:

@@ -1,45 +1,49 @@
-"""The tables of the examples: resumable, sealed, paired; a stub plays the example."""
+"""The tables of the examples: resumable, sealed, of one script and device; a stub plays the example."""
 
 from __future__ import annotations
 
 import json
-import math
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import text_classification as real
 from scipy import stats
 from typer.testing import CliRunner
 
-from hf_qlora.bench.examples import classification, runs
+from hf_qlora.bench.examples import classification, pages, runs
 from hf_qlora.bench.examples import classification_report as report
-from hf_qlora.bench.examples.runs import ExampleError, Study, perform, read, rows_of
-from hf_qlora.bench.examples.statistics import Mean, mean_of, non_inferior, paired
+from hf_qlora.bench.examples.runs import ExampleError, Origin, Run, origin, read, rows_of
+from hf_qlora.bench.results import append_line, read_lines
 from hf_qlora.cli import app
 
 
 STUB = """
 import argparse, json, os, pathlib, sys
 parser = argparse.ArgumentParser()
-for name in ("method", "seed", "output", "json", "fail"):
+for name in ("method", "seed", "output", "json", "fail", "device", "learning-rate"):
     parser.add_argument("--" + name)
 options = parser.parse_args()
 count = pathlib.Path(__file__).with_name("calls.txt")
 with count.open("a") as file:
-    file.write(f"{options.method} {options.seed}\\n")
+    file.write(f"{options.method} {options.seed} {options.learning_rate}\\n")
 if options.fail == options.method and options.seed == "2":
     sys.exit("no luck today")
 seed = int(options.seed)
-accuracy = {"full": 0.9, "lora": 0.898, "qlora": 0.897, "adaptive-depth": 0.899}[options.method] + 0.001 * (seed % 3)
-accuracy += 0.0004 * seed * (options.method == "qlora")
+of_method, of_seed = {"full": 90, "lora": 89, "qlora": 88, "adaptive-depth": 91}[options.method], seed % 3
+right = of_method + of_seed
 output = pathlib.Path(options.output)
 output.mkdir()
-(output / "README.md").write_text(f"# Card of {options.method}\\n")
-found = {"test": {"accuracy": accuracy, "macro_f1": accuracy - 0.01, "loss": 0.3}, "correct": "01" * 50,
-         "validation": {"accuracy": accuracy}, "settings": {"steps": 3}, "trained_parameters": 1234567,
-         "saved_bytes": 3 * 2**20}
+(output / "README.md").write_text(f"# Card of {options.method} {seed}\\n")
+found = {"test": {"accuracy": right / 100, "macro_f1": right / 100 - 0.01, "loss": 0.3},
+         "correct": "1" * of_method + "0" * (97 - of_method) + "1" * of_seed + "0" * (3 - of_seed),
+         "validation": {"accuracy": 0.8 + 10 * float(options.learning_rate)},
+         "settings": {"steps": 3, "batch_size": 2}, "trained_parameters": 1234567, "saved_bytes": 3 * 2**20}
 pathlib.Path(options.json).write_text(json.dumps(found))
 """
+PLAN = replace(classification.Plan(), seeds=(1, 2, 3))
 
 
 @pytest.fixture
@@ -49,113 +53,174 @@ def stub(tmp_path: Path) -> Path:
     return path
 
 
-def study(stub: Path, *arguments: str, seeds: tuple[int, ...] = (1, 2)) -> Study:
-    arms = {method: ("--method", method) for method in classification.METHODS}
-    return Study(stub, arms, seeds, arguments)
-
-
 def calls(stub: Path) -> list[str]:
     file = stub.with_name("calls.txt")
     return file.read_text().splitlines() if file.is_file() else []
 
 
-def test_seeds_are_outside_and_nothing_is_done_twice(stub: Path, tmp_path: Path) -> None:
+def perform(stub: Path, results: Path, plan: classification.Plan = PLAN, workers: int = 1) -> Origin:
+    """The sweep and the seeds, without the cost."""
+    ours = origin(stub, "cpu")
+    runs.perform(stub, plan.sweep.runs(), results, workers=workers)
+    runs.perform(stub, plan.study(results, ours).runs(), results, workers=workers)
+    return ours
+
+
+def few(*arguments: str, seeds: tuple[int, ...] = (1,)) -> classification.Plan:
+    """One rate for each method."""
+    one = dict.fromkeys(classification.METHODS, ("1e-3",))
+    return classification.Plan(seeds, classification.sweep_of(one, arguments))
+
+
+def test_rates_first_then_seeds_and_nothing_twice(stub: Path, tmp_path: Path) -> None:
     results = tmp_path / "deep" / "results.jsonl"
-    perform(study(stub), results)
-    assert calls(stub) == [f"{method} {seed}" for seed in (1, 2) for method in classification.METHODS]
-    perform(study(stub), results)
-    assert len(calls(stub)) == 8
-    perform(study(stub, seeds=(1, 2, 3)), results, workers=2)
+    perform(stub, results, few(seeds=(1, 2)))
+    assert calls(stub) == [f"{method} {seed} 1e-3" for seed in (100, 1, 2) for method in classification.METHODS]
+    perform(stub, results, few(seeds=(1, 2)))
     assert len(calls(stub)) == 12
-    assert {row["with"]["code"] for _, row in read(results)}
+    perform(stub, results, few(seeds=(1, 2, 3)), workers=2)
+    assert len(calls(stub)) == 16
+    assert {row["with"]["code"] for row in read_lines(results)}
+
+
+def test_each_method_is_swept_alike_and_takes_its_best(stub: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    ours = perform(stub, results, replace(PLAN, seeds=(1,)))
+    assert {len(tried) for tried in classification.RATES.values()} == {3}
+    best = {method: tried[-1] for method, tried in classification.RATES.items()}  # as the stub has it
+    assert PLAN.sweep.chosen(results, ours) == best
+    assert calls(stub)[12:] == [f"{method} 1 {rate}" for method, rate in best.items()]
+    text = PLAN.sweep.markdown(results, ours, classification.NAMES)
+    assert "* full fine-tuning: 1e-4: 80.1 %, 2e-4: 80.2 %, **4e-4: 80.4 %**; none was tried beyond" in text
+    assert "* QLoRA: 1e-3: 81.0 %, 1.7e-3: 81.7 %, **3e-3: 83.0 %**; none was tried beyond" in text
+
+
+def test_no_rate_is_chosen_of_some_of_them(tmp_path: Path) -> None:
+    results, sweep = tmp_path / "results.jsonl", PLAN.sweep
+    for run in list(sweep.runs())[:2]:
+        keep(results, run, Origin("a", "CPU, x86_64"))
+    assert sweep.chosen(results, Origin("a", "CPU, x86_64")) == {}
+    assert list(PLAN.study(results, Origin("a", "CPU, x86_64")).runs()) == []
+
+
+def keep(results: Path, run: Run, ours: Origin) -> None:
+    row = {"part": run.part, "arm": run.arm, "seed": run.seed, "arguments": list(run.arguments)}
+    found = {"validation": {"accuracy": 0.5}}
+    append_line(results, {**row, "found": found, "script": ours.script, "with": {"device": ours.device}})
+
+
+@pytest.mark.parametrize("other", [Origin("b", "CPU, x86_64"), Origin("a", "NVIDIA H100")])
+def test_rows_of_another_script_or_device_are_not_read(other: Origin, tmp_path: Path) -> None:
+    results, ours = tmp_path / "results.jsonl", Origin("a", "CPU, x86_64")
+    run = Run("full", 1, ())
+    keep(results, run, ours)
+    keep(results, run, other)
+    assert [runs.of_row(row) for _, row in read(results, ours)] == [ours]
+    assert [runs.of_row(row) for _, row in read(results, other)] == [other]
+    study = runs.Study({"full": ()}, (1,))
+    assert runs.of_row(rows_of(study, results, ours)[1]["full"]) == ours
+    assert len(runs.lines_of(results, other, runs.RUNS)) == 1
+
+
+def test_the_last_origin_of_a_kind_of_device(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    assert runs.last_origin(results) is None
+    cpu = runs.origin(Path(__file__), "cpu").device
+    for one in (Origin("a", cpu), Origin("b", cpu), Origin("a", "NVIDIA H100")):
+        keep(results, Run("full", 1, ()), one)
+    assert runs.last_origin(results, "cpu") == Origin("b", cpu)
+    assert runs.last_origin(results, "cuda") == Origin("a", "NVIDIA H100")
+
+
+def test_another_script_is_run_anew_but_not_for_other_default_rates(stub: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    stub.write_text(f"LEARNING_RATES = {{'full': 1}}\n{STUB}")
+    perform(stub, results, few())
+    stub.write_text(f"LEARNING_RATES = {{\n 'full': 2\n}}\n{STUB}")
+    perform(stub, results, few())
+    assert len(calls(stub)) == 8
+    stub.write_text(f"LEARNING_RATES = {{'full': 2}}\n{STUB}# changed\n")
+    ours = perform(stub, results, few())
+    assert len(calls(stub)) == 16
+    assert len(read(results, ours)) == 8
 
 
 def test_a_run_that_fails_is_said_and_what_ended_before_is_kept(stub: Path, tmp_path: Path) -> None:
-    results = tmp_path / "results.jsonl"
+    results, plan = tmp_path / "results.jsonl", few("--fail", "qlora", seeds=(1, 2))
     with pytest.raises(ExampleError, match=r"--method qlora.*no luck today"):
-        perform(study(stub, "--fail", "qlora"), results)
-    assert len(read(results)) >= 6
-    assert set(rows_of(study(stub, "--fail", "qlora"), results)) == {1}  # whole seeds only
+        perform(stub, results, plan)
+    ours = origin(stub, "cpu")
+    assert len(read(results, ours)) >= 4 + 6
+    assert set(rows_of(plan.study(results, ours), results, ours)) == {1}  # whole seeds only
 
 
 def test_a_changed_row_is_found(stub: Path, tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
-    perform(study(stub, seeds=(1,)), results)
-    results.write_text(results.read_text().replace("0.901", "0.951", 1))
+    ours = perform(stub, results, few())
+    results.write_text(results.read_text().replace("0.91", "0.95", 1))
     with pytest.raises(ValueError, match="was changed"):
-        read(results)
+        read(results, ours)
     found = CliRunner().invoke(app, ["bench", "results-classification", "--report", "--results", str(results)])
     assert found.exit_code == 2
     assert "was changed" in found.output
 
 
-def test_the_interval_is_scipys() -> None:
-    rng = np.random.default_rng(0)
-    first, second = rng.normal(0.9, 0.01, 7), rng.normal(0.9, 0.01, 7)
-    found = paired(list(first), list(second))
-    expected = stats.ttest_rel(first, second).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)  # the same in fp64
-    assert found.mean == pytest.approx(float(np.mean(first - second)), rel=1e-12)
-    assert math.isnan(mean_of([0.5]).low)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(-0.4, 0.1, True), (-0.6, 0.1, False), (0.1, 0.2, True), (-2.0, -1.0, False), (math.nan, math.nan, None)],
-)
-def test_non_inferior_is_what_the_interval_says(low: float, high: float, expected: bool | None) -> None:
-    assert non_inferior(Mean(5, (low + high) / 2, 1.0, low, high), 0.5) is expected
-
-
 def test_the_table_is_of_the_rows(stub: Path, tmp_path: Path) -> None:
-    results, ours = tmp_path / "results.jsonl", study(stub, seeds=(1, 2, 3))
-    assert report.markdown(results, ours) == ""
-    perform(ours, results)
-    text = report.markdown(results, ours)
-    differences = [100 * (-0.003 + 0.0004 * seed) for seed in (1, 2, 3)]
-    low, high = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    results = tmp_path / "results.jsonl"
+    assert report.markdown(results, PLAN) == ""
+    ours = perform(stub, results)
+    text = report.markdown(results, PLAN, ours)
+    assert report.markdown(results, PLAN) == text
+    # Of 100 texts 2 are lost with every seed: no variance of the seeds; that of the texts is Bernoulli's.
     line = next(line for line in text.splitlines() if line.startswith("| QLoRA"))
-    assert f"| {np.mean(differences):+.2f} | {low:+.2f} to {high:+.2f} | 1,234,567 | 3.0 |" in line
-    assert f"{100 * 0.901:.2f}" in text  # full fine-tuning's mean: 0.9 and, on average, 0.001
-    assert ("**Shown**" in text) == (low > -0.5)
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[6:8] == ["-2.00", "0.00"]
+    reach = stats.t.ppf(0.975, 99) * 100 * np.sqrt(0.02 * 0.98 / 100)
+    low, high = map(float, cells[8].split(" to "))
+    assert (low, high) == pytest.approx((-2 - reach, -2 + reach), rel=0.03)  # 10,000 draws: 0.7 % of a deviation
+    assert cells[9:11] == ["1,234,567", "3.0"]
+    assert "**Not decided**" in text
     full = next(line for line in text.splitlines() if line.startswith("| full"))
-    assert {line.count("|") for line in (line, full)} == {10}
-
-
-@pytest.mark.parametrize(("shift", "word"), [(0.0, "**Shown**"), (0.004, "**Not shown**"), (0.02, "worse by more")])
-def test_the_verdict_hides_nothing(shift: float, word: str) -> None:
-    def row(accuracy: float) -> dict[str, object]:
-        return {"found": {"test": {"accuracy": accuracy}}}
-
-    wobble = (-0.001, 0.0, 0.001, 0.002, -0.002)
-    rows = {i: {"full": row(0.9), "qlora": row(0.9 - shift + w)} for i, w in enumerate(wobble)}
-    assert word in report.verdict(rows)
+    assert f"{(91 + 92 + 90) / 3:.2f}" in full
+    assert {line.count("|") for line in (line, full)} == {11}
 
 
 def test_card_and_page_have_what_the_report_prints(stub: Path, tmp_path: Path) -> None:
-    results, ours = tmp_path / "results.jsonl", study(stub)
-    page = "# Page\n\n<!-- results -->\nold\n<!-- /results -->\n\nafter\n"
-    assert report.card(results, ours) == ""
-    assert report.document(results, page, ours) == page
-    perform(ours, results)
-    text = report.markdown(results, ours)
-    assert report.card(results, ours).startswith("# Card of qlora\n")
-    assert text in report.card(results, ours)
-    made = report.document(results, page, ours)
-    assert text in made
-    assert "old" not in made
-    assert made.endswith("\nafter\n")
-    assert report.document(results, made, ours) == made
+    results = tmp_path / "results.jsonl"
+    assert report.card(results, PLAN) == ""
+    perform(stub, results)
+    text, card = report.markdown(results, PLAN), report.card(results, PLAN)
+    assert card.startswith("# Card of qlora 1\n")
+    assert text in card
+    page = tmp_path / "docs" / "text.md"
+    page.parent.mkdir()
+    page.write_text("# Page\n\n<!-- results -->\nold\n<!-- /results -->\n\nafter\n")
+    for _ in range(2):  # again changes nothing
+        written = pages.write("text", card, text, tmp_path)
+        assert [path.read_text() for path in written] == [
+            card,
+            f"# Page\n\n<!-- results -->\n\n{text}\n\n<!-- /results -->\n\nafter\n",
+        ]
     with pytest.raises(ValueError, match="<!-- results -->"):
-        report.document(results, "# Page", ours)
+        pages.document("# Page", text)
 
 
-def test_page_and_card_in_the_repository_are_those_of_the_committed_results() -> None:
+def test_page_card_and_rates_in_the_repository_are_those_of_the_committed_results() -> None:
     repository = Path(__file__).parents[2]
     results, card = repository / "results/text_classification.jsonl", repository / "model_cards/text_classification.md"
-    text = (repository / "docs/text_classification.md").read_text(encoding="utf-8")
-    assert report.document(results, text) == text
-    assert report.card(results) == (card.read_text(encoding="utf-8") if card.is_file() else "")
+    page = (repository / "docs/text_classification.md").read_text(encoding="utf-8")
+    ours = runs.last_origin(results)
+    if ours is None:
+        assert not card.exists()
+        assert pages.document(page, "").count("<!-- ") == 2
+        return
+    whole = Run(report.ASKED, 1, PLAN.study(results, ours).arms[report.ASKED])
+    seeds = {run.seed for run, _ in read(results, ours) if run.part == runs.RUNS and run.arguments == whole.arguments}
+    plan = replace(PLAN, seeds=tuple(sorted(seeds)))
+    assert pages.document(page, report.markdown(results, plan, ours)) == page
+    assert report.card(results, plan, ours) == card.read_text(encoding="utf-8")
+    chosen = plan.sweep.chosen(results, ours)
+    assert {method: float(rate) for method, rate in chosen.items()} == real.LEARNING_RATES
 
 
 def test_costs_are_medians_and_ratios(tmp_path: Path) -> None:
@@ -172,9 +237,57 @@ def test_costs_are_medians_and_ratios(tmp_path: Path) -> None:
         }
         for name, factor in (("full", 2.0), ("lora", 1.0), ("qlora", 1.5))
     }
-    runs.keep(results, "cost", {"rounds": 3, "methods": methods}, "cpu")
+    runs.keep(results, "cost", {"rounds": 3, "methods": methods}, Path(__file__), "cpu")
     text = report.markdown(results)
     assert "| QLoRA | 1.500 | 0.75 | 1,536 | 0.75 | 1.0 | 0.500 | 0.5000 | 1.5000 |" in text
+
+
+class FakeStep:
+    """Says whose turn it was."""
+
+    turns: ClassVar[list[str]] = []
+
+    def __init__(self, script: Path, method: str, rate: str, device: str) -> None:
+        self.method, self.sizes = method, {"base_bytes": 1, "head": {}}
+
+    def __call__(self, number: int) -> tuple[float, float]:
+        self.turns.append(self.method)
+        return 0.0, 0.0
+
+
+def test_each_method_is_first_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeStep, "turns", [])
+    monkeypatch.setattr(classification, "Step", FakeStep)
+    monkeypatch.setattr(classification, "apart", lambda *arguments: {"peak": 1})
+    found = classification.cost(Path(), "cpu", 6, dict.fromkeys(classification.COSTED, "1e-3"))
+    counted = FakeStep.turns[3 * classification.WARMUP :]
+    for place in range(3):
+        assert sorted(counted[place::3]) == sorted(2 * classification.COSTED)
+    assert {len(one["step_s"]) for one in found["methods"].values()} == {6}
+
+
+def test_cost_batches_are_shuffled_and_the_longest_are_known(tmp_path: Path) -> None:
+    examples = [{"input_ids": [0] * length} for length in range(1, 1001)]
+    step = object.__new__(classification.Step)
+    step.take(examples, 10)
+    assert [len(one["input_ids"]) for one in step.longest] == list(range(991, 1001))
+    lengths = [len(one["input_ids"]) for one in step.examples]
+    assert sorted(lengths) == list(range(1, 1001))
+    # A batch of ten has a mean of 500 ± 91 (289 / √10, one deviation), not of 5.
+    assert abs(np.mean(lengths[:10]) - 500) < 4 * 91
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [(("--device", "cuda"), "sees no GPU"), (("--device", "tpu"), "not known")]
+)
+def test_a_device_that_is_not_there_is_one_sentence(
+    options: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["bench", "results-classification", "--results", str(tmp_path / "results.jsonl"), *options]
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 2
+    assert said in found.output
 
 
 def test_without_a_checkout_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

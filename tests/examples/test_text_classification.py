@@ -11,10 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bitsandbytes as bnb
 import numpy as np
 import pytest
 import text_classification as example
 import torch
+import transformers as tf
+from byte_tokenizer import byte_tokenizer
 
 
 SCRIPT = Path(example.__file__)
@@ -51,6 +54,7 @@ def test_data_that_nothing_can_be_learned_from_is_refused(
     assert message in said
     assert said.startswith("Error: ")
     assert said.count("\n") == 1
+    assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize(
@@ -80,10 +84,12 @@ def test_what_is_not_there_is_refused(
     Path("broken.jsonl").write_text("{", encoding="utf-8")
     Path("binary.jsonl").write_bytes(b"\xff\xfe\x00")
     written(Path("good.jsonl"), reviews())
-    assert example.main(list(arguments)) == 2
+    assert example.main([*arguments, "--json", "found.json"]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+    assert not list(Path().glob("text-classification*"))
+    assert not Path("found.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -135,6 +141,73 @@ def test_scores_are_those_counted_by_hand() -> None:
     assert found == {"accuracy": 0.75, "macro_f1": pytest.approx((2 / 3 + 4 / 5) / 2, rel=1e-12)}
 
 
+# ---- heads, on tiny models without one
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+HEADLESS = {
+    "distilbert": lambda: tf.DistilBertModel(
+        tf.DistilBertConfig(dim=64, hidden_dim=128, n_layers=2, n_heads=2, vocab_size=300, pad_token_id=0)
+    ),
+    "roberta": lambda: tf.RobertaModel(
+        tf.RobertaConfig(**SIZES, vocab_size=300, pad_token_id=0, max_position_embeddings=80), add_pooling_layer=False
+    ),
+    "bert": lambda: tf.BertModel(tf.BertConfig(**SIZES, vocab_size=300), add_pooling_layer=False),
+    "llama": lambda: tf.LlamaModel(tf.LlamaConfig(**SIZES, vocab_size=300, num_key_value_heads=2)),
+}
+HEADS = {
+    "distilbert": ["classifier", "pre_classifier"],
+    "roberta": ["classifier"],
+    "bert": ["bert.pooler.dense", "classifier"],
+    "llama": ["score"],
+}
+
+
+@pytest.fixture(params=sorted(HEADLESS))
+def headless(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
+    folder = tmp_path / "base"
+    HEADLESS[request.param]().save_pretrained(folder)
+    byte_tokenizer(pair=request.param != "llama").save_pretrained(folder)
+    return request.param, folder
+
+
+@pytest.mark.parametrize("method", ["qlora", "adaptive-depth", "full"])
+def test_every_new_module_is_trained_whole_and_never_quantized(headless: tuple[str, Path], method: str) -> None:
+    name, folder = headless
+    options = example.parse(["--model", str(folder), "--method", method, "--device", "cpu"])
+    _, _, model, head = example.load(options, ["a", "b", "c"])
+    assert head == HEADS[name]
+    new = {key for key, _ in model.named_parameters() if key.startswith(tuple(f"{module}." for module in head))}
+    model, found = example.adapted(model, head, options)
+    trained = {key.removeprefix("base_model.model.").replace("modules_to_save.default.", "") for key in found["head"]}
+    assert trained == new
+    assert set(found["head"].values()) == {"torch.float32"}
+    quantized = [path for path, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert bool(quantized) == (method == "qlora")
+    assert not [path for path in quantized if any(module in path for module in head)]
+
+
+@pytest.mark.parametrize("name", ["distilbert"])
+def test_the_documented_commands_run_in_their_order(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    HEADLESS[name]().save_pretrained(tmp_path / "base")
+    byte_tokenizer(pair=True).save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "rows.jsonl", reviews(200))
+    shared = ["--model", "base", "--dataset", "rows.jsonl", "--steps", "2", "--batch-size", "4", "--device", "cpu"]
+    for method in example.LEARNING_RATES:
+        assert example.main([*shared, "--method", method, "--json", f"{method}.json"]) == 0
+        found = json.loads(Path(f"{method}.json").read_text())
+        output = Path(f"text-classification-{method}")
+        assert found["saved_bytes"] == sum(file.stat().st_size for file in output.glob("*model.safetensors"))
+        assert found["reload_difference"] < 1e-4  # float32, with folded scales rounded once more
+        assert (output / "README.md").is_file()
+        assert found["versions"].keys() == {"scikit-learn", "accelerate"}
+        assert found["resumed_at_step"] is None
+    into_another = ["--method", "full", "--output", "text-classification-qlora"]
+    assert example.main([*shared, *into_another]) == 2
+
+
 # ---- whole runs, on MiniLM
 
 
@@ -176,7 +249,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_run_goes_on_to_the_same_end(tmp_path
         command(parts, "--steps", "40"),
         env=environment(),
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=(tmp_path / "said.txt").open("w"),
         text=True,
     )
     assert stopped.stdout is not None
@@ -184,7 +257,8 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_run_goes_on_to_the_same_end(tmp_path
         if "'loss'" in line:  # it trains
             break
     stopped.send_signal(signal.SIGINT)
-    said, _ = stopped.communicate(timeout=120)
+    stopped.communicate(timeout=120)
+    said = (tmp_path / "said.txt").read_text()
     assert stopped.returncode == 130
     assert "--resume" in said
     assert list((parts / "output").glob("checkpoint-*"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -43,15 +42,22 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> argparse.Namespace:
-    monkeypatch.setattr(sys, "argv", ["text_generation.py", *arguments])
-    return example.read_options()
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one sentence that is said."""
+    with pytest.raises(SystemExit) as stopped:
+        example.main(arguments)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("Error: ")
+    return said
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_each_method_has_its_rate(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert options(monkeypatch, "--method", method).learning_rate == example.RATES[method]
-    assert options(monkeypatch, "--method", method, "--learning-rate", "1e-4").learning_rate == 1e-4
+def test_each_method_has_its_rate_and_folder(method: str) -> None:
+    given = example.read_options(["--method", method])
+    assert given.learning_rate == example.LEARNING_RATES[method]
+    assert given.output == Path(f"text-generation-{method}")
+    assert example.read_options(["--method", method, "--learning-rate", "1e-4"]).learning_rate == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -71,39 +77,141 @@ def test_bad_input_is_one_sentence(
     named: str,
     given: tuple[str, ...],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["", *given, "--output", str(tmp_path / "out"), *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        example.main()
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("Error: ")
-    assert named in said
+    assert named in refused(capsys, *given, "--output", str(tmp_path / "out"), *arguments)
     assert not (tmp_path / "out").exists()
 
 
-def test_only_the_answer_and_its_end_have_labels() -> None:
-    tokenizer = byte_tokenizer(chat=True)
-    row = example.encode(tokenizer, chat("1 + 1 =", "two"))
-    labelled = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label >= 0]
-    assert tokenizer.decode(labelled) == "two<|end|>"
-    assert tokenizer.decode(row["input_ids"][: row["start"]]) == "user: 1 + 1 =<|end|>assistant: "
-    assert all(label in (-100, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+@pytest.mark.parametrize("below", ["", "file/found.json"])
+def test_json_that_cannot_be_written_is_noticed_before_training(
+    below: str, given: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    file = str(tmp_path / below)
+    assert "cannot be written" in refused(capsys, *given, "--output", str(tmp_path / "out"), "--json", file)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"settings.json"}
 
 
-def test_padding_has_no_labels() -> None:
-    tokenizer = byte_tokenizer(chat=True)
-    batch = example.collate([example.encode(tokenizer, chat("?", answer)) for answer in ("a", "abcdef")])
-    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
-    assert (batch["labels"] >= 0).sum(1).tolist() == [2, 7]  # and the end of each
+def test_texts_beside_chats(given: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "both.jsonl"
+    line = json.dumps({"text": "1 + 1", "messages": chat("1 + 1 =", "2")})
+    file.write_text("\n".join([line] * 3), encoding="utf-8")
+    assert f"{file}#messages" in refused(capsys, *given, "--dataset", str(file))
+    assert example.own_chats(f"{file}#messages") == [chat("1 + 1 =", "2")] * 3
 
 
-def test_held_out_questions_are_not_trained_on(given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_question_is_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often the data have it: what is held out for validation is cut off the same list."""
+    pairs = [{"task": "t", "instruction": "add", "prompt": f"{n % 7}", "answer": f"{n}"} for n in range(30)]
+    pairs += [{"task": "u", "instruction": "add", "prompt": f"{n}", "answer": ""} for n in range(200)]
+    pairs += [{"task": example.LEFT_OUT[0], "instruction": "", "prompt": "", "answer": ""}]
+    monkeypatch.setattr(example.assets, "instruction_pairs", lambda split: pairs)
+    chats = example.default_chats("train")
+    asked = [(messages[0]["content"], messages[1]["content"], len(messages[2]["content"]) > 0) for messages in chats]
+    assert len(set(asked)) == len(asked) == 7 + example.OF_A_TASK
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_what_is_measured_is_in_bfloat16_without_autocast(method: str, given: tuple[str, ...], tmp_path: Path) -> None:
+    own = ("--method", method, "--steps", "1", "--output", str(tmp_path / "out"), "--device", "cpu")
+    options = example.read_options([*given, *own])
+    tokenizer, model = example.load(options)
+    trainer = example.make_trainer(options, model, tokenizer, *example.choose_rows(options, tokenizer))
+    example.trained(options, trainer)
+    assert ("forward" in vars(trainer.model)) == (method == "full")  # accelerate's, else this test says nothing
+    measured = example.as_measured(trainer)
+    assert measured.forward.__func__ is type(measured).forward
+    assert "_original_forward" not in vars(measured)
+    assert measured(torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16
+    assert measured(torch.tensor([[1, 2, 3]]), return_dict=False)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_run_again_and_another_method(
+    given: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints do not outlive a run; a result is not written over by another method's."""
+    folder, file = tmp_path / "out", tmp_path / "new" / "found.json"
+    where = (*given, "--output", str(folder), "--device", "cpu", "--steps", "2", "--measure", "trained")
+    for _ in range(2):
+        example.main([*where, "--json", str(file)])
+        assert not list(folder.glob("checkpoint-*"))
+    found = json.loads(file.read_text())
+    tokens = found["answer_tokens"]
+    assert len(tokens) == len(found["trained"]["log_likelihoods"]) == len(found["trained"]["exact"]) == 8
+    by_item = math.exp(-sum(found["trained"]["log_likelihoods"]) / sum(tokens))
+    # the items are rounded to 4 digits: at most 5e-5 of each, of its two or more tokens
+    assert by_item == pytest.approx(found["trained"]["perplexity"], rel=5e-5)
+    assert {"base", "nf4"}.isdisjoint(found)
+    assert found["versions"].keys() == {"accelerate", "sacrebleu"}
+    assert "version:" in found["trained"]["bleu_signature"]
+    assert "On the evaluation data (8 examples)" in (folder / "README.md").read_text(encoding="utf-8")
+    assert "method='qlora'" in refused(capsys, *where, "--method", "full")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_stopped_while_it_is_measured(
+    method: str, given: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not trained a step more."""
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    found = {}
+    for name in ("whole", "stopped"):
+        own = ("--method", method, "--steps", "4", "--measure", "trained", "--device", "cpu")
+        where = (*given, *own, "--output", str(tmp_path / name), "--json", str(tmp_path / f"{name}.json"))
+        if name == "stopped":
+            with monkeypatch.context() as patched:
+                patched.setattr(example.Measuring, "__call__", stopped)
+                with pytest.raises(SystemExit) as ended:
+                    example.main(where)
+            assert ended.value.code == 130
+            where = (*where, "--resume")
+        example.main(where)
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert found["stopped"]["losses"] == found["whole"]["losses"]
+    assert found["stopped"]["trained"] == found["whole"]["trained"]
+
+
+@pytest.mark.parametrize(
+    ("named", "id", "shown"),
+    [
+        (None, None, "33 tasks of evals' self_prompting"),
+        ("me/chats:validation#messages", "me/chats", "me/chats"),
+        (f"{__file__}#messages", None, Path(__file__).name),
+    ],
+)
+def test_the_card_names_the_data(
+    named: str | None, id: str | None, shown: str, given: tuple[str, ...], tmp_path: Path
+) -> None:
+    options = example.read_options([*given, "--output", str(tmp_path / "out"), "--device", "cpu", "--steps", "1"])
+    tokenizer, model = example.load(options)
+    trainer = example.make_trainer(options, model, tokenizer, *example.choose_rows(options, tokenizer))
+    options.dataset = named
+    card = example.make_card(options, trainer)
+    assert (card.dataset, card.dataset_name) == (id, shown)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_the_base_is_measured_alone(given: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    where = ("--output", str(tmp_path / "out"), "--json", str(file), "--device", "cpu")
+    example.main([*given, *where, "--method", "base", "--measure", "trained"])
+    found = json.loads(file.read_text())
+    assert {"trained", "losses"}.isdisjoint(found)
+    assert len(found["base"]["exact"]) == 8
+    assert found["nf4"]["perplexity"] != found["base"]["perplexity"]
+
+
+def test_held_out_questions_are_not_trained_on(given: tuple[str, ...]) -> None:
     tokenizer, parts = byte_tokenizer(chat=True), []
     for split in ("test", "validation"):
-        chosen = options(monkeypatch, *given, "--split", split)
+        chosen = example.read_options([*given, "--split", split])
         parts += [{str(row["input_ids"]) for row in rows} for rows in example.choose_rows(chosen, tokenizer)]
     train, test, train_again, validation = parts
     assert train == train_again
@@ -112,32 +220,9 @@ def test_held_out_questions_are_not_trained_on(given: tuple[str, ...], monkeypat
     assert not test & validation
 
 
-def test_perplexity_is_that_of_each_token(given: tuple[str, ...]) -> None:
-    """Against a sum of log-probabilities, one row at a time in float64."""
-    model, tokenizer = llama(vocab_size=257), byte_tokenizer(chat=True)
-    rows = [example.encode(tokenizer, chat("?" * n, "ab" * n)) for n in (1, 5, 3)]
-    total, count = 0.0, 0
-    for row in rows:
-        ids = torch.tensor([row["input_ids"]])
-        logs = model(ids).logits[0].double().log_softmax(-1)
-        for place in range(row["start"], ids.shape[1]):
-            total, count = total - logs[place - 1, ids[0, place]].item(), count + 1
-    # float32 in batches that are padded: sums in another order
-    assert example.perplexity(model, rows, batch_size=2) == pytest.approx(math.exp(total / count), rel=1e-5)
-
-
-def test_answers_come_in_the_order_of_the_rows() -> None:
-    """Batched with padding on the left, each is the one that it is alone."""
-    torch.manual_seed(0)
-    model, tokenizer = llama(vocab_size=257), byte_tokenizer(chat=True)
-    rows = [example.encode(tokenizer, chat("x" * n, "abcdefgh")) for n in (9, 2, 30, 5)]
-    together = example.generate(model, tokenizer, rows, batch_size=3)
-    assert together == [example.generate(model, tokenizer, [row])[0] for row in rows]
-    assert len(set(together)) > 1
-
-
 def test_scores() -> None:
-    assert example.scores([" a b c d", "x"], ["a b c d", "y"])["exact_match"] == 50
+    found = example.scores([" a b c d", "x"], ["a b c d", "y"])
+    assert (found["exact_match"], found["exact"]) == (50, "10")
     assert example.scores(["a b c d e"], ["a b c d e"])["bleu"] == pytest.approx(100)
     # By hand: precisions 4/5, 3/4, 2/3, 1/2, no brevity penalty
     by_hand = 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
@@ -164,27 +249,35 @@ def test_both_trainers_share_one_loss_trajectory(method: str, given: tuple[str, 
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on(given: tuple[str, ...], tmp_path: Path) -> None:
-    folder, file = tmp_path / "out", tmp_path / "found.json"
-    where = (*given, "--output", str(folder), "--steps", "400", "--method", "lora")
+def test_an_interrupted_run_goes_on(
+    given: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the same end as one that is not interrupted."""
+    folder, steps = tmp_path / "out", 100
+    few = ("--steps", str(steps), "--save-steps", "10", "--method", "lora", "--measure", "trained", "--device", "cpu")
+    where = (*given, *few, "--output", str(folder))
     process = start(*where)
     assert process.stdout is not None
     for line in process.stdout:
         if "'loss'" in line:
             break
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[0]
+    said = process.communicate(timeout=300)[0]
     assert process.returncode == 130, said
     assert "--resume goes on from it" in said.splitlines()[-1]
-    step = max(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
-    assert 0 < step < 400
-    again = start(*where)
-    assert "add --resume" in again.communicate()[0].splitlines()[-1]
-    assert again.returncode == 2
-    other = start(*where, "--resume", "--rank", "4")
-    assert "rank=16" in other.communicate()[0].splitlines()[-1]
-    assert other.returncode == 2
-    resumed = start(*where, "--resume", "--json", str(file))
-    said = resumed.communicate()[0]
-    assert resumed.returncode == 0, said
-    assert len(json.loads(file.read_text())["losses"]) == 400 // (400 // 12)
+    assert 0 < max(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")) < steps
+    assert "add --resume" in refused(capsys, *where)
+    assert "rank=16" in refused(capsys, *where, "--resume", "--rank", "4")
+    found = {}
+    for name, arguments in (
+        ("resumed", (*where, "--resume")),
+        ("whole", (*given, *few, "--no-checkpoints", "--output", str(tmp_path / "other"))),
+    ):
+        process = start(*arguments, "--json", str(tmp_path / name))
+        said = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, said
+        found[name] = json.loads((tmp_path / name).read_text())
+    assert not list(folder.glob("checkpoint-*"))
+    # the same operations on one thread, from a checkpoint in full precision; kept with 4 digits
+    for key in ("log_likelihoods", "answers"):
+        assert found["resumed"]["trained"][key] == found["whole"]["trained"][key]

@@ -7,85 +7,83 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from hf_qlora.bench.examples.classification import METHODS, RATES, study
-from hf_qlora.bench.examples.runs import Run, Study, read, rows_of
-from hf_qlora.bench.examples.statistics import Mean, mean_of, non_inferior, paired
-from hf_qlora.bench.results import read_lines
+import numpy as np
+
+from hf_qlora.bench.examples import pages
+from hf_qlora.bench.examples.classification import COST, METHODS, NAMES, Plan
+from hf_qlora.bench.examples.runs import Origin, last_origin, lines_of, rows_of
+from hf_qlora.bench.examples.statistics import Mean, mean_of, two_way, verdict
 from hf_qlora.bench.train_step.report import described, mib
 
 
-NAMES = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "adaptive-depth": "adaptive-depth LoRA"}
 REFERENCE, ASKED = "full", "qlora"
 MARGIN = 0.5  # points of accuracy
 
+Rows = dict[int, dict[str, dict[str, Any]]]  # by seed and method
 
-def markdown(results: Path, ours: Study | None = None) -> str:
-    """The tables of what is in the file; nothing where it has no seed with all methods and no cost.
+
+def markdown(results: Path, plan: Plan | None = None, ours: Origin | None = None) -> str:
+    """The tables of what is in the file; empty where there is nothing.
 
     Args:
-        ours: by default that of the table, without its script.
+        ours: the script and the device; by default those of the last row of a CPU.
     """
-    ours = ours or study(script=Path())
-    rows, lines = rows_of(ours, results), read_lines(results)
-    costs = [line for line in lines if line["part"] == "cost"]
-    parts = [
-        *(_scores(rows) if rows else ()),
-        *(_costs(costs[-1]) if costs else ()),
-        *_sweep(results),
-    ]
+    plan, ours = plan or Plan(), ours or last_origin(results)
+    if ours is None:
+        return ""
+    rows = rows_of(plan.study(results, ours), results, ours)
+    costs = lines_of(results, ours, COST)
+    swept = plan.sweep.markdown(results, ours, NAMES)
+    parts = [*(_scores(rows) if rows else ()), *([swept] if swept else ()), *(_costs(costs[-1]) if costs else ())]
     return "\n\n".join(parts)
 
 
-def _scores(rows: dict[int, dict[str, Any]]) -> list[str]:
+def _scores(rows: Rows) -> list[str]:
     lines = [
-        "| method | accuracy, % | sd | worst | macro-F1, % | minus full | 95 % interval | trained | saved, MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| method | accuracy, % | sd | worst | macro-F1, % | minus full | sd | 95 % interval | trained | saved, MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    differences = {method: difference(rows, method) for method in METHODS if method != REFERENCE}
     for method in METHODS:
         accuracy, last = _percent(rows, method, "accuracy"), next(iter(rows.values()))[method]["found"]
         found, f1 = mean_of(accuracy), mean_of(_percent(rows, method, "macro_f1"))
-        beside = " | " if method == REFERENCE else _shown(difference(rows, method))
+        beside = " | | " if method == REFERENCE else _shown(differences[method])
         lines.append(
             f"| {NAMES[method]} | {found.mean:.2f} | {_number(found.deviation)} | {min(accuracy):.2f} | {f1.mean:.2f} "
             f"| {beside} | {last['trained_parameters']:,} | {last['saved_bytes'] / 2**20:.1f} |"
         )
-    one = next(iter(rows.values()))[ASKED]
+    return ["\n".join(lines), verdict(differences[ASKED], MARGIN), _note(rows)]
+
+
+def _note(rows: Rows) -> str:
     seeds = ", ".join(map(str, rows))
     where = sorted({described(row["with"]) for of_seed in rows.values() for row in of_seed.values()})
-    count, steps = len(one["found"]["correct"]), one["found"]["settings"]["steps"]
-    note = (
-        f"Seeds {seeds}; {count:,} test texts, at most {steps} steps, float32. Intervals are Student's t of the "
-        f"paired differences over the seeds, with one test set. {'; '.join(where)}."
+    found = next(iter(rows.values()))[ASKED]["found"]
+    count, settings = len(found["correct"]), found["settings"]
+    return (
+        f"Seeds {seeds}; {count:,} test texts, float32. Training is of at most {settings['steps']} × "
+        f"{settings['batch_size']} texts, which is less than a quarter of an epoch of all headlines: what is shown is "
+        "for that budget. sd is over seeds; intervals are of the paired differences over seeds and test texts (both "
+        f"drawn anew). {'; '.join(where)}."
     )
-    return ["\n".join(lines), verdict(rows), note]
 
 
-def difference(rows: dict[int, dict[str, Any]], method: str) -> Mean:
-    """From full fine-tuning, in points of accuracy."""
-    return paired(_percent(rows, method, "accuracy"), _percent(rows, REFERENCE, "accuracy"))
+def difference(rows: Rows, method: str) -> Mean:
+    """From full fine-tuning, in points of accuracy: of each text with each seed, right is 100."""
+    right, of_reference = (
+        np.array([[100.0 * int(one) for one in of_seed[name]["found"]["correct"]] for of_seed in rows.values()])
+        for name in (method, REFERENCE)
+    )
+    return two_way(right, of_reference)
 
 
-def verdict(rows: dict[int, dict[str, Any]]) -> str:
-    """Whether QLoRA is shown to be non-inferior to full fine-tuning."""
-    found = difference(rows, ASKED)
-    shown = non_inferior(found, MARGIN)
-    question = f"QLoRA is not worse than full fine-tuning by {MARGIN} points or more"
-    if shown is None:
-        return f"**Not shown**: {question}. One seed has no interval."
-    limit = f"the 95 % interval of the difference is {found.low:+.2f} to {found.high:+.2f}"
-    if shown:
-        return f"**Shown**: {question}; {limit}."
-    refuted = " All of it is below the margin: it is worse by more." if found.high < -MARGIN else ""
-    return f"**Not shown**: {question}; {limit}, which reaches {-MARGIN:+} or lower.{refuted}"
-
-
-def _percent(rows: dict[int, dict[str, Any]], method: str, metric: str) -> list[float]:
+def _percent(rows: Rows, method: str, metric: str) -> list[float]:
     return [100 * of_seed[method]["found"]["test"][metric] for of_seed in rows.values()]
 
 
 def _shown(found: Mean) -> str:
     between = "" if math.isnan(found.low) else f"{found.low:+.2f} to {found.high:+.2f}"
-    return f"{found.mean:+.2f} | {between}"
+    return f"{found.mean:+.2f} | {_number(found.deviation)} | {between}"
 
 
 def _number(value: float) -> str:
@@ -108,47 +106,17 @@ def _costs(line: dict[str, Any]) -> list[str]:
             f"| {found['gradient_norm'][-1]:.4f} |"
         )
     note = (
-        f"Medians of {line['rounds']} steps, the methods in turn; peaks of steady steps in a process for each, above "
-        f"what imports take. Weights as they lie in memory, without the adapter. {described(line['with'])}."
+        f"Medians of {line['rounds']} steps, the methods in turn and each first as often, batches as in training. "
+        "Peaks, with the longest texts too, in a process for each, above what imports take. Weights as they lie in "
+        f"memory, without the adapter. {described(line['with'])}."
     )
     return ["\n".join(lines), note]
 
 
-def _sweep(results: Path) -> list[str]:
-    found: dict[str, dict[float, float]] = {}
-    for run, row in read(results):
-        if run.part == "sweep":
-            rate = float(run.arguments[run.arguments.index("--learning-rate") + 1])
-            found.setdefault(run.arm, {})[rate] = row["found"]["validation"]["accuracy"]
-    if not found:
-        return []
-    tried = "; ".join(
-        f"{NAMES[method]} " + ", ".join(f"{rate:g}: {100 * found[method][rate]:.1f}" for rate in sorted(found[method]))
-        for method in RATES
-        if method in found
-    )
-    return [
-        f"Learning rates by accuracy (%) on the validation split, with a seed that the table does not have: {tried}."
-    ]
-
-
-def card(results: Path, ours: Study | None = None) -> str:
-    """What the first seed's QLoRA run left as its README.md, with the table; nothing without that run."""
-    ours = ours or study(script=Path())
-    run = Run(ASKED, ours.seeds[0], (*ours.arguments, *ours.arms[ASKED]))
-    row = dict(read(results)).get(run)
-    if row is None:
+def card(results: Path, plan: Plan | None = None, ours: Origin | None = None) -> str:
+    """What the first seed's QLoRA run left as its README.md, with the tables; empty without a whole seed."""
+    plan, ours = plan or Plan(), ours or last_origin(results)
+    rows = {} if ours is None else rows_of(plan.study(results, ours), results, ours)
+    if not rows:
         return ""
-    table = f"## Beside other methods\n\n{markdown(results, ours)}"
-    return f"{row['card'].rstrip()}\n\n{table}\n"
-
-
-def document(results: Path, page: str, ours: Study | None = None) -> str:
-    """The page with the tables between its two marks."""
-    start, end = "<!-- results -->", "<!-- /results -->"
-    before, _, rest = page.partition(start)
-    _, _, after = rest.partition(end)
-    if not rest or end not in rest:
-        raise ValueError(f"The page has no {start} … {end} to put the tables between.")
-    found = markdown(results, ours)
-    return f"{before}{start}\n{found}\n{end}{after}" if found else page
+    return pages.card(next(iter(rows.values()))[ASKED]["card"], markdown(results, plan, ours))

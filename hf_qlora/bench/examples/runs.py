@@ -2,25 +2,30 @@
 
     for each seed: for each arm: not in the results yet → run → what it wrote into FILE becomes a sealed line
 
-    {"part": "runs", "arm": …, "seed": …, "arguments": […], "found": {…}, "card": "…", "with": {…}, "sha256": …}
+    {"part": "runs", "arm": …, "seed": …, "arguments": […], "found": {…}, "card": "…", "script": …, "with": {…}, …}
 
 The seeds are the outer loop: an experiment that is cut off has whole seeds, with all arms, and goes on where it
-stopped. What identifies a run is its part, arm, seed and arguments, so that runs of other settings may lie in the same
-file; a study reads its own. An example has to take `--seed`, `--output FOLDER` and `--json FILE`; the card is the
-README.md that it leaves in its output, which is otherwise thrown away.
+stopped. What identifies a run is its part, arm, seed and arguments, the example's source (a hash) and the device: from
+these its settings follow, which it says itself in `found`. Rows of another script or device may lie in the same file;
+they are not read. Threads and this package's code are kept beside them, and identify nothing.
+
+An example has to take `--seed`, `--device`, `--output FOLDER` and `--json FILE`; the card is the README.md that it
+leaves in its output, which is otherwise thrown away.
 
 A study's parts that are no runs of an example, such as times, are lines of the same file, kept by `keep`.
 """
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +39,7 @@ from hf_qlora.bench.measure import environment
 from hf_qlora.bench.results import append_line, read_lines
 
 
+RATES = "LEARNING_RATES"  # an example's table of default rates, by method
 RUNS = "runs"  # the part that a table is of; others are a study's own, as a sweep of learning rates
 
 
@@ -56,12 +62,10 @@ class Study:
     """What is run.
 
     Attributes:
-        script: the example's file.
         arms: the arguments that make each arm, the reference first.
         arguments: of all arms.
     """
 
-    script: Path
     arms: Mapping[str, tuple[str, ...]]
     seeds: tuple[int, ...]
     arguments: tuple[str, ...] = ()
@@ -83,10 +87,15 @@ def example(name: str) -> Path:
     Raises:
         ExampleError: it is not there.
     """
-    path = Path(hf_qlora.__file__).parents[1] / "examples" / name
+    path = checkout() / "examples" / name
     if not path.is_file():
         raise ExampleError(f"{path} is not there; the examples come with a checkout of the repository, not by pip.")
     return path
+
+
+def checkout() -> Path:
+    """The folder that the package's own lies in."""
+    return Path(hf_qlora.__file__).parents[1]
 
 
 def imported(script: Path) -> Any:
@@ -100,12 +109,42 @@ def imported(script: Path) -> Any:
     return module
 
 
-def perform(study: Study, results: Path, device: str = "cpu", workers: int = 1) -> None:
-    """Do the runs of a study that are not in the file `results`; see `perform_runs`."""
-    perform_runs(study.script, list(study.runs()), results, device, workers)
+@dataclass(frozen=True)
+class Origin:
+    """What rows are of, beside their arguments: those of another script or device are never mixed into a table."""
+
+    script: str
+    device: str
 
 
-def perform_runs(script: Path, runs: list[Run], results: Path, device: str = "cpu", workers: int = 1) -> None:
+def origin(script: Path, device: str) -> Origin:
+    """Of runs that are made now."""
+    return Origin(fingerprint(script), environment(device)["device"])
+
+
+def last_origin(results: Path, device: str = "cpu") -> Origin | None:
+    """That of the last row in the file of such a device; None where there is none."""
+    of_cpu = environment("cpu")["device"].partition(",")[0]
+    found = [of_row(row) for row in read_lines(results)]
+    return next((one for one in reversed(found) if one.device.startswith(of_cpu) == (device == "cpu")), None)
+
+
+def of_row(row: Mapping[str, Any]) -> Origin:
+    return Origin(row.get("script", ""), row["with"]["device"])
+
+
+def fingerprint(script: Path) -> str:
+    """A short sha256 of an example's source, without its table of default rates: each run is given its own."""
+    source = script.read_text(encoding="utf-8")
+    lines = source.splitlines(keepends=True)
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == RATES:
+            lines[node.lineno - 1 : node.end_lineno] = []
+            break
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
+
+
+def perform(script: Path, runs: Iterable[Run], results: Path, device: str = "cpu", workers: int = 1) -> None:
     """Do those runs that are not in the file `results`, in their order, and append each as it ends.
 
     Args:
@@ -115,7 +154,8 @@ def perform_runs(script: Path, runs: list[Run], results: Path, device: str = "cp
     Raises:
         ExampleError: a run that failed. What ended before is kept.
     """
-    done = {run for run, _ in read(results)}
+    runs, ours = list(runs), origin(script, device)
+    done = {run for run, _ in read(results, ours)}
     todo = [run for run in runs if run not in done]
     threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else torch.get_num_threads()
     with (
@@ -127,7 +167,7 @@ def perform_runs(script: Path, runs: list[Run], results: Path, device: str = "cp
             for ended in as_completed(waiting):
                 run, (found, card) = waiting[ended], ended.result()
                 values = {"arm": run.arm, "seed": run.seed, "arguments": list(run.arguments)}
-                keep(results, run.part, {**values, "found": found, "card": card}, device, threads)
+                keep(results, run.part, {**values, "found": found, "card": card}, script, device, threads)
                 bar.set_postfix_str(f"{run.arm}, seed {run.seed}")
                 bar.update()
         except BaseException:
@@ -135,24 +175,31 @@ def perform_runs(script: Path, runs: list[Run], results: Path, device: str = "cp
             raise
 
 
-def keep(results: Path, part: str, values: Mapping[str, Any], device: str, threads: int | None = None) -> None:
+def keep(
+    results: Path, part: str, values: Mapping[str, Any], script: Path, device: str, threads: int | None = None
+) -> None:
     """Append a line of a part, with the environment."""
     with_ = environment(device) | ({} if threads is None else {"threads": threads})
-    append_line(results, {"part": part, **values, "with": with_})
+    append_line(results, {"part": part, **values, "script": fingerprint(script), "with": with_})
 
 
-def read(results: Path) -> list[tuple[Run, dict[str, Any]]]:
-    """The runs in a file, each with its whole line ("found", "card", "with")."""
+def lines_of(results: Path, ours: Origin, part: str) -> list[dict[str, Any]]:
+    """The file's lines of a part, of that script and device."""
+    return [row for row in read_lines(results) if row["part"] == part and of_row(row) == ours]
+
+
+def read(results: Path, ours: Origin) -> list[tuple[Run, dict[str, Any]]]:
+    """The runs in a file of that script and device, each with its whole line ("found", "card", "with")."""
     return [
         (Run(row["arm"], row["seed"], tuple(row["arguments"]), row["part"]), row)
         for row in read_lines(results)
-        if "arm" in row
+        if "arm" in row and of_row(row) == ours
     ]
 
 
-def rows_of(study: Study, results: Path) -> dict[int, dict[str, dict[str, Any]]]:
+def rows_of(study: Study, results: Path, ours: Origin) -> dict[int, dict[str, dict[str, Any]]]:
     """The study's lines by seed and arm, of the seeds that all arms have, in the study's order."""
-    done = dict(read(results))
+    done = dict(read(results, ours))
     table: dict[int, dict[str, dict[str, Any]]] = {}
     for run in study.runs():
         if run in done:
@@ -166,7 +213,7 @@ def _do(script: Path, run: Run, device: str, threads: int) -> tuple[dict[str, An
         file, log = Path(scratch, "found.json"), Path(scratch, "log.txt")
         output = Path(scratch, script.stem.replace("_", "-"))  # as the card is titled
         command = [sys.executable, str(script), *run.arguments, "--seed", str(run.seed)]
-        command += ["--output", str(output), "--json", str(file)]
+        command += ["--device", device, "--output", str(output), "--json", str(file)]
         variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         if device == "cpu":
             variables["CUDA_VISIBLE_DEVICES"] = ""

@@ -1,0 +1,148 @@
+"""Ctrl-C, and going on from it: for scripts around a `Trainer` that may be stopped at any time.
+
+    last = check_run(folder, settings, resume)       # a checkpoint to go on from; refuses what does not fit
+    …load, read the data…                            # what is refused here has left no folder
+    begin_run(folder, settings)
+    trainer.add_callback(stopper := StopOnCtrlC())
+    trainer.train(resume_from_checkpoint=last)
+    if stopper.asked:
+        print(way_on(folder))
+
+`settings.json` in the folder says what its run is of. A run is gone on with under the same settings only, and its
+result is not written over by a run of another kind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from hf_qlora.trainer.checkpoint import checkpoints, last_whole
+
+
+NOTE = "settings.json"
+
+
+class RunError(ValueError):
+    """A folder that a run cannot start or go on in; the message says why, and what to do."""
+
+
+class StopOnCtrlC(TrainerCallback):
+    """The first Ctrl-C ends training after the step, with a checkpoint; a second one ends it at once.
+
+    Attributes:
+        asked: whether there was one; `train` returns as always.
+    """
+
+    asked = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._before = signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self._before)
+        print("\nStopping after this step, with a checkpoint …", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Transformers', which forgets the evaluations without a gain when a run is resumed."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, dict):  # of a checkpoint; else it is the callback itself
+            self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
+
+
+def check_run(
+    folder: Path, settings: Mapping[str, Any], resume: bool, kind: Sequence[str] = ("method", "model")
+) -> str | None:
+    """The checkpoint to go on from; None to start. Nothing is written.
+
+    Args:
+        settings: JSON types: all that changes what is learned.
+        kind: the settings in which a finished run must agree to be written over.
+
+    Raises:
+        RunError: nothing to go on from, a run that was stopped, or one of other settings or of another kind.
+    """
+    if not folder.is_dir() and any(part.exists() and not part.is_dir() for part in (folder, *folder.parents)):
+        raise RunError(f"--output: {folder} is or lies in a file, not a folder, and cannot be written; name another.")
+    before, last = _noted(folder), last_whole(folder)
+    other = [name for name in settings if name not in before or before[name] != settings[name]]
+    if not resume:
+        if last is not None:
+            raise RunError(f"{folder} has a run that was stopped: add --resume, or name another --output.")
+        clash = [name for name in kind if name in other]
+        if clash and any(folder.glob("*.safetensors")):
+            had = ", ".join(f"{name}={before[name]!r}" for name in clash if name in before) or "not of this script"
+            raise RunError(f"{folder} holds another result ({had}); name another --output.")
+        return None
+    if last is None:
+        raise RunError(f"--resume: {folder} has no whole checkpoint; leave out --resume to start.")
+    if other:
+        had = ", ".join(f"{name}={before.get(name)!r}" for name in other)
+        raise RunError(f"--resume: the run in {folder} was made with another {had}; repeat its arguments.")
+    return str(last)
+
+
+def begin_run(folder: Path, settings: Mapping[str, Any], file: Path | None = None) -> None:
+    """Make the folder, and note what its run is of.
+
+    Args:
+        file: what will be written at the end; that it can be is found out now.
+
+    Raises:
+        RunError: one of them cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / NOTE, settings)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_dir() or not os.access(file.parent, os.W_OK):
+                raise RunError(f"{file} cannot be written: it is a folder, or lies in one that is not to be written.")
+    except OSError as error:
+        raise RunError(f"{error.filename} cannot be written: {error.strerror}.") from error
+
+
+def way_on(folder: Path) -> str:
+    """What to say to whom a run was stopped under."""
+    if not checkpoints(folder):
+        return "Stopped; there is no checkpoint yet, so nothing to go on from."
+    last = last_whole(folder)
+    if last is None:
+        return f"Stopped; no checkpoint in {folder} is whole, so there is nothing to go on from."
+    return f"Stopped; {last} is there: the same command with --resume goes on from it."
+
+
+def write_json(path: Path, values: Any) -> None:
+    """To a temporary name, and renamed."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or not of ours: it says nothing
+        return {}
+    return found if isinstance(found, dict) else {}

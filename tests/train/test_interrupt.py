@@ -1,0 +1,123 @@
+"""Ctrl-C leaves a checkpoint; a run goes on under its own settings only, with its early stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+from transformers import TrainerCallback
+
+from hf_qlora.train.interrupt import NOTE, EarlyStopping, RunError, StopOnCtrlC, begin_run, check_run, way_on
+
+
+SETTINGS = {"method": "qlora", "model": None, "steps": 4}
+
+
+class Interrupt(TrainerCallback):
+    """Presses Ctrl-C in a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class NoGain(TrainerCallback):
+    """Every evaluation is as good as the first."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        metrics["eval_loss"] = 1.0
+
+
+def test_ctrl_c_ends_after_the_step_with_a_checkpoint(tmp_path: Path) -> None:
+    before, stopper = signal.getsignal(signal.SIGINT), StopOnCtrlC()
+    trainer = runs.trainer(runs.qlora(), tmp_path, stopper, Interrupt(2), max_steps=4)
+    trainer.train()
+    assert stopper.asked
+    assert trainer.state.global_step == 2
+    assert "checkpoint-2" in way_on(tmp_path)
+    assert "--resume" in way_on(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    trainer = runs.trainer(runs.qlora(), tmp_path, StopOnCtrlC(), Interrupt(1), Interrupt(1), max_steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert "no checkpoint" in way_on(tmp_path)
+    assert "--resume" not in way_on(tmp_path)
+
+
+def test_early_stopping_goes_on_counting(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "max_steps": 12,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+    }
+
+    def made(folder: Path, *callbacks: TrainerCallback) -> Any:
+        trainer = runs.trainer(runs.qlora(), folder, NoGain(), EarlyStopping(3), *callbacks, **options)
+        trainer.eval_dataset = runs.rows()
+        return trainer
+
+    whole = made(tmp_path / "whole")
+    whole.train()
+    first = made(tmp_path / "parts", StopOnCtrlC(), Interrupt(3))
+    first.train()
+    assert first.state.global_step == 3  # two evaluations without a gain behind it
+    second = made(tmp_path / "parts")
+    second.train(resume_from_checkpoint=check_run(tmp_path / "parts", {}, resume=True))
+    assert second.state.global_step == whole.state.global_step == 4
+
+
+def test_a_run_goes_on_under_its_own_settings_only(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "run"
+    assert check_run(folder, SETTINGS, resume=False) is None
+    assert not folder.parent.exists()
+    begin_run(folder, SETTINGS)
+    with pytest.raises(RunError, match="no whole checkpoint"):
+        check_run(folder, SETTINGS, resume=True)
+    runs.trainer(runs.qlora(), folder, StopOnCtrlC(), Interrupt(1), max_steps=2).train()
+    assert check_run(folder, SETTINGS, resume=True) == str(folder / "checkpoint-1")
+    with pytest.raises(RunError, match="add --resume"):
+        check_run(folder, SETTINGS, resume=False)
+    with pytest.raises(RunError, match="another steps=4"):
+        check_run(folder, {**SETTINGS, "steps": 5}, resume=True)
+    with pytest.raises(RunError, match="another seed=None"):
+        check_run(folder, {**SETTINGS, "seed": 1}, resume=True)
+
+
+@pytest.mark.parametrize("noted", [SETTINGS, None])
+def test_another_result_is_not_written_over(noted: dict[str, Any] | None, tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").touch()
+    if noted is not None:
+        begin_run(tmp_path, noted)
+        assert check_run(tmp_path, {**SETTINGS, "steps": 5}, resume=False) is None
+    with pytest.raises(RunError, match="holds another result"):
+        check_run(tmp_path, {**SETTINGS, "method": "full"}, resume=False)
+
+
+def test_what_cannot_be_written_is_found_before_training(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "below"):
+        with pytest.raises(RunError, match="not a folder"):
+            check_run(folder, SETTINGS, resume=False)
+    with pytest.raises(RunError, match="cannot be written"):
+        begin_run(tmp_path / "run", SETTINGS, tmp_path)
+    with pytest.raises(RunError, match="cannot be written"):
+        begin_run(tmp_path / "run", SETTINGS, file / "found.json")
+    begin_run(tmp_path / "run", SETTINGS, tmp_path / "new" / "found.json")
+    assert not (tmp_path / "new" / "found.json").exists()
+    assert json.loads((tmp_path / "run" / NOTE).read_text()) == SETTINGS
