@@ -48,7 +48,7 @@ class StopOnCtrlC(TrainerCallback):
 
     def _ask(self, *_: Any) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what was there may ignore it, as in the background
         print("\nStopping after this step, with a checkpoint …", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -47,10 +47,16 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
-    trainer = runs.trainer(runs.qlora(), tmp_path, StopOnCtrlC(), Interrupt(1), Interrupt(1), max_steps=4)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_second_ctrl_c_ends_at_once(before: Any, tmp_path: Path) -> None:
+    """Where Ctrl-C was ignored, too, as shells have it for what runs in the background."""
+    found = signal.signal(signal.SIGINT, before)
+    try:
+        trainer = runs.trainer(runs.qlora(), tmp_path, StopOnCtrlC(), Interrupt(1), Interrupt(1), max_steps=4)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    finally:
+        signal.signal(signal.SIGINT, found)
     assert "no checkpoint" in way_on(tmp_path)
     assert "--resume" not in way_on(tmp_path)
 
