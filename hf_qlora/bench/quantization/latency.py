@@ -69,8 +69,9 @@ def _models(context: Context) -> dict[str, Any]:
         context.notes.append(f"{STOCK} is left out: bitsandbytes cannot run this model here ({error}).")
     torch.manual_seed(context.settings.seed)
     models[LORA] = get_peft_model(copy.deepcopy(nf4), lora(context.settings, init_lora_weights=False))
-    # Frozen all: torch multiplies by a frozen weight otherwise where inputs have gaps, as the last position's have.
-    return {name: model.eval().requires_grad_(False) for name, model in models.items()}
+    # Heads as users have them, of dense models not frozen: torch copies a frozen one for each sequence of a batch
+    # where the last position alone is asked for, and the adapted model's is of this package, which does not let it.
+    return {name: model.eval() for name, model in models.items()}
 
 
 def _obstacle(settings: Settings) -> str:
