@@ -15,6 +15,7 @@ from hf_qlora.bench.calibrated_nf4 import report as calibrated_nf4
 from hf_qlora.bench.depth import report as depth
 from hf_qlora.bench.generation import report as generation
 from hf_qlora.bench.memory_plan import report as memory_plan
+from hf_qlora.bench.quantization.result import QuantizationResult
 from hf_qlora.bench.results import read_whole
 from hf_qlora.bench.train_step import checkpointing, curves
 from hf_qlora.bench.train_step import report as train_step
@@ -167,6 +168,16 @@ def _median(values: list[float]) -> float:
 
 def _lines(page: str) -> list[str]:
     return (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
+
+
+def test_the_suites_tables_are_those_of_its_result() -> None:
+    table = {
+        line.rstrip() for line in QuantizationResult.load(ROOT / "results" / "quantization_cpu").table().splitlines()
+    }
+    page = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8").split("## SmolLM2 on two cores")[1]
+    shown = page.split("```")[1].splitlines()
+    assert len(shown) > 30
+    assert not [line for line in shown if line and line.rstrip() not in table]
 
 
 def test_every_result_is_in_the_documentation() -> None:

@@ -12,7 +12,7 @@ from hf_qlora.bench.results import append_line, read_lines, read_whole, sealed, 
 from hf_qlora.cli import app
 
 
-COMMITTED = sorted((Path(__file__).parents[2] / "results").glob("*.json*"))
+COMMITTED = sorted((Path(__file__).parents[2] / "results").rglob("*.json*"))
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
