@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -357,28 +357,21 @@ def bench_results_classification(
     from dataclasses import replace
 
     _check_choice("--device", [device], ("cpu", "cuda"))
+    _check_whole(write, quick)
     try:
-        from hf_qlora.bench.examples import classification, classification_report, pages, runs
+        from hf_qlora.bench.examples import classification, classification_report
     except ImportError as error:
         raise misused(f"{error}. Install what the experiment needs: pip install 'hf-qlora[bench]'") from None
     file = results.with_stem(f"{results.stem}_quick") if quick else results
     _check_lines(file)
     plan = classification.QUICK if quick else replace(classification.Plan(), seeds=tuple(range(1, seeds + 1)))
-    try:
-        if report_only:
-            ours = runs.last_origin(file, device)
-        else:
-            _check_device(device)
-            script = runs.example(classification.SCRIPT)
-            ours = runs.origin(script, device)
-            classification.measure(plan, file, device, workers, script)
-        text = classification_report.markdown(file, plan, ours)
-        if write and (card := classification_report.card(file, plan, ours)):
-            for path in pages.write("text_classification", card, text, runs.checkout()):
-                typer.echo(f"Written: {path}")
-    except (runs.ExampleError, OSError) as error:
-        raise misused(str(error)) from None
-    typer.echo(text or f"No runs on {device} in {file} yet.")
+
+    def measure(script: Path) -> None:
+        classification.measure(plan, file, device, workers, script)
+
+    _example_results(
+        classification.SCRIPT, classification_report, plan, file, device, write, None if report_only else measure
+    )
 
 
 @bench.command("skip-list")
@@ -450,30 +443,47 @@ def bench_results_generation(
     from dataclasses import replace
 
     _check_choice("--device", [device], ("cpu", "cuda"))
-    if write and quick:
-        raise misused("--write is of the whole measurement: leave out --quick.")
+    _check_whole(write, quick)
     try:
-        from hf_qlora.bench.examples import generation, generation_report, pages, runs
+        from hf_qlora.bench.examples import generation, generation_report
     except ImportError as error:
         raise misused(f"{error}. Install what the table needs: pip install 'hf-qlora[bench]'") from None
     file = results.with_stem(f"{results.stem}_quick") if quick else results
     _check_lines(file)
     plan = generation.QUICK if quick else replace(generation.Plan(), seeds=tuple(range(1, seeds + 1)))
+
+    def measure(script: Path) -> None:
+        generation.measure(plan, file, device, workers, script, cost)
+
+    _example_results(generation.SCRIPT, generation_report, plan, file, device, write, None if report_only else measure)
+
+
+def _example_results(
+    script: str, report: Any, plan: Any, file: Path, device: str, write: bool, measure: Callable[[Path], None] | None
+) -> None:
+    """Run an example's study, unless there is nothing to `measure` with, and print its tables; write them if asked."""
+    from hf_qlora.bench.examples import pages, runs
+
     try:
-        if report_only:
+        if measure is None:
             ours = runs.last_origin(file, device)
         else:
             _check_device(device)
-            script = runs.example(generation.SCRIPT)
-            ours = runs.origin(script, device)
-            generation.measure(plan, file, device, workers, script, cost)
-        text = generation_report.markdown(file, plan, ours)
-        if write and (card := generation_report.card(file, plan, ours)):
-            for path in pages.write("text_generation", card, text, runs.checkout()):
-                typer.echo(f"Written: {path}")
+            path = runs.example(script)
+            ours = runs.origin(path, device)
+            measure(path)
+        text = report.markdown(file, plan, ours)
+        if write and (card := report.card(file, plan, ours)):
+            for written in pages.write(Path(script).stem, card, text, runs.checkout()):
+                typer.echo(f"Written: {written}")
     except (runs.ExampleError, OSError) as error:
         raise misused(str(error)) from None
     typer.echo(text or f"No runs on {device} in {file} yet.")
+
+
+def _check_whole(write: bool, quick: bool) -> None:
+    if write and quick:
+        raise misused("--write is of the whole measurement: leave out --quick.")
 
 
 def _check_device(device: str) -> None:

@@ -301,3 +301,10 @@ def test_without_a_checkout_there_is_one_sentence(monkeypatch: pytest.MonkeyPatc
 def test_an_example_is_imported_by_its_path(stub: Path) -> None:
     stub.write_text(json.dumps({"a": 1}).join(("value = ", "\n")))
     assert runs.imported(stub).value == {"a": 1}
+
+
+@pytest.mark.parametrize("command", ["results-classification", "results-generation"])
+def test_a_quick_run_is_not_written_into_the_repository(command: str) -> None:
+    done = CliRunner().invoke(app, ["bench", command, "--quick", "--write"])
+    assert done.exit_code == 2
+    assert "leave out --quick" in done.output

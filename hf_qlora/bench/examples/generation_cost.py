@@ -65,6 +65,7 @@ class Training:
         self.rows = [row for row in rows if len(row["input_ids"]) * self.size <= TOKENS]
         torch.manual_seed(options.seed)
         model = module.trainable(model, case.method, options.rank).train()
+        # Of its case a step reads the device and the learning rate alone, which this one has.
         self.step = Step(model, case, {}, autocast=case.method == "full")  # type: ignore[arg-type]
 
     def batch(self, number: int) -> dict[str, Tensor]:
