@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_qlora.bench.cli import bench
+from hf_qlora.bench.commands import bench
 from hf_qlora.console import INTERRUPTED
 from hf_qlora.console import misused as _misused
 

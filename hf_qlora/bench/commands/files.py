@@ -1,0 +1,40 @@
+"""The files of results that the commands read and write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from hf_qlora.bench.results import read_lines, read_whole, write_whole
+from hf_qlora.console import misused
+
+
+def read_results(results: Path) -> Any:
+    """What was measured before.
+
+    Raises:
+        typer.Exit: with 2, where there is no such file or it was changed by hand.
+    """
+    if not results.is_file():
+        raise misused(f"{results} is not there; leave out --report to measure.")
+    try:
+        return read_whole(results)
+    except ValueError as error:
+        raise misused(str(error)) from None
+
+
+def check_lines(results: Path) -> None:
+    """Raises: typer.Exit: with 2, where a line of the file was changed by hand."""
+    try:
+        read_lines(results)
+    except ValueError as error:
+        raise misused(str(error)) from None
+
+
+def measured(found: Any, results: Path, report: Any) -> None:
+    """Keep what was measured, draw it and print it, as the module `report` does."""
+    write_whole(results, found)
+    report.plot(found, results.with_suffix(".png"))
+    typer.echo(report.markdown(found))
