@@ -31,7 +31,8 @@ def test_no_gpu_is_one_sentence_before_any_work(name: str, tmp_path: Path, monke
     result = CliRunner().invoke(bench, [name, "--device", "cuda"])
 
     assert result.exit_code == 2
-    assert result.output.startswith("Error: ") and result.output.count("\n") == 1
+    assert result.output.startswith("Error: ")
+    assert result.output.count("\n") == 1
     assert "cuda" in result.output
     assert not list(tmp_path.iterdir())
 
@@ -43,4 +44,5 @@ def test_an_unknown_device_is_one_sentence_too(name: str, tmp_path: Path, monkey
     result = CliRunner().invoke(bench, [name, "--device", "abacus"])
 
     assert (result.exit_code, result.output.count("\n")) == (2, 1)
-    assert "abacus" in result.output and "cpu" in result.output
+    assert "abacus" in result.output
+    assert "cpu" in result.output
