@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 import hf_qlora
 from hf_qlora import cli, demo
 from hf_qlora.config import record
+from hf_qlora.console import INTERRUPTED
 from hf_qlora.merge import stream
 from hf_qlora.merge.folder import whole_folder
 
@@ -106,7 +107,7 @@ def test_an_interruption_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(demo, "run", interrupted)
     result = invoke("demo", "--output", "there")
-    assert result.exit_code == cli.INTERRUPTED
+    assert result.exit_code == INTERRUPTED
     assert result.output == "Stopped. If an adapter had been saved already, it is in there.\n"
 
 
@@ -141,7 +142,7 @@ def test_a_terminated_merge_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert (result.exit_code, result.output) == (cli.INTERRUPTED, f"Stopped; {tmp_path / 'merged'} is as it was.\n")
+    assert (result.exit_code, result.output) == (INTERRUPTED, f"Stopped; {tmp_path / 'merged'} is as it was.\n")
     assert not list(tmp_path.iterdir())
 
 

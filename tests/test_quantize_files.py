@@ -35,6 +35,7 @@ from hf_qlora import (
     quantize_model,
 )
 from hf_qlora.config.fingerprint import Fingerprint
+from hf_qlora.console import INTERRUPTED
 from hf_qlora.merge import sources
 from hf_qlora.quant.calibrate import group, streams
 from hf_qlora.quant.fingerprint import take_fingerprint
@@ -299,7 +300,7 @@ def test_a_calibration_that_was_stopped_goes_on(
 
     monkeypatch.setattr(streams, "round_group", stopping)
     stopped = invoke(*arguments)
-    assert stopped.exit_code == cli.INTERRUPTED
+    assert stopped.exit_code == INTERRUPTED
     assert "the same call goes on there" in caplog.text
     assert not target.exists()
     went_on = invoke(*arguments)
@@ -408,7 +409,7 @@ def test_an_interruption_leaves_nothing_behind(folder: Path, target: Path, monke
 
     monkeypatch.setattr(quantize_files, "write_quantized_card", interrupted)
     result = invoke(folder, "--output", target, "--device", "cpu")
-    assert (result.exit_code, result.output.splitlines()[-1]) == (cli.INTERRUPTED, f"Stopped; {target} is as it was.")
+    assert (result.exit_code, result.output.splitlines()[-1]) == (INTERRUPTED, f"Stopped; {target} is as it was.")
     assert not list(target.parent.iterdir())
 
 

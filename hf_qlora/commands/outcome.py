@@ -1,0 +1,55 @@
+"""What commands that write files do alike: places for them, interruptions, what was made."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from hf_qlora.console import INTERRUPTED, misused
+
+
+def make_place(file: Path) -> None:
+    """Make the folder for a file that is written after long work."""
+    if file.is_dir():
+        raise misused(f"{file} is a folder; name a file.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise misused(f"There is no place for {file}: {error}.") from None
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Let a SIGTERM raise as Ctrl-C does, so that what is half done is removed."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def stopped(output: Path) -> typer.Exit:
+    """Say what an interruption left; raise what this returns."""
+    typer.echo(f"Stopped; {output} is as it was.", err=True)
+    return typer.Exit(INTERRUPTED)
+
+
+def say_and_write(found: Any, output: Path, file: Path | None) -> None:
+    """Print what was made in `output`, and write all of it into a file if that is asked for."""
+    from hf_qlora.config.record import write_json
+
+    typer.echo(str(found))
+    if file is not None:
+        try:
+            write_json(file, found.to_dict())
+        except OSError as error:
+            raise misused(f"The model is in {output}, but its report could not be written: {error}.") from None
