@@ -9,7 +9,7 @@ configs behave as before.
 
 Modules import downwards only (`[tool.importlinter]` in pyproject.toml has all of them):
 
-    cli → bench → demo → train → merge → registration → trainer → hooks | hub → saving → tuner
+    cli → commands → bench → demo → train → merge → registration → trainer → hooks | hub → saving → tuner
         → layers → quant → kernels → config
 """
 
