@@ -16,7 +16,7 @@ from hf_qlora.bench.depth import report as depth
 from hf_qlora.bench.generation import report as generation
 from hf_qlora.bench.memory_plan import report as memory_plan
 from hf_qlora.bench.quantization.result import QuantizationResult
-from hf_qlora.bench.results import read_whole
+from hf_qlora.bench.results import read_lines, read_whole
 from hf_qlora.bench.train_step import checkpointing, curves
 from hf_qlora.bench.train_step import report as train_step
 
@@ -134,6 +134,27 @@ def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
         ("| calibrated, headlines |", "| 36% ("),
     ):
         assert any(line.startswith(start) and figure in line for line in page), start
+
+
+def test_what_the_readme_says_of_classification() -> None:
+    """Worked out here from the rows; the intervals are those of the page, which is held to the rows elsewhere."""
+    rows = read_lines(ROOT / "results" / "text_classification.jsonl")
+    accuracy = {
+        arm: statistics.mean(
+            row["found"]["test"]["accuracy"] for row in rows if row["part"] == "runs" and row["arm"] == arm
+        )
+        for arm in ("full", "lora", "qlora")
+    }
+    (cost,) = (row["methods"] for row in rows if row["part"] == "cost")
+    step = _median(cost["qlora"]["step_s"]) / _median(cost["full"]["step_s"])
+    peak = cost["qlora"]["memory"]["peak"] / cost["full"]["memory"]["peak"]
+    (said,) = (line for line in _lines("../README.md") if line.startswith("| QLoRA against full fine-tuning (MiniLM"))
+    assert f"{100 * (accuracy['full'] - accuracy['qlora']):.2f} points of accuracy worse (0.54 to 1.69)" in said
+    assert f"({100 * (accuracy['qlora'] - accuracy['lora']):.2f} better than LoRA, −0.31 to 0.52)" in said
+    assert f"step {step:.2f}, peak {peak:.2f} of its" in said
+    page = "\n".join(_lines("text_classification.md"))
+    assert "95 % interval -1.69 to -0.54." in page
+    assert "95 % interval -0.31 to +0.52;" in page
 
 
 def test_plans_of_the_readme_and_of_its_page() -> None:

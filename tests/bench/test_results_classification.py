@@ -180,6 +180,7 @@ def test_the_table_is_of_the_rows(stub: Path, tmp_path: Path) -> None:
     assert (low, high) == pytest.approx((-2 - reach, -2 + reach), rel=0.03)  # 10,000 draws: 0.7 % of a deviation
     assert cells[9:11] == ["1,234,567", "3.0"]
     assert "**Not decided**" in text
+    assert "QLoRA minus LoRA is -1.00 points of accuracy (95 % interval -3.00 to +1.00; it holds 0" in text
     full = next(line for line in text.splitlines() if line.startswith("| full"))
     assert f"{(91 + 92 + 90) / 3:.2f}" in full
     assert {line.count("|") for line in (line, full)} == {11}
@@ -190,7 +191,7 @@ def test_card_and_page_have_what_the_report_prints(stub: Path, tmp_path: Path) -
     assert report.card(results, PLAN) == ""
     perform(stub, results)
     text, card = report.markdown(results, PLAN), report.card(results, PLAN)
-    assert card.startswith("# Card of qlora 1\n")
+    assert card.startswith("# Card of qlora 3\n")
     assert text in card
     page = tmp_path / "docs" / "text.md"
     page.parent.mkdir()

@@ -16,7 +16,7 @@ from hf_qlora.bench.examples.statistics import Mean, mean_of, two_way, verdict
 from hf_qlora.bench.train_step.report import described, mib
 
 
-REFERENCE, ASKED = "full", "qlora"
+REFERENCE, ASKED, DENSE = "full", "qlora", "lora"  # DENSE is ASKED but for NF4
 MARGIN = 0.5  # points of accuracy
 
 Rows = dict[int, dict[str, dict[str, Any]]]  # by seed and method
@@ -52,7 +52,20 @@ def _scores(rows: Rows) -> list[str]:
             f"| {NAMES[method]} | {found.mean:.2f} | {_number(found.deviation)} | {min(accuracy):.2f} | {f1.mean:.2f} "
             f"| {beside} | {last['trained_parameters']:,} | {last['saved_bytes'] / 2**20:.1f} |"
         )
-    return ["\n".join(lines), verdict(differences[ASKED], MARGIN), _note(rows)]
+    return ["\n".join(lines), verdict(differences[ASKED], MARGIN), _price(rows), _note(rows)]
+
+
+def _price(rows: Rows) -> str:
+    """What NF4 costs, in words."""
+    found = difference(rows, ASKED, DENSE)
+    if math.isnan(found.low):
+        shows = "one seed has no interval"
+    else:
+        holds = "; it holds 0: no difference is shown" if found.low <= 0 <= found.high else ""
+        shows = f"95 % interval {found.low:+.2f} to {found.high:+.2f}{holds}"
+    return (
+        f"**The price of NF4**: {NAMES[ASKED]} minus {NAMES[DENSE]} is {found.mean:+.2f} points of accuracy ({shows})."
+    )
 
 
 def _note(rows: Rows) -> str:
@@ -68,11 +81,11 @@ def _note(rows: Rows) -> str:
     )
 
 
-def difference(rows: Rows, method: str) -> Mean:
-    """From full fine-tuning, in points of accuracy: of each text with each seed, right is 100."""
+def difference(rows: Rows, method: str, reference: str = REFERENCE) -> Mean:
+    """From another method, in points of accuracy: of each text with each seed, right is 100."""
     right, of_reference = (
         np.array([[100.0 * int(one) for one in of_seed[name]["found"]["correct"]] for of_seed in rows.values()])
-        for name in (method, REFERENCE)
+        for name in (method, reference)
     )
     return two_way(right, of_reference)
 
@@ -114,9 +127,9 @@ def _costs(line: dict[str, Any]) -> list[str]:
 
 
 def card(results: Path, plan: Plan | None = None, ours: Origin | None = None) -> str:
-    """What the first seed's QLoRA run left as its README.md, with the tables; empty without a whole seed."""
+    """What the last seed's QLoRA run left as its README.md, with the tables; empty without a whole seed."""
     plan, ours = plan or Plan(), ours or last_origin(results)
     rows = {} if ours is None else rows_of(plan.study(results, ours), results, ours)
     if not rows:
         return ""
-    return pages.card(next(iter(rows.values()))[ASKED]["card"], markdown(results, plan, ours))
+    return pages.card(rows[max(rows)][ASKED]["card"], markdown(results, plan, ours))

@@ -203,11 +203,9 @@ def _note(rows: Rows) -> str:
 
 
 def card(results: Path, plan: Plan | None = None, ours: Origin | None = None) -> str:
-    """The card that the first seed's QLoRA run wrote, with the tables; empty where there is no such run."""
+    """The card that the last seed's QLoRA run wrote, with the tables; empty where there is no such run."""
     plan, ours = plan or Plan(), ours or last_origin(results)
-    if ours is None:
+    rows = {} if ours is None else rows_of(plan.study(results, ours), results, ours)
+    if not rows or ASKED not in (last := rows[max(rows)]):
         return ""
-    for of_seed in rows_of(plan.study(results, ours), results, ours).values():
-        if ASKED in of_seed:
-            return pages.card(of_seed[ASKED]["card"], markdown(results, plan, ours))
-    return ""
+    return pages.card(last[ASKED]["card"], markdown(results, plan, ours))

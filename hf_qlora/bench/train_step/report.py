@@ -49,7 +49,8 @@ def mib(size: float) -> str:
 def described(with_: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {with_[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
     processor = f"{with_['device']} {with_['capability']}".rstrip()
-    return f"{processor}, {with_['threads']} threads, {packages}, {with_['date']}"
+    threads = "1 thread" if with_["threads"] == 1 else f"{with_['threads']} threads"
+    return f"{processor}, {threads}, {packages}, {with_['date']}"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
