@@ -314,6 +314,7 @@ def test_a_dense_base_is_merged_into_nf4_with_its_first_rounding() -> None:
 TIED = {
     "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
     "LoRA on the embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "one LoRA on both": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
     "a trained head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "trained embeddings": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     "neither": {"target_modules": ["q_proj"]},
