@@ -135,6 +135,7 @@ PRIVATE = {
     "transformers.integrations.bitsandbytes:Bnb4bitDeserialize": "quant.base",
     "peft.tuners.tuners_utils:BaseTunerLayer._move_adapter_to_device_of_base_layer": "merge.skeleton",
     "transformers.modeling_utils:PreTrainedModel._from_config": "merge.load, merge.skeleton",
+    "transformers:AutoModelForCausalLM._model_mapping": "merge.skeleton",
     "transformers.modeling_utils:PreTrainedModel._get_dtype_plan": "merge.skeleton",
     "transformers.conversion_mapping:get_model_conversion_mapping": "merge.skeleton",
     "transformers.core_model_loading:rename_source_key": "merge.skeleton",
