@@ -74,6 +74,12 @@ def note(base: nn.Module, adapter: str) -> None:
     base.__dict__.setdefault(_NOTED, {})[adapter] = found
 
 
+def forget(base: nn.Module, adapter: str) -> None:
+    """Let go of what was remembered for an adapter that is deleted."""
+    for notes in (_NOTED, _SAID):
+        base.__dict__.get(notes, {}).pop(adapter, None)
+
+
 def describe(model: nn.Module, config: QLoRAConfig, adapter: str, saved: Collection[str] = ()) -> dict[str, Any]:
     """What an adapter's JSON is to say of its base: the keys `base` and `fingerprint`, the latter where known.
 

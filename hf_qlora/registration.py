@@ -58,7 +58,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.integrations.peft import PeftAdapterMixin
 
 from hf_qlora import hooks
-from hf_qlora.config import QLoRAConfig
+from hf_qlora.config import AdaptiveDepthLoRAConfig, QLoRAConfig
 from hf_qlora.config.record import RECORD_KEY
 from hf_qlora.hub import facts, push
 from hf_qlora.hub import trainer as trainer_hooks
@@ -135,6 +135,7 @@ PRIVATE = {
     "transformers.integrations.bitsandbytes:Bnb4bitDeserialize": "quant.base",
     "peft.tuners.tuners_utils:BaseTunerLayer._move_adapter_to_device_of_base_layer": "merge.skeleton",
     "transformers.modeling_utils:PreTrainedModel._from_config": "merge.load, merge.skeleton",
+    "transformers:AutoModelForCausalLM._model_mapping": "merge.skeleton",
     "transformers.modeling_utils:PreTrainedModel._get_dtype_plan": "merge.skeleton",
     "transformers.conversion_mapping:get_model_conversion_mapping": "merge.skeleton",
     "transformers.core_model_loading:rename_source_key": "merge.skeleton",
@@ -229,11 +230,14 @@ def resolve(name: str) -> Any:
 
 
 class _Dispatch(type):
-    """Calling the class that PEFT knows as LORA's config makes ours where the JSON has our key."""
+    """Calling the class that PEFT knows as LORA's config makes ours of a JSON with our key, or of our `to_dict`."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> LoraConfig:
         if kwargs.get(RECORD_KEY) is not None:
             return QLoRAConfig.from_portable_dict(kwargs)
+        for ours in (AdaptiveDepthLoRAConfig, QLoRAConfig):
+            if kwargs.keys() >= set(ours.own_fields()):
+                return ours(*args, **kwargs)
         return LoraConfig(*args, **kwargs)
 
     def __instancecheck__(cls, instance: Any) -> bool:

@@ -139,6 +139,7 @@ class QLoRAModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         attention.unwatch(self.model, adapter_name)
+        identity.forget(self.model, adapter_name)
 
     def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Find out what cannot be merged before the first layer is."""

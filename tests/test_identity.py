@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -563,6 +564,21 @@ def test_an_adapter_that_was_only_loaded_stays_with_its_base(adapter: Path, tmp_
     other = take_fingerprint(quantize_model(base(seed=1)))
     assert other is not None
     assert renewed == other.to_dict()
+
+
+def test_a_deleted_adapter_leaves_nothing(adapter: Path) -> None:
+    """Of memory: servers load and delete adapters by the thousand."""
+    model = get_peft_model(base(), config())
+    model.save_pretrained(adapter.parent / "own")
+
+    def kept() -> dict[str, Any]:
+        return {name: copy.copy(value) for name, value in vars(model.get_base_model()).items() if "hf_qlora" in name}
+
+    before = kept()
+    for name in ("first", "second"):
+        model.load_adapter(adapter, name)
+        model.delete_adapter(name)
+    assert kept() == before
 
 
 def test_a_path_on_this_machine_is_not_written_into_the_record(tmp_path: Path) -> None:

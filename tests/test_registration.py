@@ -45,7 +45,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 import hf_qlora
-from hf_qlora import NF4Config, QLoRAConfig, QLoRAModel, registration
+from hf_qlora import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig, QLoRAModel, registration
 from hf_qlora.quant.base import is_quantized
 from hf_qlora.validation import ConfigError
 
@@ -498,6 +498,14 @@ def test_loading_an_adapter_of_ours_gives_our_config(adapter: Path) -> None:
         assert type(loaded) is QLoRAConfig
         assert loaded.quantization == NF4Config(block_size=128)
         assert loaded.use_rslora
+
+
+@pytest.mark.parametrize("made", [QLoRAConfig(r=4, use_rslora=True), AdaptiveDepthLoRAConfig(depth_profile="linear")])
+def test_the_dict_of_a_config_of_ours_gives_it_back(made: QLoRAConfig) -> None:
+    for values in (made.to_dict(), json.loads(json.dumps(made.to_dict()))):
+        for back in (get_peft_config(dict(values)), PeftConfig.from_peft_type(**values)):
+            assert type(back) is type(made)
+            assert back == made
 
 
 def test_the_registry_knows_both_kinds() -> None:

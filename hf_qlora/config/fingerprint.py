@@ -28,7 +28,7 @@ LARGEST_TEXT = 2_000  # characters for one of them
 _NUMBER = r"-?(?:\d+(?:\.\d+)?(?:e[+-]\d\d)?|inf|nan)"
 _NUMBERS = rf"{_NUMBER}(?:,{_NUMBER})*"
 _LAYER = re.compile(rf"([0-9a-f]{{{HASH_LENGTH}}}|-) ([0-9a-f]+) ({_NUMBERS})")
-_DENSE = re.compile(rf"(\d{{1,12}}(?:x\d{{1,12}})*)(?: ([a-z]\w{{0,29}}))? ({_NUMBERS})")
+_DENSE = re.compile(rf"(?:(\d{{1,12}}(?:x\d{{1,12}})*) )?(?:([a-z]\w{{0,29}}) )?({_NUMBERS})")  # of a scalar no shape
 _ROOT = re.compile(r"[0-9a-f]{64}")
 
 
@@ -107,7 +107,7 @@ class Fingerprint:
             for name, found in _parsed(given["layers"], "layers", _LAYER).items()
         }
         dense = {
-            name: DensePrint(tuple(map(int, found[1].split("x"))), _numbers(found[3]), found[2] or "")
+            name: DensePrint(_sizes(found[1]), _numbers(found[3]), found[2] or "")
             for name, found in _parsed(given["dense"], "dense", _DENSE).items()
         }
         return cls(given["root"], given["format"], given["repacked"], layers, dense)
@@ -149,6 +149,10 @@ def _malformed(where: str, expected: str, found: Any, key: str = "fingerprint") 
 
 def _shown(numbers: tuple[float, ...]) -> str:
     return ",".join(f"{number:.{DIGITS}g}" for number in numbers)
+
+
+def _sizes(text: str | None) -> tuple[int, ...]:
+    return tuple(map(int, text.split("x"))) if text else ()
 
 
 def _numbers(text: str) -> tuple[float, ...]:

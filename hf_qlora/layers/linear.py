@@ -135,6 +135,16 @@ class Linear4bit(PeftLinear4bit):
                 weight = variant.merge_safe(self, name, weight)
         return weight.detach()
 
+    def follow_base(self) -> None:
+        """Become, in place, the layer over a dense base layer: `model.dequantize()` has made it so."""
+        transposed = isinstance(self.base_layer, Conv1D)
+        self.fan_in_fan_out = self.is_target_conv_1d_layer = transposed
+        for magnitude in self.lora_magnitude_vector.values():
+            if hasattr(magnitude, "fan_in_fan_out"):  # DoRA's
+                magnitude.fan_in_fan_out = transposed
+        layer: Any = self
+        layer.__class__ = Linear
+
     def _restore(self, packed: BaseLinear4bit) -> None:
         self.base_layer = packed
         self._packed, self.merged_adapters = (), []

@@ -89,6 +89,8 @@ def merge(
     reference.base_model.check_mergeable(names, safe_merge=False)
     base = reference.get_base_model()
     ids, text = probe.rows(base, texts, tokenizer)
+    if ids and texts is None:
+        ids, text = probe.readable(reference, ids, text)
     dense = None if original is None else _load_original(original, base)
     other = "" if dense is None else other_weights(dense, base)
     if other and not force:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_qlora.data.tokenizer import reads_text, tokenizer_of, vocabulary_of
 from hf_qlora.layers.errors import MergeError
+from hf_qlora.merge.names import first_sentence
 
 
 RANDOM_ROWS, RANDOM_LENGTH = 4, 64
@@ -73,6 +74,17 @@ def rows(model: nn.Module, texts: Texts | None, tokenizer: Any) -> tuple[list[Te
             return found, "two paragraphs of English prose"
     ids = torch.randint(vocabulary, (RANDOM_ROWS, RANDOM_LENGTH), generator=torch.Generator().manual_seed(0))
     return list(ids.split(1)), f"{RANDOM_ROWS} rows of random tokens, because the base has no tokenizer"
+
+
+def readable(model: nn.Module, ids: list[Tensor], text: str) -> tuple[list[Tensor], str]:
+    """Built-in rows and what they are; no rows for a model that wants more than token ids, as images, or others."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            _log_probabilities(model, ids[0])
+    except Exception as error:  # whatever a model raises at what it is not made for
+        return [], f"not measured: the model does not read {text} ({first_sentence(error)})"
+    return ids, text
 
 
 def divergence(trained: Any, merged: nn.Module, ids: list[Tensor]) -> Divergence:

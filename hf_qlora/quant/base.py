@@ -66,7 +66,7 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Called by transformers when the base is saved."""
         if not getattr(model, "_hf_peft_config_loaded", False):
-            merged = [name for name, module in model.named_modules() if getattr(module, "merged", False) is True]
+            merged = _merged_layers(model)
             if merged:
                 raise BaseModelError(
                     f"The base has adapters merged into {len(merged)} layers ({merged[0]}, …), which then hold dense "
@@ -87,8 +87,22 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
         model._weight_conversions = [c for c in conversions if not _reads_4bit(c)] or None
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
+        merged = _merged_layers(model)
+        if merged:
+            raise BaseModelError(
+                f"{len(merged)} layers have adapters merged into them ({merged[0]}, …), and their packed weights wait "
+                "for unmerge_adapter(); call that before dequantize(), or merge_and_unload() instead of it."
+            )
         # transformers passes model.config.dtype, a string after a config was read from a file
-        return dequantize_layers(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        dense = dequantize_layers(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer) and hasattr(module, "follow_base"):  # ours (layers/linear.py)
+                module.follow_base()
+        return dense
+
+
+def _merged_layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if getattr(module, "merged", False) is True]
 
 
 def _reads_4bit(conversion: Any) -> bool:

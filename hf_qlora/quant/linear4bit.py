@@ -77,6 +77,11 @@ class Linear4bit(bnb.nn.Linear4bit):
         state: QuantState = getattr(self.weight, "quant_state", None) or self.quant_state
         return state
 
+    @state.setter
+    def state(self, state: QuantState) -> None:
+        """PEFT's other methods give a layer its own state again, which is how they carry that of 8-bit layers over."""
+        self.weight.quant_state = self.quant_state = state
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x, (..., in_features); the result has x's dtype."""
         if x.device.type != "cpu":

@@ -66,6 +66,7 @@ from hf_qlora.hub import push
 from hf_qlora.hub import trainer as trainer_hooks
 from hf_qlora.layers.budget import layer_of
 from hf_qlora.layers.depth import SUPPORTED
+from hf_qlora.merge.skeleton import CLASSES
 from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.registration import PRIVATE, resolve
 
@@ -129,6 +130,15 @@ def _() -> None:
     with torch.device("meta"):
         model = type(llama())._from_config(llama().config, dtype=torch.bfloat16)
     assert {(p.dtype, p.is_meta) for p in model.parameters()} == {(torch.bfloat16, True)}
+
+
+@contract("transformers:AutoModelForCausalLM._model_mapping")
+def _() -> None:
+    """Every auto class of a task has one, and it knows configs by their class."""
+    for name in CLASSES.values():
+        config = transformers.T5Config if "Seq2Seq" in name else transformers.BertConfig
+        assert config in getattr(transformers, name)._model_mapping, name
+    assert transformers.LlavaConfig not in transformers.AutoModelForCausalLM._model_mapping
 
 
 @contract("transformers.modeling_utils:PreTrainedModel._get_dtype_plan")

@@ -467,6 +467,44 @@ def test_lora_bias_is_refused_and_nothing_is_merged(unload: bool) -> None:
     assert torch.equal(logits(model, ids), expected)
 
 
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["plain", "DoRA"])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_adapters_stay_on_a_base_that_was_dequantized(
+    make: Callable[..., nn.Module], settings: dict[str, Any]
+) -> None:
+    model, ids = adapted(make(), **settings), tokens()
+    steps, outputs = [], []
+    for dequantize in (False, True):
+        if dequantize:
+            model.dequantize()
+        outputs.append(logits(model, ids))
+        model.zero_grad()
+        model.train()
+        torch.manual_seed(0)  # GPT-2 has dropout
+        model(input_ids=ids, labels=ids).loss.backward()
+        steps.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert not any(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
+    assert relative(outputs[1], outputs[0]) <= MERGED
+    assert steps[1].keys() == steps[0].keys()
+    # The same products, whose last bits differ and reach small gradients.
+    assert all(relative(steps[1][name], gradient) <= 1e-4 for name, gradient in steps[0].items())
+    model.merge_adapter()
+    assert relative(logits(model, ids), outputs[0]) <= MERGED
+    model.unmerge_adapter()
+    assert relative(logits(model, ids), outputs[0]) <= MERGED
+    assert relative(logits(model.merge_and_unload(), ids), outputs[0]) <= MERGED
+
+
+def test_dequantizing_while_merged_is_refused() -> None:
+    model = adapted(target_modules=["q_proj"])
+    model.merge_adapter()
+    with pytest.raises(BaseModelError, match=r"2 layers have adapters merged.*unmerge_adapter"):
+        model.dequantize()
+    model.unmerge_adapter()
+    model.dequantize()
+    assert not lora_layers(model)
+
+
 def test_saving_the_base_while_merged_is_refused(tmp_path: Path) -> None:
     model = adapted(target_modules=["q_proj"], task_type="CAUSAL_LM")
     model.merge_adapter()

@@ -314,6 +314,7 @@ def test_a_dense_base_is_merged_into_nf4_with_its_first_rounding() -> None:
 TIED = {
     "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
     "LoRA on the embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "one LoRA on both": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
     "a trained head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "trained embeddings": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     "neither": {"target_modules": ["q_proj"]},
@@ -403,6 +404,34 @@ def test_the_report_says_what_comes_back_and_what_was_compared(quantization: Any
 
 def test_without_a_tokenizer_random_tokens_are_used_and_said() -> None:
     assert "random tokens" in merge(adapted(llama())).text
+
+
+def clip() -> nn.Module:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return tf.CLIPModel(
+        tf.CLIPConfig(
+            text_config={**sizes, "vocab_size": 100, "max_position_embeddings": 80, "eos_token_id": 2},
+            vision_config={**sizes, "image_size": 32, "patch_size": 16},
+            projection_dim=32,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "task_type", "reason"),
+    [(clip, None, ""), (lambda: gpt2(n_positions=32), "CAUSAL_LM", "index out of range")],
+    ids=["images too", "fewer positions"],
+)
+def test_a_model_that_does_not_read_the_built_in_text_is_merged_and_said(
+    make: Any, task_type: str | None, reason: str
+) -> None:
+    model = adapted(make().eval(), task_type=task_type, target_modules=["q_proj", "v_proj", "c_attn"])
+    report = merge(model)
+    assert report.logits is None
+    assert "not measured: the model does not read 4 rows of random tokens" in report.text
+    assert reason in report.text
+    assert report.kept > 0.999
+    assert not differences(report.model, model.merge_and_unload())
 
 
 @pytest.mark.parametrize(

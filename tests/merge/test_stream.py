@@ -107,6 +107,7 @@ def llama_from(folder: Path, **options: Any) -> nn.Module:
 TIED = {
     "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
     "LoRA on the embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "one LoRA on both": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
     "a trained head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "neither": {"target_modules": ["q_proj"]},
 }
@@ -242,6 +243,23 @@ def test_names_of_an_encoder_saved_alone_get_the_prefix_of_the_whole(tmp_path: P
     assert streamed(report)
     merged = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert relative(logits(merged, ids), expected) <= MERGED
+
+
+def llava() -> nn.Module:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text, vision = tf.LlamaConfig(**sizes, vocab_size=500), tf.CLIPVisionConfig(**sizes, image_size=32, patch_size=16)
+    return tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(text_config=text, vision_config=vision, image_token_index=499)
+    )
+
+
+def test_a_model_of_text_and_images_is_made_by_its_own_class(saved: Saved, tmp_path: Path) -> None:
+    """Its adapters are trained with task_type="CAUSAL_LM", whose auto class does not know it."""
+    base, adapter = saved(llava(), task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
+    model, ids = PeftModel.from_pretrained(type(llava()).from_pretrained(base), adapter).eval(), tokens() % 499
+    merge_files(str(adapter), tmp_path / "merged", base=str(base))
+    merged = type(llava()).from_pretrained(tmp_path / "merged")
+    assert relative(logits(merged, ids), logits(model, ids)) <= MERGED
 
 
 CLASSES = ["negative", "neutral", "positive"]

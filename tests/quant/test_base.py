@@ -25,7 +25,7 @@ import transformers as tf
 from accelerate.hooks import ModelHook, add_hook_to_module
 from architectures import ARCHITECTURES, Architecture, bert, gpt2, llama, tokens
 from bitsandbytes.functional import QuantState, dequantize_4bit, has_avx512bf16, quantize_4bit
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, MissConfig, PeftConfig, RoadConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -644,6 +644,30 @@ def test_peft_alone_puts_its_4bit_layer_on_the_base() -> None:
     from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 
     assert isinstance(model.base_model.model.model.layers[0].self_attn.q_proj, PeftLinear4bit)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        VeraConfig(r=8, target_modules=["q_proj"]),
+        MissConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        RoadConfig(target_modules=["q_proj", "v_proj"]),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_pefts_other_methods_train_on_the_base_as_on_a_stock_one(config: PeftConfig, checkpoint: Path) -> None:
+    ids, gradients = tokens(), []
+    for base_model in (stock_4bit(checkpoint), quantize_model(tf.AutoModelForCausalLM.from_pretrained(checkpoint))):
+        torch.manual_seed(0)
+        model = get_peft_model(base_model, copy.deepcopy(config)).train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    found, expected = gradients[1], gradients[0]
+    assert found.keys() == expected.keys() != set()
+    for name, gradient in expected.items():
+        # Both dequantize the same codes and multiply in float32; the order of sums may differ.
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])

@@ -524,6 +524,19 @@ def test_dense_values_without_a_dtype_are_compared_as_far_as_they_go() -> None:
     assert compare(replace(old, root=""), taken(golden_base())).verdict == "same"
 
 
+def test_a_scalar_comes_back() -> None:
+    """As CLIP's `logit_scale`, a parameter without dimensions."""
+    model = base()
+    model.logit_scale = nn.Parameter(torch.tensor(2.6592))
+    fingerprint = taken(model)
+    back = Fingerprint.from_dict(json.loads(json.dumps(fingerprint.to_dict())))
+    assert back.dense["logit_scale"] == DensePrint((), (2.6592,), "float32")
+    assert back == fingerprint
+    assert compare(back, fingerprint).verdict == "same"
+    model.logit_scale.data.fill_(4.6052)
+    assert compare(back, taken(model)).names == ("logit_scale",)
+
+
 def test_numbers_that_are_not_finite_come_back() -> None:
     prints = {"a": DensePrint((3,), (math.inf, -math.inf, 1e-40))}
     given = Fingerprint("", "", False, {}, prints)
