@@ -87,6 +87,22 @@ def test_bytes_that_are_no_utf8_are_named(tmp_path: Path) -> None:
         read_documents(str(tmp_path / "a.txt"))
 
 
+def test_only_a_newline_ends_a_line_of_json(tmp_path: Path) -> None:
+    """Other characters that Python ends lines at may stand in a string as they are; web text has them."""
+    texts = ["one\u2028two", "three\u2029", "\x85four"]
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(rows).encode())
+    assert read_documents(str(tmp_path / "a.jsonl"))[0] == texts
+
+
+@pytest.mark.parametrize("content", [lines(ROWS), json.dumps(ROWS)])
+def test_the_mark_of_windows_editors_is_no_text(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content, encoding="utf-8-sig")
+    assert read_documents(str(tmp_path / "a.json"))[0] == ["a", "b"]
+    (tmp_path / "a.txt").write_text("one", encoding="utf-8-sig")
+    assert read_documents(str(tmp_path / "a.txt"))[0] == ["one"]
+
+
 class Rows(list[Any]):
     """What is used of `datasets.Dataset`."""
 
