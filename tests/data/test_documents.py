@@ -116,18 +116,27 @@ class Rows(list[Any]):
 def test_data_sets_are_left_to_the_datasets_package(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
+    class DatasetsError(Exception):
+        """The base of those of the package, which is no OSError or ValueError."""
+
     def load_dataset(name: str, split: str) -> Rows:
         asked.append((name, split))
+        if name == "me/mixed":
+            raise DatasetsError("An error occurred while generating the dataset") from TypeError("columns differ\n")
         if name != "me/data":
             raise FileNotFoundError(f"Dataset {name!r} doesn't exist on the Hub.\nMore about that.")
         return Rows({"text": f"{n}", "body": f"b{n}"} for n in range(5))
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    exceptions = types.SimpleNamespace(DatasetsError=DatasetsError)
+    own = types.SimpleNamespace(load_dataset=load_dataset, exceptions=exceptions)
+    monkeypatch.setitem(sys.modules, "datasets", own)
     assert read_documents("me/data") == ([f"{n}" for n in range(5)], "me/data")
     assert read_documents("me/data:test#body")[0] == [f"b{n}" for n in range(5)]
     assert asked == [("me/data", "train"), ("me/data", "test")]
     with pytest.raises(DataError, match=r"^Cannot load the data set 'me/none': Dataset 'me/none' doesn't exist on"):
         read_documents("me/none")
+    with pytest.raises(DataError, match=r"^Cannot load the data set 'me/mixed': An error .* dataset: columns differ"):
+        read_documents("me/mixed")
     assert len(files.hub_rows("me/data", "train", 0, "", limit=3)) == 3
 
 
