@@ -100,8 +100,8 @@ class Linear4bit(bnb.nn.Linear4bit):
         if not x.is_floating_point():
             raise TypeError(
                 f"An NF4 layer ({self.in_features} → {self.out_features}) got inputs of {x.dtype}: this model casts "
-                "them to the dtype of the layer's weight, which is packed. Leave the layer dense, as in "
-                'NF4Config(skip_modules=("lm_head", "wo")) where it is called wo.'
+                "them to the dtype of the layer's weight, which is packed. Leave the layer, which the traceback "
+                'names, dense: NF4Config(skip_modules=("lm_head", "wo")) if it is called wo.'
             )
         kind = x.device.type
         dtype: torch.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.compute_dtype
