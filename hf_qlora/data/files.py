@@ -77,6 +77,7 @@ def hub_rows(name: str, split: str, seed: int, local: str, limit: int = MAX_ROWS
         ) from error
     try:
         rows = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError) as error:
-        raise DataError(f"Cannot load the data set {name!r}: {first_line(error)}{offline()}") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # of files that do not fit together
+        why = ": ".join(first_line(part) for part in (error, error.__cause__) if isinstance(part, Exception))
+        raise DataError(f"Cannot load the data set {name!r}: {why}{offline()}") from error
     return list(rows.shuffle(seed=seed).select(range(min(len(rows), limit))))

@@ -183,12 +183,10 @@ def labels(config: LoraConfig) -> dict[str, Any]:
 
 def model_class(config: LoraConfig, base_config: Any) -> Any:
     """The class of transformers that the adapter was trained with."""
-    stored = base_config.architectures or ()
     if config.task_type is not None:
-        task: Any = getattr(transformers, CLASSES[str(getattr(config.task_type, "value", config.task_type))])
-        # CAUSAL_LM is also said of models of text and images, which have an auto class of their own.
-        return task if type(base_config) in task._model_mapping else class_named(stored) or task
-    found = class_named(((config.auto_mapping or {}).get("base_model_class"), *stored))
+        return getattr(transformers, CLASSES[str(getattr(config.task_type, "value", config.task_type))])
+    mapping = config.auto_mapping or {}
+    found = class_named((mapping.get("base_model_class"), *(base_config.architectures or ())))
     if found is None:
         raise MergeError("Neither the adapter's task_type nor the base's config names a model class of transformers.")
     return found

@@ -11,7 +11,6 @@ from typing import Any
 
 from bitsandbytes.functional import QuantState
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from hf_qlora.layers.linear import adopt
@@ -39,16 +38,7 @@ def copied_sharing(module: Any, dense: bool = True) -> Any:
         state = getattr(tensor, "quant_state", None)
         if _is_intact(state) and (dense or state is not None):
             memo |= {id(tensor): tensor, id(state): state}
-    for layer in _lora_layers(module):  # PEFT keeps what it has tied an adapter by, which torch does not copy
-        memo |= {id(tensor): tensor for tensor in layer.kwargs.get("tied_adapter", {}).values()}
-    copied = copy.deepcopy(module, memo)
-    for layer in _lora_layers(copied):
-        layer.kwargs.pop("tied_adapter", None)
-    return copied
-
-
-def _lora_layers(module: nn.Module) -> list[LoraLayer]:
-    return [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    return copy.deepcopy(module, memo)
 
 
 def tied_groups(base: nn.Module) -> list[list[str]]:
