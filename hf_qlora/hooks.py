@@ -9,12 +9,12 @@ import copy
 import inspect
 import json
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, PeftType
+from peft import LoraConfig, PeftModel, PeftType, TaskType
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
@@ -144,11 +144,34 @@ def init(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    if not isinstance(peft_config, QLoRAConfig) or is_rehearsal(model) or is_real_step():
+    if not isinstance(peft_config, QLoRAConfig):
         original(peft_model, model, peft_config, adapter_name, *args, **kwargs)
         return
-    with after(try_config(model, peft_config, adapter_name, type(peft_model))):
-        original(peft_model, model, peft_config, adapter_name, *args, **kwargs)
+    with _heads_spared(peft_config):
+        if is_rehearsal(model) or is_real_step():
+            original(peft_model, model, peft_config, adapter_name, *args, **kwargs)
+            return
+        with after(try_config(model, peft_config, adapter_name, type(peft_model))):
+            original(peft_model, model, peft_config, adapter_name, *args, **kwargs)
+
+
+# Of the tasks whose heads PEFT saves whole, but names only when it has put adapters on all linear layers.
+_HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
+
+
+@contextmanager
+def _heads_spared(config: QLoRAConfig) -> Iterator[None]:
+    """Name the heads to PEFT before, so that "all-linear" leaves them out; else they cannot be saved whole."""
+    heads = _HEADS.get(config.task_type, ()) if config.target_modules == "all-linear" else ()
+    added = [name for name in heads if name not in (config.modules_to_save or ())]
+    if not added:
+        yield
+        return
+    config.modules_to_save = [*(config.modules_to_save or ()), *added]
+    try:
+        yield
+    finally:  # PEFT adds them next
+        config.modules_to_save = [name for name in config.modules_to_save or () if name not in added] or None
 
 
 def from_pretrained(

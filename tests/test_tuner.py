@@ -18,7 +18,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import transformers as tf
-from architectures import ARCHITECTURES, Architecture, gpt2, llama, tokens
+from architectures import ARCHITECTURES, SIZES, VOCAB, Architecture, gpt2, llama, tokens
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -161,6 +161,34 @@ def test_what_is_trained_is_what_stock_peft_trains(family: Architecture, variant
         stock.peft_config["default"].target_modules,
         stock.peft_config["default"].target_parameters,
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "make", "head"),
+    [
+        ("TOKEN_CLS", tf.BertForTokenClassification, "classifier"),
+        ("QUESTION_ANS", tf.BertForQuestionAnswering, "qa_outputs"),
+    ],
+)
+def test_all_linear_layers_are_all_but_the_head_that_is_saved_whole(
+    task: str, make: Any, head: str, tmp_path: Path
+) -> None:
+    """Stock PEFT learns of this head when it has adapted it, and fails; told of it by the user, it does this."""
+    base = make(tf.BertConfig(**SIZES, vocab_size=VOCAB)).eval()
+    settings: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": task}
+    stock = get_peft_model(copy.deepcopy(base), LoraConfig(**settings, modules_to_save=[head]))
+    config = QLoRAConfig(**settings, init_lora_weights=False)
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    trained, expected = ({n for n, p in m.named_parameters() if p.requires_grad} for m in (model, stock))
+    assert trained == expected
+    assert config.modules_to_save is not None
+    assert len(config.modules_to_save) == len(set(config.modules_to_save))
+    with torch.no_grad():
+        model.get_parameter(f"base_model.model.{head}.modules_to_save.default.weight").add_(1)
+    model.save_pretrained(tmp_path)
+    ids = tokens()
+    outputs = [m(input_ids=ids)[0].detach() for m in (model, PeftModel.from_pretrained(base, str(tmp_path)).eval())]
+    assert_close(outputs[1], outputs[0], rtol=0, atol=SAME * float(outputs[0].abs().max()))
 
 
 @pytest.mark.parametrize(("family", "variant"), CASES)

@@ -15,13 +15,13 @@ MAX_ROWS = 20_000  # of a data set on the Hub
 
 
 def read_text(file: Path) -> str:
-    """A file's text.
+    """A file's text, without the mark (BOM) that Windows' editors begin files in UTF-8 with.
 
     Raises:
         DataError: it is not UTF-8, or not to be read.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as text in UTF-8: {first_line(error)}") from error
 
@@ -32,7 +32,8 @@ def json_lines(file: Path) -> Iterator[Mapping[str, Any]]:
     Raises:
         DataError: a line that is no JSON object, by its number.
     """
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
+    # Not `splitlines`, which ends lines at U+2028, U+0085 and others too: they may stand in a JSON string as they are.
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -76,6 +77,7 @@ def hub_rows(name: str, split: str, seed: int, local: str, limit: int = MAX_ROWS
         ) from error
     try:
         rows = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError) as error:
-        raise DataError(f"Cannot load the data set {name!r}: {first_line(error)}{offline()}") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # of files that do not fit together
+        why = ": ".join(first_line(part) for part in (error, error.__cause__) if isinstance(part, Exception))
+        raise DataError(f"Cannot load the data set {name!r}: {why}{offline()}") from error
     return list(rows.shuffle(seed=seed).select(range(min(len(rows), limit))))

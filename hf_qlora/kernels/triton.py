@@ -138,6 +138,10 @@ def logits_to_gradient(z: Tensor, target: Tensor, smoothing: float = 0.0) -> Ten
 
     Returns:
         `torch.Tensor`, (rows,), float32: the losses.
+
+    Raises:
+        ValueError: tensors of another kind.
+        RuntimeError: a class that is none of z's; on a GPU an assertion on the device, as of torch's cross entropy.
     """
     losses = z.new_empty(len(z), dtype=torch.float32)
     if z.dtype not in DTYPES or not z.is_contiguous() or (target.dtype, len(target)) != (torch.int64, len(z)):
@@ -146,6 +150,7 @@ def logits_to_gradient(z: Tensor, target: Tensor, smoothing: float = 0.0) -> Ten
             f"{target.dtype}, are not supported: contiguous rows of one of {DTYPES}, and an int64 for each."
         )
     if len(z):
+        z.gather(1, target[:, None])  # which looks at the classes; the kernel would read beside its row, silently
         with torch.cuda.device_of(z):
             _cross_entropy[(len(z),)](
                 z,

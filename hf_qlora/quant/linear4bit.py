@@ -84,10 +84,10 @@ class Linear4bit(bnb.nn.Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x, (..., in_features); the result has x's dtype."""
+        dtype = self.product_dtype(x)
         if x.device.type != "cpu":
             result: Tensor = super().forward(x)
             return result
-        dtype = self.product_dtype(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         repacked = self.repacked  # once: another thread may let go of it
         if repacked is not None and self._is_generating(x, dtype):
@@ -97,7 +97,17 @@ class Linear4bit(bnb.nn.Linear4bit):
             return frozen_linear(x.to(dtype), lambda: self.dequantize(dtype), bias).to(x.dtype)
 
     def product_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype that the layer multiplies x in."""
+        """The dtype that the layer multiplies x in.
+
+        Raises:
+            TypeError: x is of whole numbers.
+        """
+        if not x.is_floating_point():
+            raise TypeError(
+                f"An NF4 layer ({self.in_features} → {self.out_features}) got inputs of {x.dtype}: this model casts "
+                "them to the dtype of the layer's weight, which is packed. Leave the layer, which the traceback "
+                'names, dense: NF4Config(skip_modules=("lm_head", "wo")) if it is called wo.'
+            )
         kind = x.device.type
         dtype: torch.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.compute_dtype
         return dtype or x.dtype

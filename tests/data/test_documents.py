@@ -87,6 +87,22 @@ def test_bytes_that_are_no_utf8_are_named(tmp_path: Path) -> None:
         read_documents(str(tmp_path / "a.txt"))
 
 
+def test_only_a_newline_ends_a_line_of_json(tmp_path: Path) -> None:
+    """Other characters that Python ends lines at may stand in a string as they are; web text has them."""
+    texts = ["one\u2028two", "three\u2029", "\x85four"]
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(rows).encode())
+    assert read_documents(str(tmp_path / "a.jsonl"))[0] == texts
+
+
+@pytest.mark.parametrize("content", [lines(ROWS), json.dumps(ROWS)])
+def test_the_mark_of_windows_editors_is_no_text(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content, encoding="utf-8-sig")
+    assert read_documents(str(tmp_path / "a.json"))[0] == ["a", "b"]
+    (tmp_path / "a.txt").write_text("one", encoding="utf-8-sig")
+    assert read_documents(str(tmp_path / "a.txt"))[0] == ["one"]
+
+
 class Rows(list[Any]):
     """What is used of `datasets.Dataset`."""
 
@@ -100,18 +116,27 @@ class Rows(list[Any]):
 def test_data_sets_are_left_to_the_datasets_package(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
+    class DatasetsError(Exception):
+        """The base of those of the package, which is no OSError or ValueError."""
+
     def load_dataset(name: str, split: str) -> Rows:
         asked.append((name, split))
+        if name == "me/mixed":
+            raise DatasetsError("An error occurred while generating the dataset") from TypeError("columns differ\n")
         if name != "me/data":
             raise FileNotFoundError(f"Dataset {name!r} doesn't exist on the Hub.\nMore about that.")
         return Rows({"text": f"{n}", "body": f"b{n}"} for n in range(5))
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    exceptions = types.SimpleNamespace(DatasetsError=DatasetsError)
+    own = types.SimpleNamespace(load_dataset=load_dataset, exceptions=exceptions)
+    monkeypatch.setitem(sys.modules, "datasets", own)
     assert read_documents("me/data") == ([f"{n}" for n in range(5)], "me/data")
     assert read_documents("me/data:test#body")[0] == [f"b{n}" for n in range(5)]
     assert asked == [("me/data", "train"), ("me/data", "test")]
     with pytest.raises(DataError, match=r"^Cannot load the data set 'me/none': Dataset 'me/none' doesn't exist on"):
         read_documents("me/none")
+    with pytest.raises(DataError, match=r"^Cannot load the data set 'me/mixed': An error .* dataset: columns differ"):
+        read_documents("me/mixed")
     assert len(files.hub_rows("me/data", "train", 0, "", limit=3)) == 3
 
 

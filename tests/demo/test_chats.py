@@ -42,7 +42,8 @@ def test_other_data_sets_are_left_to_the_datasets_package(monkeypatch: pytest.Mo
     def load_dataset(name: str, split: str) -> None:
         raise FileNotFoundError(f"Dataset {name!r} doesn't exist on the Hub.\nMore about that.")
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    own = types.SimpleNamespace(load_dataset=load_dataset, exceptions=types.SimpleNamespace(DatasetsError=OSError))
+    monkeypatch.setitem(sys.modules, "datasets", own)
     with pytest.raises(DemoError, match=r"^Cannot load the data set 'me/data': Dataset 'me/data' doesn't exist on"):
         read_chats("me/data", seed=0)
 

@@ -513,3 +513,10 @@ def test_the_loss_of_nothing_and_of_impossible_classes(interpreted: ModuleType) 
 def test_logits_it_was_not_written_for_are_refused(z: Tensor, target: Tensor, interpreted: ModuleType) -> None:
     with pytest.raises(ValueError, match="are not supported"):
         interpreted.logits_to_gradient(z, target)
+
+
+@pytest.mark.parametrize("wanted", [-1, 3, -100])
+def test_a_class_that_there_is_not_is_refused(wanted: int, interpreted: ModuleType) -> None:
+    """Row 0 has nothing before it, and row 1 would read of row 0 or 2 what may be a gradient by then."""
+    with pytest.raises(RuntimeError, match=f"index {wanted} is out of bounds"):
+        interpreted.logits_to_gradient(torch.zeros(3, 3), torch.tensor([0, wanted, 2]))

@@ -301,6 +301,39 @@ def test_models_without_experts_warn_of_none(name: str, caplog: pytest.LogCaptur
     assert not caplog.records
 
 
+T5_LIKE = {"d_model": 128, "d_ff": 256, "num_layers": 2, "num_heads": 4, "d_kv": 32, "vocab_size": 500}
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (tf.LongT5ForConditionalGeneration, tf.LongT5Config),
+        (tf.SwitchTransformersForConditionalGeneration, tf.SwitchTransformersConfig),
+    ],
+)
+def test_a_layer_whose_inputs_the_model_casts_to_its_weights_dtype_is_an_error(
+    make: Any, config: Any, adapted: bool
+) -> None:
+    """That of codes is uint8: activations would be whole numbers, and gradients would end, without a word."""
+    dense = make(config(**T5_LIKE, decoder_start_token_id=0)).eval()
+    inputs = {"input_ids": tokens(), "labels": tokens()}
+
+    def made(nf4: NF4Config) -> nn.Module:
+        if not adapted:
+            return quantize_model(copy.deepcopy(dense), nf4)
+        # an adapter of zeros, which changes nothing
+        return get_peft_model(copy.deepcopy(dense), QLoRAConfig(r=4, target_modules="all-linear", quantization=nf4))
+
+    for mode in (True, False):
+        with pytest.raises(TypeError, match=r"\(256 → 128\) got inputs of torch.uint8: .*skip_modules"):
+            made(NF4Config()).train(mode)(**inputs)
+    model = made(NF4Config(skip_modules=("lm_head", "wo"))).eval()
+    expected = dequantize_layers(quantize_model(copy.deepcopy(dense), NF4Config(skip_modules=("lm_head", "wo"))))
+    # the same products in float32, which the node and torch may sum in another order
+    torch.testing.assert_close(model(**inputs).logits, expected(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
 # --- sharing ---------------------------------------------------------------------------------------------------------
 
 
