@@ -37,8 +37,11 @@ def json_lines(file: Path) -> Iterator[Mapping[str, Any]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{file}, line {number} is not JSON: {error.msg}.") from error
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # the latter and others of ValueError are the parser's limits
+                raise DataError(f"{file}, line {number} is not JSON{_why(error)}") from error
             if not isinstance(row, dict):
                 raise DataError(f"{file}, line {number} is no JSON object, but {short(line)}")
             yield row
@@ -55,9 +58,14 @@ def json_rows(file: Path) -> list[Any]:
         return list(json_lines(file))
     try:
         found: list[Any] = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno} is not JSON: {error.msg}.") from error
+    except (ValueError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{file}{line} is not JSON{_why(error)}") from error
     return found
+
+
+def _why(error: Exception) -> str:
+    return f": {error.msg}." if isinstance(error, json.JSONDecodeError) else f" that can be read: {error}."
 
 
 def hub_rows(name: str, split: str, seed: int, local: str, limit: int = MAX_ROWS) -> list[Mapping[str, Any]]:

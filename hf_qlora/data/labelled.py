@@ -62,7 +62,8 @@ def labelled(
         limit: use at most so many texts, drawn by the seed.
 
     Raises:
-        DataError: a row without the columns or with other values, one class only, or a class of fewer than 10 texts.
+        DataError: a row without the columns or with other values, one class only, a class of fewer than 10 texts, or
+            two that are a number and the same as a word.
     """
     by_text: dict[str, str | int] = {}
     for number, row in enumerate(rows, 1):
@@ -84,7 +85,10 @@ def labelled(
     if count < FEWEST:
         raise DataError(f"Class {rarest!r} has {count} texts; each needs {FEWEST}, to have some to train and test on.")
     classes = sorted(counts, key=lambda value: (isinstance(value, str), value))
-    return Labelled([(key, classes.index(value)) for key, value in found], [str(value) for value in classes])
+    names = [str(value) for value in classes]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{twice} is a class as a number in some rows, and as a word in others; write it in one way.")
+    return Labelled([(key, classes.index(value)) for key, value in found], names)
 
 
 def _cell(row: Any, number: int, column: str) -> Any:

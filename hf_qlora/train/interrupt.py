@@ -44,7 +44,10 @@ class StopOnCtrlC(TrainerCallback):
     asked = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._before = signal.signal(signal.SIGINT, self._ask)
+        self.asked = False
+        before = signal.signal(signal.SIGINT, self._ask)
+        if before != self._ask:  # else training has begun again without an end, as after it ran out of memory
+            self._before = before
 
     def _ask(self, *_: Any) -> None:
         self.asked = True

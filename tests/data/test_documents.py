@@ -67,6 +67,8 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
         ("a.csv", "", "{}", "The folder {} has no files that end in .txt"),
         ("a.jsonl", '{"text": "a"}\n{"te', "{}/a.jsonl", "{}/a.jsonl, line 2 is not JSON"),
         ("a.json", '[{"text": "a"},\n{"te', "{}/a.json", "{}/a.json, line 2 is not JSON"),
+        ("a.json", '[{"text": ' + 5_000 * "1" + "}]", "{}/a.json", "{}/a.json is not JSON that can be read"),
+        ("a.jsonl", '{"text": ' + 100_000 * "[", "{}/a.jsonl", "{}/a.jsonl, line 1 is not JSON that can be read"),
         ("a.jsonl", "3", "{}/a.jsonl", "{}/a.jsonl, line 1 is no JSON object, but 3"),
         ("a.json", "[3]", "{}/a.json", "A row is neither a text nor has it columns, but 3"),
         ("a.jsonl", '{"a": 1, "b": 2}', "{}/a.jsonl", "has the columns a, b; understood are text; messages; prompt"),

@@ -215,6 +215,14 @@ def test_singular_grams_and_dead_inputs(rank: int) -> None:
     assert loss(codes, target, scales, gram).sum() <= loss(nearest(target, scales), target, scales, gram).sum()
 
 
+def test_inputs_as_good_as_zero_are_rounded_to_nearest() -> None:
+    target, scales, _ = problem(40, 8)
+    X = 1e-20 * torch.randn(100, 40)
+    gram = damped(X.t() @ X, 0.01)
+    codes = refine(round_with_feedback(target, scales, gram), target, scales, gram)
+    assert torch.equal(codes.long(), nearest(target, scales))
+
+
 def test_a_gram_that_is_not_positive_definite_is_an_error() -> None:
     with pytest.raises(torch.linalg.LinAlgError):
         round_with_feedback(torch.ones(2, 2), torch.ones(2, 2), -torch.eye(2))

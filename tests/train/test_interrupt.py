@@ -47,6 +47,17 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_training_that_begins_twice_gives_the_handler_back() -> None:
+    """As after running out of memory, with a smaller batch."""
+    before, stopper = signal.getsignal(signal.SIGINT), StopOnCtrlC()
+    stopper.asked = True
+    for _ in range(2):
+        stopper.on_train_begin(None, None, None)
+    assert not stopper.asked
+    stopper.on_train_end(None, None, None)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
 def test_a_second_ctrl_c_ends_at_once(before: Any, tmp_path: Path) -> None:
     """Where Ctrl-C was ignored, too, as shells have it for what runs in the background."""
