@@ -38,7 +38,7 @@ class Plan:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     rates: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {
-            "full": ("1e-4", "2e-4", "4e-4"),
+            "full": ("5e-5", "1e-4", "2e-4"),
             "lora": ("1e-3", "2e-3", "4e-3"),
             "qlora": ("1e-3", "2e-3", "4e-3"),
         }
