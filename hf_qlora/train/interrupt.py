@@ -42,6 +42,7 @@ class StopOnCtrlC(TrainerCallback):
     """
 
     asked = False
+    _before: Any  # the handler that was there
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.asked = False
