@@ -162,7 +162,8 @@ _HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("
 @contextmanager
 def _heads_spared(config: QLoRAConfig) -> Iterator[None]:
     """Name the heads to PEFT before, so that "all-linear" leaves them out; else they cannot be saved whole."""
-    heads = _HEADS.get(config.task_type, ()) if config.target_modules == "all-linear" else ()
+    every = str(config.target_modules).lower() == "all-linear"  # as PEFT reads it
+    heads = _HEADS.get(config.task_type, ()) if every else ()
     added = [name for name in heads if name not in (config.modules_to_save or ())]
     if not added:
         yield

@@ -145,6 +145,9 @@ def _warn_of_unmatched(shadow: nn.Module, config: QLoRAConfig, trial: QLoRAConfi
     given = config.target_modules
     targets = set() if given is None or isinstance(given, str) else set(given) & set(trial.target_modules or ())
     targets = {part for part in targets if not any(f".{name}".endswith(f".{part}") for name in adapted)}
+    # PEFT writes all linear layers into a config that asks for them, also those that are saved whole.
+    whole = tuple(f".{name}" for name in config.modules_to_save or ())
+    targets = {part for part in targets if not f".{part}".endswith(whole)}
     saved = set(config.modules_to_save or ()) - ADDED_BY_PEFT
     saved = {part for part in saved if not any(f".{part}." in f".{name}." for name in names)}
     for field, unmatched in (("target_modules", targets), ("modules_to_save", saved)):

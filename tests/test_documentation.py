@@ -155,6 +155,9 @@ def test_what_the_readme_says_of_classification() -> None:
     page = "\n".join(_lines("text_classification.md"))
     assert "95 % interval -1.69 to -0.54." in page
     assert "95 % interval -0.31 to +0.52;" in page
+    assert f"at most 0.31 of the {100 * (accuracy['full'] - accuracy['qlora']):.2f} points that are missing" in page
+    packed, dense = (cost["qlora"][name] for name in ("base_bytes", "dense_bytes"))
+    assert f"takes {packed / dense:.2f} of its bytes" in page.replace("\n", " ")
 
 
 def test_plans_of_the_readme_and_of_its_page() -> None:

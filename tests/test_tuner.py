@@ -170,12 +170,13 @@ def test_what_is_trained_is_what_stock_peft_trains(family: Architecture, variant
         ("QUESTION_ANS", tf.BertForQuestionAnswering, "qa_outputs"),
     ],
 )
+@pytest.mark.parametrize("every", ["all-linear", "All-Linear"])
 def test_all_linear_layers_are_all_but_the_head_that_is_saved_whole(
-    task: str, make: Any, head: str, tmp_path: Path
+    every: str, task: str, make: Any, head: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Stock PEFT learns of this head when it has adapted it, and fails; told of it by the user, it does this."""
     base = make(tf.BertConfig(**SIZES, vocab_size=VOCAB)).eval()
-    settings: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": task}
+    settings: dict[str, Any] = {"r": 4, "target_modules": every, "task_type": task}
     stock = get_peft_model(copy.deepcopy(base), LoraConfig(**settings, modules_to_save=[head]))
     config = QLoRAConfig(**settings, init_lora_weights=False)
     model = get_peft_model(copy.deepcopy(base), config).eval()
@@ -183,6 +184,9 @@ def test_all_linear_layers_are_all_but_the_head_that_is_saved_whole(
     assert trained == expected
     assert config.modules_to_save is not None
     assert len(config.modules_to_save) == len(set(config.modules_to_save))
+    again = get_peft_model(copy.deepcopy(base), config)
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == expected
+    assert "match nothing" not in caplog.text
     with torch.no_grad():
         model.get_parameter(f"base_model.model.{head}.modules_to_save.default.weight").add_(1)
     model.save_pretrained(tmp_path)

@@ -8,14 +8,7 @@ from typing import Annotated
 import typer
 
 from hf_qlora.commands.outcome import make_place, say_and_write, stopped, terminated_as_interrupted
-from hf_qlora.commands.rows import (
-    Calibrate,
-    HeldOut,
-    Length,
-    Rows,
-    RowsSeed,
-    check_rows_are_used,
-)
+from hf_qlora.commands.rows import Calibrate, HeldOut, Length, Rows, RowsSeed, check_rows_are_used
 from hf_qlora.console import INTERRUPTED, misused
 
 

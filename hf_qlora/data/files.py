@@ -37,10 +37,7 @@ def json_lines(file: Path) -> Iterator[Mapping[str, Any]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # the latter and others of ValueError are the parser's limits
+            except (ValueError, RecursionError) as error:  # no JSON, or past the parser's limits
                 raise DataError(f"{file}, line {number} is not JSON{_why(error)}") from error
             if not isinstance(row, dict):
                 raise DataError(f"{file}, line {number} is no JSON object, but {short(line)}")

@@ -42,12 +42,14 @@ class StopOnCtrlC(TrainerCallback):
     """
 
     asked = False
+    _before: Any  # the handler that was there
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.asked = False
         before = signal.signal(signal.SIGINT, self._ask)
-        if before != self._ask:  # else training has begun again without an end, as after it ran out of memory
-            self._before = before
+        stopper = getattr(before, "__self__", None)
+        # Training that failed, as by running out of memory, has no end, and has left its own.
+        self._before = stopper._before if isinstance(stopper, StopOnCtrlC) else before
 
     def _ask(self, *_: Any) -> None:
         self.asked = True

@@ -26,6 +26,7 @@ import hf_qlora
 import hf_qlora.merge.stream
 from hf_qlora import NF4Config, QLoRAConfig, merge, quantize_model
 from hf_qlora.layers.errors import MergeError
+from hf_qlora.merge import probe
 from hf_qlora.merge.report import MergeRefused
 from hf_qlora.quant.linear4bit import Linear4bit
 
@@ -432,6 +433,17 @@ def test_a_model_that_does_not_read_the_built_in_text_is_merged_and_said(
     assert reason in report.text
     assert report.kept > 0.999
     assert not differences(report.model, model.merge_and_unload())
+
+
+def test_positions_that_only_the_longer_paragraph_is_past(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "DEFAULT_TEXTS", ("a" * 20, "b" * 40))
+
+    def read(text: str) -> dict[str, list[int]]:
+        return {"input_ids": list(range(len(text)))}
+
+    report = merge(adapted(gpt2(n_positions=32).eval(), target_modules=["c_attn"]), tokenizer=read)
+    assert report.logits is None
+    assert "not measured: the model does not read two paragraphs" in report.text
 
 
 @pytest.mark.parametrize(

@@ -47,15 +47,20 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_training_that_begins_twice_gives_the_handler_back() -> None:
+@pytest.mark.parametrize("same", [True, False], ids=["same trainer", "new trainer"])
+def test_training_that_begins_twice_gives_the_handler_back(same: bool) -> None:
     """As after running out of memory, with a smaller batch."""
-    before, stopper = signal.getsignal(signal.SIGINT), StopOnCtrlC()
-    stopper.asked = True
-    for _ in range(2):
-        stopper.on_train_begin(None, None, None)
-    assert not stopper.asked
-    stopper.on_train_end(None, None, None)
-    assert signal.getsignal(signal.SIGINT) is before
+    before, first = signal.getsignal(signal.SIGINT), StopOnCtrlC()
+    second = first if same else StopOnCtrlC()
+    first.asked = True
+    try:
+        for stopper in (first, second):
+            stopper.on_train_begin(None, None, None)
+        assert not second.asked
+        second.on_train_end(None, None, None)
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])

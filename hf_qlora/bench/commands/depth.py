@@ -8,13 +8,7 @@ from typing import Annotated
 import typer
 
 from hf_qlora.bench.commands.files import check_lines
-from hf_qlora.bench.commands.options import (
-    Device,
-    Runs,
-    Workers,
-    check_choice,
-    check_device,
-)
+from hf_qlora.bench.commands.options import Device, ReportOnly, Runs, Workers, check_choice, check_device
 from hf_qlora.console import misused
 
 
@@ -24,7 +18,7 @@ def adaptive_depth(
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, to see that it works.")] = False,
     device: Device = "cpu",
     workers: Workers = 1,
-    report_only: Annotated[bool, typer.Option("--report", help="Do nothing; print the tables.")] = False,
+    report_only: ReportOnly = False,
 ) -> None:
     """Compare LoRA, DoRA and scales by depth on real models, at the best learning rate of each.
 

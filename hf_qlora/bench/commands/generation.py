@@ -8,14 +8,7 @@ from typing import Annotated
 import typer
 
 from hf_qlora.bench.commands.files import measured, read_results
-from hf_qlora.bench.commands.options import (
-    Count,
-    DrawnResults,
-    ReportOnly,
-    Rounds,
-    Shape,
-    check_choice,
-)
+from hf_qlora.bench.commands.options import Count, DrawnResults, ReportOnly, Rounds, Shape, check_choice
 from hf_qlora.console import misused
 
 

@@ -8,15 +8,7 @@ from typing import Annotated
 import typer
 
 from hf_qlora.bench.commands.files import check_lines, read_results
-from hf_qlora.bench.commands.options import (
-    Device,
-    ReportOnly,
-    Results,
-    Runs,
-    Workers,
-    check_choice,
-    check_device,
-)
+from hf_qlora.bench.commands.options import Device, ReportOnly, Results, Runs, Workers, check_choice, check_device
 from hf_qlora.console import misused
 
 
@@ -28,7 +20,7 @@ def calibrated_nf4(
     quick: Annotated[bool, typer.Option("--quick", help="A little of everything, to see that it works.")] = False,
     device: Device = "cpu",
     workers: Workers = 1,
-    report_only: Annotated[bool, typer.Option("--report", help="Do nothing; print the tables.")] = False,
+    report_only: ReportOnly = False,
 ) -> None:
     """What calibrated rounding keeps of an adapter merged into NF4, and of a base, on SmolLM2 and real text.
 

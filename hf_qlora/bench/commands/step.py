@@ -169,7 +169,7 @@ def learning_curve(
     steps: Annotated[int, typer.Option(min=2)] = 200,
     device: Device = "cpu",
     workers: Workers = 1,
-    report_only: Annotated[bool, typer.Option("--report", help="Do nothing; print the table.")] = False,
+    report_only: ReportOnly = False,
 ) -> None:
     """Loss curves of our step and of stock PEFT's, on real weights and data, over three seeds.
 

@@ -7,10 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_qlora.bench.commands.options import (
-    Device,
-    check_choice,
-)
+from hf_qlora.bench.commands.options import Device, check_choice
 from hf_qlora.console import INTERRUPTED, misused
 
 
