@@ -82,6 +82,8 @@ def readable(model: nn.Module, ids: list[Tensor], text: str) -> tuple[list[Tenso
     try:
         with torch.no_grad():
             _log_probabilities(model, max(ids, key=Tensor.numel))  # its positions may be too many, a shorter row's not
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a model raises at what it is not made for
         return [], f"not measured: the model does not read {text} ({first_sentence(error)})"
     return ids, text

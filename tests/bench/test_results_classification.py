@@ -224,6 +224,17 @@ def test_page_card_and_rates_in_the_repository_are_those_of_the_committed_result
     assert {method: float(rate) for method, rate in chosen.items()} == real.LEARNING_RATES
 
 
+@pytest.mark.parametrize(("qlora", "said"), [("0111", "-25.00"), ("1111", "+0.00")])
+def test_the_price_of_nf4_is_a_difference_where_its_interval_leaves_0_out(qlora: str, said: str) -> None:
+    rows = {
+        seed: {arm: {"found": {"correct": 50 * right}} for arm, right in (("qlora", qlora), ("lora", "1111"))}
+        for seed in range(3)
+    }
+    text = report._price(rows)
+    assert f"QLoRA minus LoRA is {said} points" in text
+    assert ("no difference is shown" in text) is (qlora == "1111")
+
+
 def test_costs_are_medians_and_ratios(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     methods = {

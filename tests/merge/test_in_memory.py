@@ -420,7 +420,7 @@ def clip() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("make", "task_type", "reason"),
-    [(clip, None, ""), (lambda: gpt2(n_positions=32), "CAUSAL_LM", "index out of range")],
+    [(clip, None, "NoneType"), (lambda: gpt2(n_positions=32), "CAUSAL_LM", "index out of range")],
     ids=["images too", "fewer positions"],
 )
 def test_a_model_that_does_not_read_the_built_in_text_is_merged_and_said(
