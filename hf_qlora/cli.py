@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from itertools import pairwise
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from hf_qlora.bench.commands import bench
 from hf_qlora.commands import demo, inspect, merge, plan, quantize
+from hf_qlora.console import misused
+
+
+class _Commands(TyperGroup):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse what is empty, as an unset variable of a shell is: commands would take it for left out."""
+        for before, given in pairwise([self.name or "", *args]):
+            if not given or (given.startswith("--") and given.endswith("=")):
+                raise misused(f"{given or before} has an empty text behind it; leave it out, or write what is meant.")
+        return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
+    cls=_Commands,
     name="hf-qlora",
     help="QLoRA for Hugging Face PEFT.",
     no_args_is_help=True,

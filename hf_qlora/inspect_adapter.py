@@ -58,7 +58,9 @@ def read_modules(adapter: str) -> tuple[LoraConfig, list[Module], list[str]]:
     """
     folder = files.adapter_folder(adapter)
     if folder is None:
-        what = "it has no adapter_config.json of ours" if Path(adapter).is_dir() else "there is no such folder"
+        what = "there is no such folder, nor is it on the Hub or in its cache"
+        if Path(adapter).exists():
+            what = "it has no adapter_config.json of ours" if Path(adapter).is_dir() else "it is a file, and no folder"
         raise files.AdapterFileError(f"{adapter} is no adapter saved by hf_qlora: {what}.")
     folder.check()
     config = PeftConfig.from_pretrained(str(folder.weights.parent))

@@ -56,6 +56,31 @@ def test_a_bad_option_is_named(option: str, value: str) -> None:
     assert option in result.output  # the rest is typer's wording
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("demo", "--model", ""), "--model has an empty text behind it"),
+        (("merge", "a", "--output=", "--onto", "nf4"), "--output= has an empty text behind it"),
+        (("bench", "compare", "", "b.json"), "compare has an empty text behind it"),
+        (("plan", "{}"), "{} is no model: it has no config.json."),
+        (("plan", "{}/a.txt"), "{}/a.txt is no model: it has no config.json."),
+        (("plan", "{}", "--budget", "24"), "--budget 24 has no unit; write 24GiB, or 24B"),
+        (("plan", "{}", "--checkpointing", "budget"), "has its bytes behind it: budget:2GiB"),
+        (("plan", "{}", "--checkpointing", "full:2GiB"), "has its bytes behind it: budget:2GiB"),
+        (("inspect", "{}/a.txt"), "{}/a.txt is no adapter saved by hf_qlora: it is a file"),
+        (("inspect", "{}", "--plot", "{}/a.txt/a.png"), "There is no place for {}/a.txt/a.png"),
+        (("quant-report", "{}", "--json", "{}/a.txt/a.json"), "There is no place for {}/a.txt/a.json"),
+        (("merge", "{}", "--output", "{}/b", "--device", "cuda"), "--device is where the model runs for --calibrate"),
+        (("demo", "--dataset", "{}/none.jsonl"), "{}/none.jsonl is not there."),
+    ],
+)
+def test_what_cannot_be_meant_is_one_sentence(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    result = invoke(*(argument.replace("{}", str(tmp_path)) for argument in arguments))
+    assert (result.exit_code, result.output.count("\n")) == (2, 1), result.output
+    assert message.replace("{}", str(tmp_path)) in result.output
+
+
 def test_the_options_reach_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[demo.Settings] = []
     monkeypatch.setattr(demo, "run", given.append)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hf_qlora.commands.outcome import make_place
 from hf_qlora.console import misused
 
 
@@ -18,6 +19,8 @@ def inspect_adapter(
     from hf_qlora import inspect_adapter
 
     try:
+        if plot is not None:
+            make_place(plot)
         inspect_adapter.show(adapter, plot)
     except (ImportError, OSError, ValueError) as error:
         raise misused(str(error)) from None

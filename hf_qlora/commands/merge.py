@@ -53,6 +53,8 @@ def merge_adapter(
         if report is not None:
             make_place(report)
         check_rows_are_used(calibrate, rows, length, held_out, seed)
+        if calibrate is None and device is not None:
+            raise misused("--device is where the model runs for --calibrate; other merges run on the CPU.")
         with terminated_as_interrupted():
             found = merge_files(
                 adapter,

@@ -45,6 +45,12 @@ def plan(
     from hf_qlora.train.plan import plan_memory, report
 
     mode, _, kept = (checkpointing or "").partition(":")
+    if (mode == "budget") != bool(kept):
+        raise misused(
+            f"--checkpointing {checkpointing}: a budget, and nothing else, has its bytes behind it: budget:2GiB."
+        )
+    if budget is not None and budget.isdigit():
+        raise misused(f"--budget {budget} has no unit; write {budget}GiB, or {budget}B if bytes are meant.")
     wanted = {"mode": mode or None, "budget_bytes": kept or None, "chunk_size": chunk_size}
     try:
         for file in filter(None, (json, plot)):

@@ -33,6 +33,8 @@ def quant_report(
     from hf_qlora import quant_report
 
     try:
+        for file in filter(None, (json, plot)):
+            make_place(file)
         quant_report.show(
             model, block_size or [64], budget, dtype=dtype, every_layer=every_layer, json=json, plot=plot
         )

@@ -47,7 +47,7 @@ def read_documents(source: str, seed: int = 0) -> tuple[list[Document], str]:
         if not files:
             raise DataError(f"The folder {path} has no files that end in {', '.join(SUFFIXES)}.")
         found = [document for file in files for document in _of_file(file, column)]
-    elif _is_path(source):
+    elif is_path(source):
         raise DataError(f"The file {source} is not there.")
     else:
         name, _, split = source.partition(":")
@@ -94,7 +94,8 @@ def _of_file(file: Path, column: str | None) -> list[Document]:
     return [document_of(row, column) for row in json_rows(file)]
 
 
-def _is_path(source: str) -> bool:
+def is_path(source: str) -> bool:
+    """Whether it cannot be the name of a data set on the Hub."""
     return (
         source.startswith((".", "~", os.sep)) or "\\" in source or source.count("/") > 1 or source.endswith(SUFFIXES)
     )

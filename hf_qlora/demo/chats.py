@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_qlora import assets
 from hf_qlora.data.chats import Messages, as_messages, exchange
+from hf_qlora.data.documents import is_path
 from hf_qlora.data.errors import DataError
 from hf_qlora.data.files import hub_rows, json_lines
 from hf_qlora.demo.errors import explained
@@ -41,6 +42,8 @@ def read_rows(dataset: str, seed: int) -> list[Mapping[str, Any]]:
     """
     path = Path(dataset)
     files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
+    if not path.exists() and is_path(dataset):
+        raise DataError(f"{dataset} is not there.")
     if files:
         return [row for file in files for row in json_lines(file)]
     return hub_rows(dataset, "train", seed, "a .jsonl file nor a folder with one")

@@ -54,10 +54,14 @@ def check_folder(target: Path, overwrite: bool, known: Collection[str] = ()) -> 
         known: names of further files that may be in it, because the caller writes or keeps them.
 
     Raises:
-        MergeError: a file; a folder with things in it, which are not to be overwritten, or not all of a saved model.
+        MergeError: a file, or in one; a folder with things in it, which are not to be overwritten, or not all of a
+            saved model.
     """
     if target.is_file():
         raise MergeError(f"{target} is a file; name a folder that is new or empty.")
+    above = next((folder for folder in target.absolute().parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise MergeError(f"There is no place for {target}: {above} is a file, and no folder.")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:

@@ -60,4 +60,7 @@ def test_the_table_is_of_paired_differences(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["bench", "learning-curve", "--report", "--results", str(results)])
     assert "difference" in done.output
     empty = CliRunner().invoke(app, ["bench", "learning-curve", "--report", "--results", str(tmp_path / "none")])
-    assert "No runs" in empty.output
+    assert (empty.exit_code, empty.output) == (
+        2,
+        f"Error: {tmp_path / 'none'} is not there; leave out --report to measure.\n",
+    )

@@ -88,6 +88,16 @@ def test_a_folder_with_other_things_is_refused(
     assert all((tmp_path / "merged" / name).read_text() == content for name, content in start.items())
 
 
+def test_a_folder_below_a_file_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with (
+        pytest.raises(MergeError, match=re.escape(f"{tmp_path / 'file'} is a file, and no folder")),
+        whole_folder(tmp_path / "file" / "new" / "merged", overwrite=True),
+    ):
+        pytest.fail("filled")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     "name",
     ["README.md", "script.py", "data.csv", "notes.txt", "optimizer.pt", "extra.safetensors", "results.json", ".env"],

@@ -33,7 +33,7 @@ def adaptive_depth(
     names = tuple(task or tasks.TASKS)
     check_choice("--task", names, tasks.TASKS)
     file = results.with_stem(f"{results.stem}_quick") if quick else results
-    check_lines(file)
+    check_lines(file, report_only)
     if not report_only:
         check_device(device)
         run.perform(replace(run.QUICK if quick else run.Plan(), tasks=names), file, device, workers)

@@ -17,20 +17,26 @@ def read_results(results: Path) -> Any:
     Raises:
         typer.Exit: with 2, where there is no such file or it was changed by hand.
     """
-    if not results.is_file():
-        raise misused(f"{results} is not there; leave out --report to measure.")
+    _check_there(results)
     try:
         return read_whole(results)
     except ValueError as error:
         raise misused(str(error)) from None
 
 
-def check_lines(results: Path) -> None:
-    """Raises: typer.Exit: with 2, where a line of the file was changed by hand."""
+def check_lines(results: Path, report_only: bool) -> None:
+    """Raises: typer.Exit: with 2, where a line of the file was changed by hand, or there is nothing to report."""
+    if report_only:
+        _check_there(results)
     try:
         read_lines(results)
     except ValueError as error:
         raise misused(str(error)) from None
+
+
+def _check_there(results: Path) -> None:
+    if not results.is_file():
+        raise misused(f"{results} is not there; leave out --report to measure.")
 
 
 def measured(found: Any, results: Path, report: Any) -> None:

@@ -8,16 +8,16 @@ from typing import Annotated
 import typer
 
 from hf_qlora.bench.commands.files import measured, read_results
-from hf_qlora.bench.commands.options import Count, DrawnResults, ReportOnly, Rounds, Shape, check_choice
+from hf_qlora.bench.commands.options import BatchSize, DrawnResults, Rank, ReportOnly, Rounds, Shape, check_choice
 from hf_qlora.console import misused
 
 
 def generation(
     shape: Shape = "smollm2",
-    batch_size: Count = 1,
-    prompt_length: Count = 16,
-    new_tokens: Count = 128,
-    rank: Count = 16,
+    batch_size: BatchSize = 1,
+    prompt_length: Annotated[int, typer.Option(min=1, help="In tokens.")] = 16,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Generated for each prompt.")] = 128,
+    rank: Rank = 16,
     rounds: Rounds = 15,
     arm: Annotated[
         list[str] | None, typer.Option(help="By default all that this processor has the kernel for.")

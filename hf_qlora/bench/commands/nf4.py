@@ -31,7 +31,7 @@ def calibrated_nf4(
     names = tuple(part or run.PARTS)
     check_choice("--part", names, run.PARTS)
     file = results.with_stem(f"{results.stem}_quick") if quick else results
-    check_lines(file)
+    check_lines(file, report_only)
     if not report_only:
         check_device(device)
         run.perform(run.QUICK if quick else run.Plan(), file, names, device, workers)

@@ -12,8 +12,9 @@ from hf_qlora.console import misused
 
 
 Shape = Annotated[str, typer.Option(help="The model's: smollm2, llama3-8b or tiny. Weights are random.")]
-Count = Annotated[int, typer.Option(min=1)]
-SequenceLength = Annotated[int, typer.Option(min=2)]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences in a batch.")]
+SequenceLength = Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")]
+Rank = Annotated[int, typer.Option(min=1, help="Of the adapters.")]
 Rounds = Annotated[int, typer.Option(min=1, help="How often each arm's turn comes.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes side by side.")]

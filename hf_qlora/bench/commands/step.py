@@ -9,9 +9,10 @@ import typer
 
 from hf_qlora.bench.commands.files import check_lines, measured, read_results
 from hf_qlora.bench.commands.options import (
-    Count,
+    BatchSize,
     Device,
     DrawnResults,
+    Rank,
     ReportOnly,
     Results,
     Rounds,
@@ -26,9 +27,9 @@ from hf_qlora.bench.commands.options import (
 
 def train_step(
     shape: Shape = "smollm2",
-    batch_size: Count = 4,
+    batch_size: BatchSize = 4,
     sequence_length: SequenceLength = 256,
-    rank: Count = 16,
+    rank: Rank = 16,
     rounds: Rounds = 15,
     arm: Annotated[list[str] | None, typer.Option(help="All by default.")] = None,
     checkpointing: Annotated[
@@ -57,9 +58,9 @@ def train_step(
 
 def callbacks(
     shape: Shape = "smollm2",
-    batch_size: Count = 4,
+    batch_size: BatchSize = 4,
     sequence_length: SequenceLength = 256,
-    rank: Count = 16,
+    rank: Rank = 16,
     rounds: Rounds = 20,
     device: Device = "cpu",
     results: Results = Path("results/callbacks.json"),
@@ -85,9 +86,9 @@ def callbacks(
 
 def growth(
     shape: Shape = "smollm2",
-    batch_size: Count = 2,
+    batch_size: BatchSize = 2,
     sequence_length: SequenceLength = 256,
-    rank: Count = 16,
+    rank: Rank = 16,
     rounds: Rounds = 5,
     axis: Annotated[list[str] | None, typer.Option(help="tokens, rank, layers or adapters; all by default.")] = None,
     device: Device = "cpu",
@@ -166,7 +167,7 @@ def memory_plan(
 
 def learning_curve(
     results: Runs = Path("results/learning_curve.jsonl"),
-    steps: Annotated[int, typer.Option(min=2)] = 200,
+    steps: Annotated[int, typer.Option(min=2, help="Of each run.")] = 200,
     device: Device = "cpu",
     workers: Workers = 1,
     report_only: ReportOnly = False,
@@ -177,7 +178,7 @@ def learning_curve(
     """
     from hf_qlora.bench.train_step import curves
 
-    check_lines(results)
+    check_lines(results, report_only)
     if not report_only:
         check_device(device)
         curves.perform(results, steps, device=device, workers=workers)

@@ -22,6 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoConfig
+from transformers.utils import CONFIG_NAME
 
 from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.config.nf4 import COMPUTE_DTYPES
@@ -106,12 +107,16 @@ def _config_of(model: Any) -> tuple[Any, str]:
     if not isinstance(model, str) and not hasattr(model, "__fspath__"):
         raise ConfigError(f"model={model!r:.100} must be a folder, a Hub id, a model or a config of transformers.")
     name = str(model)
-    if (name.startswith(".") or os.path.isabs(name)) and not os.path.isdir(name):
+    if (name.startswith(".") or os.path.isabs(name)) and not os.path.exists(name):
         raise ConfigError(f"The model {name} is not there.")
+    if os.path.exists(name) and not os.path.isfile(os.path.join(name, CONFIG_NAME)):
+        raise ConfigError(f"{name} is no model: it has no {CONFIG_NAME}.")
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False), name
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"The config of {model} cannot be read: {first_sentence(error)}") from error
+        raise ConfigError(
+            f"The config of {name!r} cannot be read, from a folder or from the Hub: {first_sentence(error)}"
+        ) from error
 
 
 def _check_dense(base_config: Any, name: str) -> None:
