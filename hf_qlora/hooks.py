@@ -41,7 +41,7 @@ def inject_adapter(
             wrong = "leave the base unquantized" if config.quantization else "not scale as the config says"
             raise ConfigError(
                 f"{type(config).__name__} cannot be used with {type(tuner).__name__}, which would {wrong}. Use "
-                "get_peft_model(model, config) without mixed=True, after importing hf_qlora."
+                "get_peft_model(model, config), without mixed=True or an XLoraConfig, after importing hf_qlora."
             )
         tuner.peft_config[adapter_name] = config.portable_form()
     original(tuner, model, adapter_name, *args, **kwargs)

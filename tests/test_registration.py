@@ -737,7 +737,8 @@ def test_ours_can_be_added_to_a_stock_peft_model_and_injected() -> None:
 
 def test_the_message_names_the_config_class_and_the_way_out() -> None:
     with pytest.raises(
-        ConfigError, match=r"get_peft_model\(model, config\) without mixed=True, after importing hf_qlora"
+        ConfigError,
+        match=r"get_peft_model\(model, config\), without mixed=True or an XLoraConfig, after importing hf_qlora",
     ):
         LoraModel(llama(), config(), "default")
 

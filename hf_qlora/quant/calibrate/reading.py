@@ -118,7 +118,7 @@ def _of_documents(documents: list[Document], name: str, model: nn.Module | None,
         )
     ordered = in_order(documents, size.seed)
     if not ordered:
-        raise CalibrationError(f"{name} has {len(documents)} documents, all of them empty.")
+        raise CalibrationError(f"{name} has no text to read (documents: {len(documents)}, empty).")
     reader = _reader(ordered, model, tokenizer)
     joined = model is None or is_causal_lm(model)
     packed = (pack if joined else one_a_row)(ordered, reader, size)
