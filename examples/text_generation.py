@@ -51,7 +51,7 @@ from hf_qlora.trainer.checkpoint import checkpoints, step_of
 
 
 # The best of three for each method, by a validation split: `hf-qlora bench results-generation` tries them.
-LEARNING_RATES = {"full": 5e-5, "lora": 2e-3, "qlora": 2e-3}
+LEARNING_RATES = {"full": 1e-4, "lora": 2e-3, "qlora": 2e-3}
 # One has 94 % of all rows; the others have a single answer to whatever is asked.
 LEFT_OUT = (
     "diabetes.dev.v0",
