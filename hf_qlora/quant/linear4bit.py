@@ -84,7 +84,7 @@ class Linear4bit(bnb.nn.Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x, (..., in_features); the result has x's dtype."""
-        dtype = self.product_dtype(x)
+        dtype = self.product_dtype(x)  # on a GPU for what it refuses alone
         if x.device.type != "cpu":
             result: Tensor = super().forward(x)
             return result
