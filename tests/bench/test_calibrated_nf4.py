@@ -40,14 +40,14 @@ def test_rows_to_train_calibrate_and_test_on_are_of_different_texts() -> None:
 def test_runs_are_done_once_and_told(tmp_path: Path) -> None:
     results = tmp_path / "runs.jsonl"
     plan = replace(run.QUICK, amounts=(2,))
-    parts = ("merge", "base", "loftq", "rows", "methods")
+    parts = ("merge", "base", "loftq", "trained", "rows", "methods")
     run.perform(plan, results, parts)
     lines = results.read_text().splitlines()
-    assert [json.loads(line)["part"] for line in lines] == list(parts)
+    assert list(dict.fromkeys(json.loads(line)["part"] for line in lines)) == list(parts)
     run.perform(plan, results, parts)
     assert results.read_text().splitlines() == lines
     told = report.markdown(results)
-    for text in ("PEFT's merge", "calibrated, headlines", "LoftQ", "the default", "rows of 256 tokens"):
+    for text in ("PEFT's merge", "| calibrated |", "calibrated, headlines", "LoftQ", "the default", "rows of 256 tokens"):
         assert text in told
     report.plot(results, tmp_path / "runs.png")
     assert (tmp_path / "runs.png").stat().st_size > 10_000
@@ -68,6 +68,15 @@ def test_the_share_that_is_kept_and_the_share_that_is_closed(tmp_path: Path) -> 
     rows = [
         {"part": "merge", "settings": {"seed": 0}, "found": {"arms": arms}},
         {"part": "base", "settings": {"seed": 0}, "found": bases},
+        *(
+            {
+                "part": "trained",
+                "settings": {"seed": seed, "base": base},
+                "found": _found(loss + seed / 10, before={"chats": 3.0}),
+            }
+            for base, loss in (("calibrated", 1.75), ("dense", 1.5))
+            for seed in (0, 1)
+        ),
     ]
     made = dict.fromkeys(("device", "torch", "transformers", "peft", "bitsandbytes", "code", "date"), "x")
     results = tmp_path / "runs.jsonl"
@@ -76,6 +85,8 @@ def test_the_share_that_is_kept_and_the_share_that_is_closed(tmp_path: Path) -> 
     told = report.markdown(results)
     assert "| calibrated, chats | 2.100 | 90.0% | 25.0% | 5.000 |" in told
     assert "| calibrated, chats | 2.600 | 80% | 2.600 | 80% |" in told
+    ranges = "| 3.000 (3.000 to 3.000) | 1.800 (1.750 to 1.850) | +0.250 (+0.250 to +0.250) |"
+    assert f"| calibrated {ranges} 5.000 (5.000 to 5.000) | +0.000 (+0.000 to +0.000) |" in told
 
 
 def test_an_unknown_part_is_named() -> None:

@@ -56,7 +56,13 @@ def adapted(device: str, seed: int, steps: int, layers: int | None = None, init:
     """
     model = _fresh(device, seed, layers, init)
     name = f"calibrated-nf4-{code()}-{init}-{seed}-{steps}-{layers}-{torch.device(device).type}"
-    folder = cached(name, lambda folder, _: _train(model, seed, steps, folder))
+
+    def make(folder: Path, _: Any) -> None:
+        train(model, seed, steps)
+        state = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+        save_file(state, folder / "adapter.safetensors")
+
+    folder = cached(name, make)
     set_peft_model_state_dict(model, load_file(folder / "adapter.safetensors", device=device))
     return model.eval()
 
@@ -67,7 +73,7 @@ def _fresh(device: str, seed: int, layers: int | None, init: str) -> PeftModel:
     return get_peft_model(base, QLoRAConfig(**LORA, init_lora_weights=True if init == "default" else init))
 
 
-def _train(model: PeftModel, seed: int, steps: int, folder: Path) -> None:
+def train(model: Any, seed: int, steps: int) -> None:
     """Whole chats, the rate falling to 0."""
     rows, generator = data.training_rows(), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
@@ -78,9 +84,7 @@ def _train(model: PeftModel, seed: int, steps: int, folder: Path) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    save_file(
-        {name: t.contiguous() for name, t in get_peft_model_state_dict(model).items()}, folder / "adapter.safetensors"
-    )
+    model.eval()
 
 
 def peft_merge(device: str, adapter: dict[str, Tensor], layers: int | None = None) -> nn.Module:

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_qlora.bench.calibrated_nf4 import data, models
 from hf_qlora.bench.measure import clock, memory, reset_peak
-from hf_qlora.config import NF4Config
+from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.merge import merge
 from hf_qlora.quant.base import quantize_model
 from hf_qlora.quant.calibrate.rows import CalibrationRows
@@ -37,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "damped by 0.001": {"damping": 0.001},
     "damped by 0.1": {"damping": 0.1},
 }
+BASES = ("dense", "nearest", "calibrated")
 SIZES = {  # hidden size, intermediate size, layers, by device type
     "cpu": ((576, 1536, 30), (1024, 2816, 8), (2048, 5632, 2)),
     "cuda": ((576, 1536, 30), (2048, 8192, 8), (4096, 14336, 4)),
@@ -90,6 +91,20 @@ def base(device: str, seed: int, rows: int, layers: int | None) -> dict[str, Any
         )
         found[f"calibrated, {domain}"] = _calibrated(calibrated, layers)
     return found
+
+
+def trained(device: str, seed: int, steps: int, rows: int, base: str, layers: int | None) -> dict[str, Any]:
+    """An adapter trained on one of `BASES`; the base that is calibrated has not seen what it is trained on."""
+    model = models.dense(device, layers)
+    if base != "dense":
+        calibration = data.calibration_rows("chats", rows, seed) if base == "calibrated" else None
+        model = quantize_model(model, NF4Config(), calibration=calibration)
+    found = {"before": models.losses(model, layers)}
+    torch.manual_seed(seed)
+    config = QLoRAConfig(**models.LORA, quantization=None if base == "dense" else NF4Config())
+    adapted = get_peft_model(model, config)
+    models.train(adapted, seed, steps)
+    return {**found, "loss": models.losses(adapted, layers)}
 
 
 def amount(device: str, seed: int, steps: int, rows: int, layers: int | None) -> dict[str, Any]:

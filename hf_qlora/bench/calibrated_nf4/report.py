@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_qlora.bench.calibrated_nf4.parts import BASES
 from hf_qlora.bench.calibrated_nf4.run import read
 from hf_qlora.plots import pyplot, save
 
@@ -84,6 +85,29 @@ def _base(runs: list[tuple[dict[str, Any], Found]]) -> str:
     return "\n".join(lines)
 
 
+def _trained(runs: list[tuple[dict[str, Any], Found]]) -> str:
+    """Beside the same seed's adapter on the dense base, where there is one."""
+    found = {(settings["base"], settings["seed"]): run for settings, run in runs}
+    lines = [
+        "Adapters trained on each base. Above dense: beside the loss of the same seed's adapter on the dense base.",
+        "",
+        "| base | loss before, chats | trained | above dense | headlines, trained | above dense |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for base in BASES:
+        seeds = [seed for name, seed in found if name == base]
+        if not seeds:
+            continue
+        cells = [_ranged([found[base, seed]["before"]["chats"] for seed in seeds], ".3f")]
+        for domain in ("chats", "headlines"):
+            cells.append(_ranged([found[base, seed]["loss"][domain] for seed in seeds], ".3f"))
+            both = [seed for seed in seeds if ("dense", seed) in found]
+            above = [found[base, seed]["loss"][domain] - found["dense", seed]["loss"][domain] for seed in both]
+            cells.append(_ranged(above, "+.3f") if above and base != "dense" else "")
+        lines.append(f"| {base} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _closed(found: Found, name: str, domain: str) -> float:
     nearest, dense = found["nearest"]["loss"][domain], found["dense"]["loss"][domain]
     return float((nearest - found[name]["loss"][domain]) / (nearest - dense))
@@ -131,6 +155,7 @@ def _cost(runs: list[tuple[dict[str, Any], Found]]) -> str:
 TABLES: dict[str, Callable[[list[tuple[dict[str, Any], Found]]], str]] = {
     "merge": _merge,
     "loftq": _loftq,
+    "trained": _trained,
     "base": _base,
     "rows": _compared(
         "How many rows of 256 tokens are enough; errors are of each calibration's own held-out rows.", "rows"

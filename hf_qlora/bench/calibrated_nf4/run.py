@@ -48,6 +48,7 @@ PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "merge": parts.merging,
     "base": parts.base,
     "loftq": parts.loftq,
+    "trained": parts.trained,
     "rows": parts.amount,
     "methods": parts.method,
     "cost": parts.cost,
@@ -63,6 +64,9 @@ def planned(plan: Plan, names: tuple[str, ...]) -> Iterator[Run]:
         "merge": [{"seed": s, "rows": plan.rows, "questions": plan.questions, **adapter} for s in plan.seeds],
         "base": [{"seed": s, "rows": plan.rows, **model} for s in plan.seeds],
         "loftq": [{"seed": s, **adapter} for s in plan.seeds],
+        "trained": [
+            {"seed": s, "rows": plan.rows, "base": base, **adapter} for s in plan.seeds for base in parts.BASES
+        ],
         "rows": [{"seed": seed, "rows": n, **adapter} for n in plan.amounts],
         "methods": [{"seed": seed, "rows": plan.rows, "name": name, **adapter} for name in plan.methods],
         "cost": [{"size": size, "rows": plan.rows} for size in plan.sizes],
