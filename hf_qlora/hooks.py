@@ -22,7 +22,7 @@ from hf_qlora import files, identity, saving
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
 from hf_qlora.config.record import RECORD_KEY
 from hf_qlora.layers import attention, depth, fold
-from hf_qlora.quant.base import check_settings
+from hf_qlora.quant.checks import check_settings
 from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.rehearsal import after, is_real_step, is_rehearsal, rehearse, try_config
 from hf_qlora.tuner import AdapterError, QLoRAModel, undone_on_error

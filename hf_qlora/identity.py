@@ -28,7 +28,7 @@ from torch import nn
 from hf_qlora.config import QLoRAConfig
 from hf_qlora.config.fingerprint import Fingerprint
 from hf_qlora.config.qlora import check_on_base_mismatch
-from hf_qlora.quant.base import BaseModelError
+from hf_qlora.quant.checks import BaseModelError
 from hf_qlora.quant.comparison import Comparison, compare
 from hf_qlora.quant.fingerprint import identity_of, take_fingerprint
 from hf_qlora.quant.names import wrapped_name

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.layers.linear import Linear4bit
 from hf_qlora.layers.loftq import loftq_factors
-from hf_qlora.quant.base import BaseModelError, is_quantized, quantize_model, take_over
+from hf_qlora.quant.base import is_quantized, quantize_model, take_over
+from hf_qlora.quant.checks import BaseModelError
 from hf_qlora.quant.footprint import footprint
 from hf_qlora.quant.selection import is_named, warn_of_other_layers
 from hf_qlora.validation import ConfigError

@@ -116,7 +116,7 @@ PRIVATE = {
     "peft.tuners.lora.layer:LoraVariant.merge_safe": "layers.linear, layers.depth",
     "peft.utils.other:get_pattern_key": "layers.fold",
     "peft.utils.hotswap:_update_scaling": "layers.fold",
-    "bitsandbytes.functional:_convert_weight_packed_for_cpu_inverse": "quant.linear4bit",
+    "bitsandbytes.functional:_convert_weight_packed_for_cpu_inverse": "quant.packing",
     "bitsandbytes.functional:QuantState.from_dict": "quant.scales",
     "bitsandbytes.functional:QuantState.as_dict": "quant.linear4bit",
     "torch.nn:Module._load_from_state_dict": "quant.linear4bit",

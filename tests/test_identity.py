@@ -24,7 +24,7 @@ from hf_qlora import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig, quantize_m
 from hf_qlora.config.fingerprint import Fingerprint
 from hf_qlora.identity import is_local
 from hf_qlora.quant import fingerprint as fingerprints
-from hf_qlora.quant.base import BaseModelError
+from hf_qlora.quant.checks import BaseModelError
 from hf_qlora.quant.fingerprint import take_fingerprint
 from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.validation import ConfigError

@@ -35,7 +35,7 @@ from torch.testing import assert_close
 
 from hf_qlora import NF4Config, QLoRAConfig, QLoRAModel, quantize_model
 from hf_qlora.layers.linear import Linear4bit as LoraLinear4bit
-from hf_qlora.quant.base import BaseModelError
+from hf_qlora.quant.checks import BaseModelError
 from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.validation import ConfigError
 

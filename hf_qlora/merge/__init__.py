@@ -18,7 +18,7 @@ to files, one layer at a time.
     probe.py     the whole model: KL between logits, with and without the adapter
     report.py    what `merge` returns
     twin.py      a model's second self, which may share its weights
-    original.py  a dense model, against what a base was made of
+    original.py  the dense model that a base was made of
     in_memory.py merge
     folder.py    an output folder that is there whole or not at all
     tensors.py   safetensors files, one tensor at a time

@@ -13,7 +13,6 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.config import NF4Config
@@ -21,17 +20,11 @@ from hf_qlora.layers.errors import MergeError
 from hf_qlora.layers.linear import Linear4bit
 from hf_qlora.merge import measure, probe
 from hf_qlora.merge.measure import LayerMerge
-from hf_qlora.merge.names import first_sentence, is_of_adapter, wrapped_name
-from hf_qlora.merge.original import other_weights
+from hf_qlora.merge.names import is_of_adapter, wrapped_name
+from hf_qlora.merge.original import load_original, name_of, other_weights, take_weights
 from hf_qlora.merge.report import MergeRefused, MergeReport
 from hf_qlora.merge.twin import give_own_weights, tied_groups, twin, untie_split
-from hf_qlora.quant.base import (
-    PROGRESS_DELAY_S,
-    dequantize_layers,
-    forget_quantization,
-    is_quantized,
-    quantize_model,
-)
+from hf_qlora.quant.base import PROGRESS_DELAY_S, dequantize_layers, forget_quantization, is_quantized, quantize_model
 from hf_qlora.quant.calibrate.group import Packed
 from hf_qlora.quant.calibrate.loss import mean_loss
 from hf_qlora.quant.calibrate.rows import CalibrationRows
@@ -91,11 +84,11 @@ def merge(
     ids, text = probe.rows(base, texts, tokenizer)
     if ids and texts is None:
         ids, text = probe.readable(reference, ids, text)
-    dense = None if original is None else _load_original(original, base)
+    dense = None if original is None else load_original(original, base)
     other = "" if dense is None else other_weights(dense, base)
     if other and not force:
         raise MergeError(
-            f"original {_name_of(original)} is not what the base was made of: {other}. Name the model that was "
+            f"original {name_of(original)} is not what the base was made of: {other}. Name the model that was "
             "quantized; force merges all the same."
         )
     if calibration is not None:  # read before anything long
@@ -111,7 +104,7 @@ def merge(
     report = MergeReport(
         onto=onto,
         base=str(getattr(base, "name_or_path", "") or type(base).__name__),
-        original=None if original is None else _name_of(original),
+        original=None if original is None else name_of(original),
         adapters=names,
         dtype=str(_dtype(merged)).removeprefix("torch."),
         layers=layers,
@@ -209,7 +202,7 @@ def _merged(model: PeftModel, names: list[str], dense: nn.Module | None) -> tupl
     copied = twin(model)
     base = copied.get_base_model()
     if dense is not None:
-        _take_weights(base, dense, {model.peft_config[name].bias for name in names})
+        take_weights(base, dense, {model.peft_config[name].bias for name in names})
     groups = tied_groups(base)
     give_own_weights(base, [layer.get_base_layer() for _, layer in _lora_layers(base)])
     for name, layer in tqdm(_lora_layers(base), desc="Merging", unit="layer", delay=PROGRESS_DELAY_S, leave=False):
@@ -230,33 +223,6 @@ def _merged(model: PeftModel, names: list[str], dense: nn.Module | None) -> tupl
 def _lora_layers(base: nn.Module) -> list[tuple[str, Any]]:
     """The adapted layers by the names that they have in the base."""
     return [(wrapped_name(name), module) for name, module in base.named_modules() if isinstance(module, LoraLayer)]
-
-
-def _take_weights(base: nn.Module, dense: nn.Module, biases: set[str]) -> None:
-    """Give a wrapped base the weights of another model, but for biases that were trained.
-
-    What is packed and adapted keeps its packed weight: merging takes the other one.
-    """
-    for name, module in list(base.named_modules()):
-        adapted = name.endswith(".base_layer")
-        trained = "all" in biases or ("lora_only" in biases and adapted)
-        source = _source(dense, name)
-        if source is None:
-            continue
-        if isinstance(module, BaseLinear4bit) and not adapted:
-            module.become_dense(dense_weight(source).clone())
-        for key, parameter in module.named_parameters(recurse=False):
-            kept = trained if key == "bias" else isinstance(module, BaseLinear4bit)
-            if not kept:
-                parameter.data = getattr(source, key).detach().to(parameter.device, copy=True)
-
-
-def _source(dense: nn.Module, name: str) -> nn.Module | None:
-    """The module that a module of a wrapped base stands for."""
-    try:
-        return dense.get_submodule(wrapped_name(name))
-    except AttributeError:  # an adapter's own
-        return None
 
 
 def _packing(base: nn.Module) -> tuple[NF4Config, list[str]]:
@@ -297,51 +263,6 @@ def _measured(
     if unmeasured:
         notes.append(f"{len(unmeasured)} merged layers were not measured as weights ({unmeasured[0]}, …).")
     return found
-
-
-def _load_original(original: str | os.PathLike[str] | nn.Module, base: nn.Module) -> nn.Module:
-    """The dense model to merge onto, checked against the base."""
-    dense = original
-    if not isinstance(dense, nn.Module):
-        if not isinstance(base, PreTrainedModel):
-            raise MergeError(f"original={original!r}: the base is no model of transformers; pass the model itself.")
-        try:
-            dense = type(base).from_pretrained(str(original), dtype=base.dtype)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise MergeError(f"The original {original!r} cannot be loaded: {first_sentence(error)}") from error
-    if is_quantized(dense):
-        raise MergeError(
-            f"original {_name_of(original)} is quantized; name the dense model that the base was made of."
-        )
-    misfit = _misfit(dense, base)
-    if misfit:
-        raise MergeError(f"original {_name_of(original)} is not what the base was made of: {misfit}.")
-    return dense
-
-
-def _misfit(dense: nn.Module, base: nn.Module) -> str:
-    """The first difference between a dense model and a wrapped base, or ""."""
-    own = {name: tuple(parameter.shape) for name, parameter in dense.named_parameters(remove_duplicate=False)}
-    for name, module in base.named_modules(remove_duplicate=False):
-        for key, parameter in module.named_parameters(recurse=False):
-            plain = wrapped_name(f"{name}.{key}")
-            if is_of_adapter(f"{name}.{key}"):
-                continue
-            shape = tuple(parameter.shape)
-            if isinstance(module, BaseLinear4bit) and key == "weight":
-                shape = tuple(module.state.shape)
-                shape = shape[::-1] if issubclass(module.source_cls, Conv1D) else shape
-            if plain not in own:
-                return f"it has no {plain}"
-            if own[plain] != shape:
-                return f"{plain} is {own[plain]}, not {shape}"
-    return ""
-
-
-def _name_of(original: str | os.PathLike[str] | nn.Module | None) -> str:
-    if isinstance(original, nn.Module):
-        return str(getattr(original, "name_or_path", "") or type(original).__name__)
-    return str(original)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

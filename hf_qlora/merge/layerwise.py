@@ -30,7 +30,8 @@ from hf_qlora.merge.tensors import ShardWriter, TensorFiles
 from hf_qlora.merge.twin import copied_sharing
 from hf_qlora.quant.base import PROGRESS_DELAY_S
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
-from hf_qlora.quant.linear4bit import become_linear4bit, dense_weight, quantize_weight, set_packed
+from hf_qlora.quant.linear4bit import become_linear4bit, dense_weight, set_packed
+from hf_qlora.quant.packing import quantize_weight
 
 
 # What a packed weight is stored as, beside itself.

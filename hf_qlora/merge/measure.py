@@ -33,7 +33,7 @@ from hf_qlora.layers.linear import Linear4bit
 from hf_qlora.quant.codebook import nf4_levels
 from hf_qlora.quant.dequantize import block_scales, dequantize_weight
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
-from hf_qlora.quant.linear4bit import quantize_weight
+from hf_qlora.quant.packing import quantize_weight
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 
 from hf_qlora.config.fingerprint import HASH_LENGTH, DensePrint, Fingerprint, LayerPrint, rounded
-from hf_qlora.quant.linear4bit import unpacked
 from hf_qlora.quant.names import is_of_adapter, wrapped_name
+from hf_qlora.quant.packing import unpacked
 from hf_qlora.quant.scheme import NESTED_BLOCK_SIZE
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -22,27 +21,18 @@ from typing import Any, cast
 import bitsandbytes as bnb
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-from bitsandbytes.functional import (
-    QuantState,
-    _convert_weight_packed_for_cpu_inverse,
-    quantize_4bit,
-    quantize_blockwise,
-)
+from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_qlora.config import NF4Config
 from hf_qlora.kernels.functional import frozen_linear
 from hf_qlora.quant.dequantize import dequantize_weight
+from hf_qlora.quant.packing import share_tables, unpacked
 from hf_qlora.quant.repacked import MAX_ROWS, Repacked
 from hf_qlora.quant.scales import load_scales
-from hf_qlora.quant.scheme import NESTED_BLOCK_SIZE, Scheme
 
 
 logger = logging.getLogger(__name__)
-
-# Weights handled at a time: on the CPU bitsandbytes compares each with all 16 levels, 128 bytes a weight.
-CHUNK = {"cpu": 2**16, "cuda": 2**26}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes unpacks weights to
 
@@ -59,8 +49,6 @@ _OWN_ATTRIBUTES = (
     "in_features",
     "out_features",
 )
-
-_tables: dict[tuple[torch.device, torch.dtype, bytes], Tensor] = {}
 
 
 class Linear4bit(bnb.nn.Linear4bit):
@@ -270,101 +258,10 @@ def adopt_linear(layer: bnb.nn.Linear4bit, name: str, compute_dtype: torch.dtype
     share_tables(weight.quant_state)
 
 
-def unpacked(packed: Tensor, state: QuantState) -> tuple[Tensor, QuantState]:
-    """A weight and its state without bitsandbytes' CPU repacking; as they are where there is none. `state` is kept."""
-    if not getattr(state, "packing_format_for_cpu", False):
-        return packed, state
-    codes, result = _convert_weight_packed_for_cpu_inverse(packed, copy.copy(state))
-    if not result.nested:  # bitsandbytes leaves these scales as repacked: bfloat16, transposed
-        result.absmax = result.absmax.t().reshape(-1).float()
-    return codes, result
-
-
-def quantize_weight(weight: Tensor, config: NF4Config | Scheme) -> tuple[Tensor, QuantState]:
-    """Quantize as `bitsandbytes.functional.quantize_4bit` does, with a bounded workspace.
-
-    Blocks run over the flat, row-major weight, so that pieces of whole blocks have the codes and scales of the whole;
-    the scales are nested over the whole weight.
-
-    Args:
-        weight (`torch.Tensor`, (out_features, in_features), float32, bfloat16 or float16): contiguous or not.
-
-    Returns:
-        the packed codes, `torch.uint8`, (⌈numel / 2⌉, 1), and the `QuantState`.
-    """
-    # Made before the pieces: small results between large temporary ones would keep the allocator from reusing space.
-    packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device=weight.device)
-    absmax = torch.empty(-(-weight.numel() // config.block_size), dtype=torch.float32, device=weight.device)
-    done = 0
-    for piece in weight.detach().split(rows_at_a_time(weight.device, weight.shape[1], config.block_size)):
-        with _float32_tables():
-            codes, state = quantize_4bit(piece.reshape(-1), blocksize=config.block_size, quant_type=config.quant_type)
-        packed[done // 2 : done // 2 + len(codes)] = codes
-        absmax[done // config.block_size : done // config.block_size + len(state.absmax)] = state.absmax
-        done += piece.numel()
-    result = QuantState(
-        absmax=absmax,
-        shape=weight.shape,
-        dtype=weight.dtype,
-        blocksize=config.block_size,
-        code=state.code,
-        quant_type=config.quant_type,
-    )
-    if config.double_quant:
-        nest_scales(result)
-    share_tables(result)
-    return packed, result
-
-
-def nest_scales(state: QuantState) -> None:
-    """Double quantization: write the scales of a weight in 8 bits, in place."""
-    scales = state.absmax
-    state.offset = scales.mean()
-    state.absmax, state.state2 = quantize_blockwise(scales - state.offset, blocksize=NESTED_BLOCK_SIZE)
-    state.nested = True
-
-
 def _check_codes(given: Any, own: Tensor) -> None:
     for name in ("shape", "dtype"):
         if getattr(given, name, None) != getattr(own, name):
             raise ValueError(f"its {name} is {getattr(given, name, None)}, and this layer's is {getattr(own, name)}.")
-
-
-def chunk_of(device: torch.device) -> int:
-    """How many weights to handle at a time on a device."""
-    return CHUNK.get(device.type, CHUNK["cpu"])
-
-
-def rows_at_a_time(device: torch.device, row_length: int, block_size: int) -> int:
-    """Rows of about a chunk of weights in all that make whole blocks, and with them whole bytes."""
-    whole = block_size // math.gcd(row_length, block_size)
-    return max(chunk_of(device) // row_length // whole, 1) * whole
-
-
-def share_tables(state: QuantState) -> None:
-    """Let all layers of a device share the constant code tables, which bitsandbytes keeps per layer (1 KiB each)."""
-    state.code = _shared(state.code)
-    if state.nested:
-        state.state2.code = _shared(state.state2.code)
-
-
-def _shared(table: Tensor) -> Tensor:
-    values = table.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return _tables.setdefault((table.device, table.dtype, values), table)
-
-
-@contextmanager
-def _float32_tables() -> Iterator[None]:
-    """bitsandbytes makes the table of levels in torch's default dtype, whatever that is."""
-    default = torch.get_default_dtype()
-    if default == torch.float32:
-        yield
-        return
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(default)
 
 
 def _become(

@@ -22,7 +22,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from hf_qlora.quant.dequantize import block_scales, dequantize_weight
-from hf_qlora.quant.linear4bit import nest_scales, quantize_weight, rows_at_a_time
+from hf_qlora.quant.packing import nest_scales, quantize_weight, rows_at_a_time
 from hf_qlora.quant.scheme import Scheme
 
 

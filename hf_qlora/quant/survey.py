@@ -26,16 +26,11 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.config import NF4Config
 from hf_qlora.quant import skip_list
-from hf_qlora.quant.base import (
-    PROGRESS_DELAY_S,
-    BaseModelError,
-    check_layers,
-    checked_config,
-    is_quantized,
-    refuse_interrupted,
-)
+from hf_qlora.quant.base import PROGRESS_DELAY_S, checked_config, is_quantized, refuse_interrupted
+from hf_qlora.quant.checks import BaseModelError, check_layers
 from hf_qlora.quant.footprint import footprint
-from hf_qlora.quant.linear4bit import dense_weight, unpacked
+from hf_qlora.quant.linear4bit import dense_weight
+from hf_qlora.quant.packing import unpacked
 from hf_qlora.quant.report import LayerQuantization, QuantizationReport
 from hf_qlora.quant.rounding import (
     DensePieces,

@@ -47,7 +47,14 @@ def test_runs_are_done_once_and_told(tmp_path: Path) -> None:
     run.perform(plan, results, parts)
     assert results.read_text().splitlines() == lines
     told = report.markdown(results)
-    for text in ("PEFT's merge", "| calibrated |", "calibrated, headlines", "LoftQ", "the default", "rows of 256 tokens"):
+    for text in (
+        "PEFT's merge",
+        "| calibrated |",
+        "calibrated, headlines",
+        "LoftQ",
+        "the default",
+        "rows of 256 tokens",
+    ):
         assert text in told
     report.plot(results, tmp_path / "runs.png")
     assert (tmp_path / "runs.png").stat().st_size > 10_000

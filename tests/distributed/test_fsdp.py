@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
 from hf_qlora import NF4Config, quantize_model
-from hf_qlora.quant.base import BaseModelError
+from hf_qlora.quant.checks import BaseModelError
 
 
 def shard(model: Any, **options: Any) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hf_qlora import QLoRAConfig, quantize_model
 from hf_qlora.layers import fold
 from hf_qlora.layers.errors import FoldError
-from hf_qlora.quant.base import BaseModelError
+from hf_qlora.quant.checks import BaseModelError
 
 
 ALPHA, RANK = 8, 4

@@ -33,7 +33,8 @@ from hf_qlora.kernels import loss
 from hf_qlora.layers import logits
 from hf_qlora.layers.head import ChunkedHead
 from hf_qlora.layers.logits import LazyLogits
-from hf_qlora.quant.linear4bit import Linear4bit, become_linear4bit, quantize_weight
+from hf_qlora.quant.linear4bit import Linear4bit, become_linear4bit
+from hf_qlora.quant.packing import quantize_weight
 from hf_qlora.validation import ConfigError
 
 

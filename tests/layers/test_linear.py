@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_qlora import NF4Config, QLoRAConfig, quantize_model
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.layers.linear import Linear4bit as LoraLinear4bit
-from hf_qlora.quant.base import BaseModelError
+from hf_qlora.quant.checks import BaseModelError
 from hf_qlora.quant.linear4bit import Linear4bit
 
 

@@ -20,7 +20,7 @@ from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge import measure
 from hf_qlora.quant.codebook import NF4_LEVELS
 from hf_qlora.quant.dequantize import block_scales
-from hf_qlora.quant.linear4bit import quantize_weight
+from hf_qlora.quant.packing import quantize_weight
 
 
 def brute_force_step(packed: Tensor, absmax: list[float], block_size: int, numel: int) -> float:

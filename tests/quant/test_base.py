@@ -33,8 +33,9 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_qlora import NF4Config, QLoRAConfig, quantize_model
 from hf_qlora.config.nf4 import BLOCK_SIZES
-from hf_qlora.quant import base, linear4bit
-from hf_qlora.quant.base import BaseModelError, dequantize_layers, footprint
+from hf_qlora.quant import base, linear4bit, packing
+from hf_qlora.quant.base import dequantize_layers, footprint
+from hf_qlora.quant.checks import BaseModelError
 from hf_qlora.quant.codebook import nf4_levels
 from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.validation import ConfigError
@@ -126,7 +127,7 @@ def test_chunks_quantize_as_the_whole_weight(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Shapes below, one row over, and well over a chunk; with short last blocks and an odd number of weights."""
-    monkeypatch.setitem(linear4bit.CHUNK, "cpu", 4096)
+    monkeypatch.setitem(packing.CHUNK, "cpu", 4096)
     layer = nn.Linear(shape[1], shape[0], dtype=dtype)
     expected, state = quantize_4bit(
         layer.weight.data, blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"
@@ -138,7 +139,7 @@ def test_chunks_quantize_as_the_whole_weight(
 
 
 def test_weights_larger_than_a_chunk_quantize_as_a_whole() -> None:
-    layer = nn.Linear(1000, 2 * linear4bit.CHUNK["cpu"] // 1000 + 1)  # two chunks and a part
+    layer = nn.Linear(1000, 2 * packing.CHUNK["cpu"] // 1000 + 1)  # two chunks and a part
     expected, state = quantize_4bit(layer.weight.data, compress_statistics=True, quant_type="nf4")
     quantize_model(nn.Sequential(layer))
     assert torch.equal(layer.weight.data, expected)

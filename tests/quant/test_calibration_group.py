@@ -17,7 +17,7 @@ from hf_qlora.quant.calibrate.feedback import damped
 from hf_qlora.quant.calibrate.group import Method, Packed, round_group
 from hf_qlora.quant.codebook import nf4_levels
 from hf_qlora.quant.dequantize import block_scales, dequantize_weight
-from hf_qlora.quant.linear4bit import quantize_weight
+from hf_qlora.quant.packing import quantize_weight
 from hf_qlora.validation import ConfigError
 
 

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_qlora import NF4Config, quantize_model
-from hf_qlora.quant.base import BaseModelError
 from hf_qlora.quant.calibrate import kept, streams
 from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.group import Method
@@ -32,6 +31,7 @@ from hf_qlora.quant.calibrate.loss import mean_loss
 from hf_qlora.quant.calibrate.rows import CalibrationRows
 from hf_qlora.quant.calibrate.run import calibration_report
 from hf_qlora.quant.calibrate.settings import Calibration
+from hf_qlora.quant.checks import BaseModelError
 from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.validation import ConfigError
 

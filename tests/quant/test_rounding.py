@@ -14,7 +14,7 @@ from hf_qlora import NF4Config, quantize_model
 from hf_qlora.quant.codebook import NF4_LEVELS
 from hf_qlora.quant.dequantize import dequantize_weight
 from hf_qlora.quant.footprint import footprint
-from hf_qlora.quant.linear4bit import quantize_weight
+from hf_qlora.quant.packing import quantize_weight
 from hf_qlora.quant.reference import dequantize_nf4, quantize_nf4
 from hf_qlora.quant.rounding import DensePieces, PackedPieces, distances, gaussian_error, spread
 from hf_qlora.quant.scheme import Scheme

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from hf_qlora import NF4Config, QuantizationReport, quantization_report, quantize_model
-from hf_qlora.quant.base import BaseModelError
+from hf_qlora.quant.checks import BaseModelError
 from hf_qlora.quant.footprint import footprint
 from hf_qlora.quant.linear4bit import dense_weight
 from hf_qlora.quant.reference import dequantize_nf4, quantize_nf4

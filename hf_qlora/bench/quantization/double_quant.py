@@ -21,7 +21,8 @@ from hf_qlora.bench.quantization.rows import Row, numbers, timings
 from hf_qlora.bench.quantization.settings import Context
 from hf_qlora.config import NF4Config
 from hf_qlora.quant.dequantize import dequantize_weight
-from hf_qlora.quant.linear4bit import dense_weight, quantize_weight
+from hf_qlora.quant.linear4bit import dense_weight
+from hf_qlora.quant.packing import quantize_weight
 from hf_qlora.quant.rounding import distances
 from hf_qlora.quant.scheme import QUANT_TYPES, Scheme
 from hf_qlora.quant.selection import quantizable_layers

@@ -25,7 +25,7 @@ from hf_qlora.config import NF4Config
 from hf_qlora.quant.calibrate.feedback import Feedback, damped, refine, refit_scales
 from hf_qlora.quant.codebook import nf4_levels
 from hf_qlora.quant.dequantize import block_scales
-from hf_qlora.quant.linear4bit import nest_scales, share_tables
+from hf_qlora.quant.packing import nest_scales, share_tables
 from hf_qlora.quant.reference import pack
 from hf_qlora.validation import ConfigError
 

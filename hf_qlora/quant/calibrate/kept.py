@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_qlora.quant.calibrate.group import Packed
-from hf_qlora.quant.linear4bit import share_tables
+from hf_qlora.quant.packing import share_tables
 
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,8 @@ from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows, pla
 from hf_qlora.quant.calibrate.settings import Calibration, asdict
 from hf_qlora.quant.calibrate.siblings import Heard, listen
 from hf_qlora.quant.calibrate.streams import OnLayer, Streams
-from hf_qlora.quant.linear4bit import Linear4bit, become_linear4bit, dense_weight, quantize_weight, set_packed
+from hf_qlora.quant.linear4bit import Linear4bit, become_linear4bit, dense_weight, set_packed
+from hf_qlora.quant.packing import quantize_weight
 from hf_qlora.validation import ConfigError
 
 

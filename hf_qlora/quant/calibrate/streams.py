@@ -34,7 +34,8 @@ from hf_qlora.quant.calibrate.rows import CalibrationRows
 from hf_qlora.quant.calibrate.settings import Calibration
 from hf_qlora.quant.calibrate.siblings import Forward, Heard, in_rows, replaced_forwards
 from hf_qlora.quant.dequantize import dequantize_weight
-from hf_qlora.quant.linear4bit import Linear4bit, become_linear4bit, dense_weight, quantize_weight
+from hf_qlora.quant.linear4bit import Linear4bit, become_linear4bit, dense_weight
+from hf_qlora.quant.packing import quantize_weight
 
 
 OnLayer = Callable[[str, Tensor, Linear4bit], None]

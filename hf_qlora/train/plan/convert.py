@@ -2,7 +2,7 @@
 
     at layer i:   dense weights of i and all that follow, packed ones before
                   + the packed weight, its float32 scales and their centred copy
-                  + the workspace of one piece of rows (`quant/linear4bit.py`)
+                  + the workspace of one piece of rows (`quant/packing.py`)
 
 and, before the first, the check that all weights are finite, a chunk at a time.
 """
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 
 from hf_qlora.config import NF4Config
-from hf_qlora.quant.linear4bit import chunk_of, rows_at_a_time
+from hf_qlora.quant.packing import chunk_of, rows_at_a_time
 from hf_qlora.quant.scheme import Scheme
 
 
