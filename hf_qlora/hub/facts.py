@@ -24,6 +24,7 @@ from hf_qlora.hub.errors import TransportError
 from hf_qlora.identity import in_cache, is_local
 from hf_qlora.layers import depth
 from hf_qlora.layers.names import adapted_layers
+from hf_qlora.layers.profile import split_name
 from hf_qlora.quant.footprint import footprint
 from hf_qlora.quant.selection import is_named
 
@@ -272,8 +273,7 @@ def _grid(model: PeftModel, adapter: str, config: QLoRAConfig) -> dict[tuple[str
     """The scales by (layer, module)."""
     base: nn.Module = model.get_base_model()
     return {
-        depth.split_name(base, name, config.layers_pattern): scale
-        for name, scale in depth.scales(base, adapter).items()
+        split_name(base, name, config.layers_pattern): scale for name, scale in depth.scales(base, adapter).items()
     }
 
 

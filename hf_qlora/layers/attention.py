@@ -41,6 +41,7 @@ from transformers.modeling_utils import AttentionInterface
 from hf_qlora.kernels.functional import is_in_backward
 from hf_qlora.layers import depth
 from hf_qlora.layers.names import adapted_layers
+from hf_qlora.layers.profile import layer_index
 from hf_qlora.validation import ConfigError
 
 
@@ -155,7 +156,7 @@ def watch(model: nn.Module, adapter: str, pattern: str | list[str] | None = None
     """
     observer = Watch(adapter)
     for name, layer in adapted_layers(model, adapter):
-        found, scale = depth.layer_index(model, name, pattern), depth.scale_of(layer, adapter)
+        found, scale = layer_index(model, name, pattern), depth.scale_of(layer, adapter)
         if found is not None and scale is not None:
             observer.layers.setdefault(f"{found[0]}.{found[1]}", []).append((layer, scale))
     watched = {name: list(_attentions(model.get_submodule(name))) for name in observer.layers}

@@ -16,6 +16,7 @@ from hf_qlora import plots
 from hf_qlora.layers import depth
 from hf_qlora.layers.names import adapted_layers
 from hf_qlora.layers.norms import product_norm, weight_norm
+from hf_qlora.layers.profile import split_name
 from hf_qlora.validation import ConfigError
 
 
@@ -82,9 +83,7 @@ class DepthScaleCallback(TrainerCallback):
             scale = depth.scale_of(layer, self.adapter)
             if scale is None:
                 continue
-            numbered, module = depth.split_name(
-                model, name, self.trainer.model.peft_config[self.adapter].layers_pattern
-            )
+            numbered, module = split_name(model, name, self.trainer.model.peft_config[self.adapter].layers_pattern)
             self.history[step][numbered, module] = scale.value
             if name not in self.weights:
                 self.weights[name] = weight_norm(layer.get_base_layer())

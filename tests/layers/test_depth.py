@@ -30,6 +30,7 @@ from hf_qlora.config.adaptive_depth import DEPTH_PROFILES
 from hf_qlora.layers import depth
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.layers.norms import weight_norm
+from hf_qlora.layers.profile import layer_index
 from hf_qlora.validation import ConfigError
 
 
@@ -161,7 +162,7 @@ def test_every_family_has_a_depth(name: str) -> None:
     stacks: dict[str, set[float]] = {}
     inner = model.get_base_model()
     for layer_name, scale in depth.scales(inner, "default").items():
-        found = depth.layer_index(inner, layer_name)
+        found = layer_index(inner, layer_name)
         assert found is not None
         stack, _, L = found
         assert L == 2

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig, QLoRAConfig
-from hf_qlora.layers import depth
+from hf_qlora.layers.profile import profile_at
 from hf_qlora.train.optimizer import create_optimizer
 
 
@@ -43,7 +43,7 @@ class Arm:
         for name, parameter in base.named_parameters():
             if parameter.requires_grad:
                 module, B, _ = name.partition(".lora_B.")
-                factor = depth.profile_at(base, module, profile) if B else 1.0
+                factor = profile_at(base, module, profile) if B else 1.0
                 yield {"params": [parameter], "lr": lr * factor}
 
 
