@@ -43,7 +43,16 @@ from hf_qlora import AdaptiveDepthLoRAConfig, ModelCardCallback, QLoRAConfig, as
 from hf_qlora.data.errors import DataError, first_line, offline
 from hf_qlora.data.labelled import Labelled, labelled, rows_in
 from hf_qlora.quant.footprint import footprint
-from hf_qlora.train.interrupt import EarlyStopping, RunError, StopOnCtrlC, begin_run, check_run, way_on, write_json
+from hf_qlora.train.interrupt import (
+    EarlyStopping,
+    RunError,
+    StopOnCtrlC,
+    begin_run,
+    check_run,
+    train,
+    way_on,
+    write_json,
+)
 from hf_qlora.trainer.checkpoint import checkpoints, step_of
 
 
@@ -73,7 +82,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, help=f"by default {LEARNING_RATES}")
     parser.add_argument("--rank", type=positive, default=8, help="of LoRA")
     parser.add_argument("--patience", type=positive, default=2, help="evaluations without a gain before it stops")
-    parser.add_argument("--seed", type=int, default=0, help="of the head, the adapter and the order of the data")
+    parser.add_argument("--seed", type=seed, default=0, help="of the head, the adapter and the order of the data")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="folder; text-classification-METHOD by default")
     parser.add_argument("--json", type=Path, help="write what was found into this file")
@@ -90,6 +99,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def seed(text: str) -> int:
+    if not 0 <= (number := int(text)) < 2**31:
+        raise argparse.ArgumentTypeError(f"{number} is not from 0 to 2³¹ − 1")
     return number
 
 
@@ -124,7 +139,7 @@ def run(options: argparse.Namespace) -> int:
     found = {"method": options.method, "seed": options.seed, "settings": settings} | found
     trainer, stopper = make_trainer(model, tokenizer, data, options)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train(trainer, checkpoint)
     if stopper.asked:
         raise KeyboardInterrupt
     # Of a run that was resumed the seconds are of what came after that step.

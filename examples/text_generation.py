@@ -34,7 +34,6 @@ from transformers import (
     AutoTokenizer,
     TextStreamer,
     Trainer,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -46,8 +45,8 @@ from hf_qlora.data.documents import read_documents
 from hf_qlora.data.errors import DataError, first_line
 from hf_qlora.hub.card import hub_id
 from hf_qlora.quant.footprint import footprint
-from hf_qlora.train.interrupt import RunError, StopOnCtrlC, begin_run, check_run, way_on, write_json
-from hf_qlora.trainer.checkpoint import checkpoints, step_of
+from hf_qlora.train.interrupt import RunError, StopOnCtrlC, begin_run, check_run, train, way_on, write_json
+from hf_qlora.trainer.checkpoint import checkpoints
 
 
 # The best of three for each method, by a validation split: `hf-qlora bench results-generation` tries them.
@@ -261,13 +260,7 @@ def trained(options: Any, trainer: Trainer) -> dict[str, Any]:
     stopper = StopOnCtrlC()
     trainer.add_callback(stopper)
     started = time.monotonic()
-    last = options.checkpoint and Path(options.checkpoint)
-    if options.method == "full" and last and step_of(last) >= options.steps:
-        # It was stopped while it was measured. Trainer would make one more step.
-        trainer.model = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32).to(options.device)
-        trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-    else:
-        trainer.train(resume_from_checkpoint=options.checkpoint)
+    train(trainer, options.checkpoint)
     if stopper.asked:
         raise KeyboardInterrupt
     seconds, logs = time.monotonic() - started, [log for log in trainer.state.log_history if "loss" in log]
@@ -404,7 +397,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="to measure on")
     parser.add_argument("--measure", choices=MEASURED, default="all", help=MEASURED_HELP)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save-steps", type=positive(int), help="between checkpoints; half of --steps by default")
     parser.add_argument("--no-checkpoints", action="store_true", help="but after a Ctrl-C")
@@ -433,6 +426,12 @@ def positive(kind: type) -> Any:
             raise argparse.ArgumentTypeError(f"{text} is not above 0")
         return value
 
+    return number
+
+
+def seed(text: str) -> int:
+    if not 0 <= (number := int(text)) < 2**31:
+        raise argparse.ArgumentTypeError(f"{number} is not from 0 to 2³¹ − 1")
     return number
 
 

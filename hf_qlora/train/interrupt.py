@@ -4,7 +4,7 @@
     …load, read the data…                            # what is refused here has left no folder
     begin_run(folder, settings)
     trainer.add_callback(stopper := StopOnCtrlC())
-    trainer.train(resume_from_checkpoint=last)
+    train(trainer, last)
     if stopper.asked:
         print(way_on(folder))
 
@@ -22,12 +22,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, TrainerCallback
+from peft import PeftModel
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_qlora.trainer.checkpoint import checkpoints, last_whole
 
 
 NOTE = "settings.json"
+_COUNTER = "early_stopping_patience_counter"
 
 
 class RunError(ValueError):
@@ -71,9 +74,39 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_train_begin(args, state, control, **kwargs)
         saved = state.stateful_callbacks.get(type(self).__name__)
         if isinstance(saved, dict):  # of a checkpoint; else it is the callback itself
-            self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+            self.early_stopping_patience_counter = saved["attributes"][_COUNTER]
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
+
+
+def train(trainer: Trainer, checkpoint: str | None) -> None:
+    """`trainer.train`, going on from a checkpoint. Where training had ended there, its result is loaded.
+
+    That is so where a run was stopped while its result was tested or saved. Trainer asks after a step whether it was
+    the last, and would make one more.
+    """
+    state = None if checkpoint is None else TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    if state is None or checkpoint is None or not _had_ended(trainer, state):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    folder, model = Path(checkpoint).parent / Path(best or checkpoint).name, trainer.model
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
+    else:
+        loaded = type(model).from_pretrained(folder, dtype=model.dtype)
+        model.load_state_dict(loaded.state_dict())
+    trainer.state = state
+
+
+def _had_ended(trainer: Trainer, state: TrainerState) -> bool:
+    if state.global_step >= (trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps):
+        return True
+    for callback in trainer.callback_handler.callbacks:
+        saved = state.stateful_callbacks.get(type(callback).__name__)
+        if isinstance(callback, EarlyStopping) and isinstance(saved, dict):
+            return bool(saved["attributes"][_COUNTER] >= callback.early_stopping_patience)
+    return False
 
 
 def check_run(

@@ -12,7 +12,16 @@ import pytest
 import runs
 from transformers import TrainerCallback
 
-from hf_qlora.train.interrupt import NOTE, EarlyStopping, RunError, StopOnCtrlC, begin_run, check_run, way_on
+from hf_qlora.train.interrupt import (
+    NOTE,
+    EarlyStopping,
+    RunError,
+    StopOnCtrlC,
+    begin_run,
+    check_run,
+    train,
+    way_on,
+)
 
 
 SETTINGS = {"method": "qlora", "model": None, "steps": 4}
@@ -101,6 +110,42 @@ def test_early_stopping_goes_on_counting(tmp_path: Path) -> None:
     second = made(tmp_path / "parts")
     second.train(resume_from_checkpoint=check_run(tmp_path / "parts", {}, resume=True))
     assert second.state.global_step == whole.state.global_step == 4
+
+
+class Losses(TrainerCallback):
+    """The first evaluation is the best."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        metrics["eval_loss"] = float(state.global_step)
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["last step", "early stopping"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "qlora"])
+def test_a_run_that_had_ended_is_not_trained_on(adapted: bool, early: bool, tmp_path: Path) -> None:
+    """As one that is stopped while it is tested: what is loaded is the best, not the last."""
+    options = {
+        "max_steps": 8 if early else 3,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+    }
+
+    def made() -> Any:
+        stopping = EarlyStopping(2 if early else 9)
+        return runs.trainer(runs.qlora() if adapted else runs.base(), tmp_path, Losses(), stopping, **options)
+
+    whole, again = made(), made()
+    train(whole, None)
+    last = check_run(tmp_path, {}, resume=True)
+    assert last is not None
+    assert last.endswith("checkpoint-3")
+    train(again, last)
+    assert again.state.global_step == whole.state.global_step == 3
+    assert again.state.best_global_step == 1
+    runs.assert_identical(runs.adapters(again.model), runs.adapters(whole.model))
 
 
 def test_a_run_goes_on_under_its_own_settings_only(tmp_path: Path) -> None:
