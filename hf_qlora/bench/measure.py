@@ -10,12 +10,12 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ import hf_qlora
 from hf_qlora.bench.resident import Watch, mapped_weights, resident
 
 
+Arm = TypeVar("Arm")
 PACKAGES = ("hf-qlora", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -100,6 +101,13 @@ def reset_peak(device: str) -> None:
         os.write(descriptor, b"5")
     finally:
         os.close(descriptor)
+
+
+def in_turn(arms: Iterable[Arm], number: int) -> list[Arm]:
+    """The arms of a round, each round another first: none always follows on the same disturbance."""
+    order = list(arms)
+    first = number % len(order)
+    return order[first:] + order[:first]
 
 
 def clock(device: str) -> float:

@@ -3,8 +3,8 @@
     in use = anonymous + shared memory + mapped weights
     peak   = the most resident − pages of mapped files + mapped weights
 
-A checkpoint that is loaded in its own dtype is mapped, not copied: its pages are in the resident set (VmRSS) as soon as
-they were read, and stay in it after the weights have gone, as long as one tensor of the file is left. They are clean,
+A checkpoint that is loaded in its own dtype is mapped, not copied: its pages are in the resident set (VmRSS) once they
+were read, and stay in it after the weights have gone, as long as one tensor of the file is left. They are clean,
 and the system drops them when it likes. So pages of files are left out (RssFile), and tensors that lie in a mapped
 file are counted by their bytes for as long as there are such tensors: a dense model needs its weights, wherever they
 are. Pages of them that were written to are anonymous already.
@@ -91,7 +91,7 @@ def _file_mappings() -> Iterator[tuple[int, int, int]]:
 class Watch:
     """Within it, the most memory in use is looked for by a thread; `peak` is it, afterwards.
 
-    What is between two looks is missed, unless pages of files are then no more than at any look.
+    What comes and goes between two looks is missed, but where pages of files are then as many as at any look.
     """
 
     def __enter__(self) -> Watch:
