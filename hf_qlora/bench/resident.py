@@ -27,7 +27,7 @@ import torch
 
 
 SECONDS = 0.002  # between two looks; one takes some 50 µs
-_MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ +(/.*)$")
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ \d+ *(.*)")
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,10 @@ def resident() -> Resident:
 
 def mapped_weights() -> int:
     """Bytes of all tensors there are that lie in a mapped file, each once, without pages that were written to."""
-    spans = sorted(_spans())
+    mappings = _file_mappings()
+    spans = sorted(_spans()) if mappings else []  # a list of all objects is some MiB itself
     total = 0
-    for start, end, written in _file_mappings():
+    for start, end, written in mappings:
         inside, reached = 0, start
         for first, last in spans:
             low, high = max(first, reached), min(last, end)
@@ -75,17 +76,20 @@ def _spans() -> Iterator[tuple[int, int]]:
             yield tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
 
 
-def _file_mappings() -> Iterator[tuple[int, int, int]]:
-    """Addresses of each mapped file, and the bytes of its pages that were written to."""
-    mapping: tuple[int, int] | None = None
-    for line in Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
-        if found := _MAPPING.match(line):
-            mapping = int(found[1], 16), int(found[2], 16)
-        elif line.startswith("VmFlags:"):
-            mapping = None
-        elif mapping is not None and line.startswith("Anonymous:"):
-            yield *mapping, int(line.split()[1]) * 1024
-            mapping = None
+def _file_mappings() -> list[tuple[int, int, int]]:
+    """Addresses of each mapping such as torch makes of a file, and its bytes that were written to; no libraries."""
+    found, programs = [], set()
+    with Path("/proc/self/smaps").open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if mapping := _MAPPING.match(line):
+                first, last, may, path = mapping.groups()
+                if "x" in may:
+                    programs.add(path)
+            elif line.startswith("Anonymous:") and may[1:] == "w-p":
+                found.append((path, int(first, 16), int(last, 16), int(line.split()[1]) * 1024))
+    return [
+        (start, end, written) for path, start, end, written in found if path.startswith("/") and path not in programs
+    ]
 
 
 class Watch:
