@@ -9,7 +9,7 @@
 Each arm is in a process of its own, on CUDA in one, where the allocator counts each tensor. On the CPU, in use are
 anonymous and shared memory, and of a mapped checkpoint the weights that are still tensors (`bench/resident.py`): a
 checkpoint in the dtype asked for is mapped, and quantizing it in place never has all dense weights of its own. One in
-another dtype is cast first, and its peak is that of the dense model.
+another dtype is cast first, and the peak is no less than that of the dense model.
 """
 
 from __future__ import annotations
