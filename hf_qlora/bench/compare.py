@@ -4,7 +4,7 @@
                 test on the raw rounds rejects that the runs are alike, and the medians are 2 % apart or more; else
                 "no difference seen". All timings of a comparison together have a false alarm in 1 % of the
                 comparisons at most (Holm, 1979), if rounds are independent. Where so few rounds cannot reach that,
-                "too few rounds".
+                "too few rounds", which is no success where failing on "slower" was asked for.
     counts      bytes of weights: "equal", or by how much they are "larger" or "smaller"
     the rest    peaks of memory, errors, KL, losses: "equal" up to the tolerance of the metric (`METRICS`)
 
@@ -17,6 +17,7 @@ What can be compared: results of `bench quantization`, of `bench train-step` and
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hf_qlora.bench.quantization.rows import METRICS, Metric, Row
 from hf_qlora.bench.quantization.tables import UNCUT
@@ -78,6 +80,17 @@ class Comparison:
 
     def counts(self) -> dict[str, int]:
         return dict(Counter(verdict.word for verdict in self.verdicts))
+
+    def untold(self) -> str:
+        """A sentence on the timings that have too few rounds for a verdict, and how many they need; or ""."""
+        few = [verdict.key for verdict in self.verdicts if verdict.word == FEW]
+        if not few:
+            return ""
+        tests = sum(verdict.p is not None for verdict in self.verdicts)
+        return (
+            f"{len(few)} of {tests} timings have too few rounds to tell whether they are slower, of "
+            f"{sorted({key[0] for key in few})}; both runs need {rounds_for(tests)} rounds of each, or leave them out."
+        )
 
 
 def compare(before: Run, after: Run, relative: bool = False) -> Comparison:
@@ -144,6 +157,11 @@ def least_p(a: int, b: int) -> float:
     return min(1.0, 2 / math.comb(a + b, a))
 
 
+def rounds_for(tests: int) -> int:
+    """How many rounds of both runs can fail one of so many tests."""
+    return next(rounds for rounds in itertools.count(1) if least_p(rounds, rounds) * tests <= ALPHA)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted so that all tests together are wrong no more often than one alone would be."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
@@ -192,7 +210,7 @@ def show(found: Comparison, everything: bool = False, console: Console | None = 
         for place, title in enumerate(HEAD):
             table.add_column(title, justify="left" if place < 4 or not title else "right", no_wrap=place > 3)
         for verdict in shown:
-            table.add_row(*_cells(verdict))
+            table.add_row(*map(Text, _cells(verdict)))  # names of arms and layers are no markup
         to.print(table)
     counts = ", ".join(f"{count} {word}" for word, count in sorted(found.counts().items()))
     to.print(f"{len(found.verdicts)} numbers compared: {counts}.", highlight=False, markup=False)

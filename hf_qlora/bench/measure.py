@@ -8,19 +8,22 @@ import gc
 import hashlib
 import os
 import platform
-import re
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import hf_qlora
+from hf_qlora.bench.resident import Watch, mapped_weights, resident
 
 
+Arm = TypeVar("Arm")
 PACKAGES = ("hf-qlora", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -48,7 +51,7 @@ def code() -> str:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in use and their peak: resident on the CPU, allocated (and reserved, `held`) on CUDA."""
+    """Bytes in use and their peak: on the CPU as `bench/resident.py` counts, on CUDA allocated (reserved: `held`)."""
 
     now: int
     peak: int
@@ -66,9 +69,21 @@ def memory(device: str) -> Memory:
         return Memory(
             torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         )
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    sizes = dict(re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB", status, re.MULTILINE))
-    return Memory(int(sizes["VmRSS"]) * 1024, int(sizes["VmHWM"]) * 1024)
+    found, mapped = resident(), mapped_weights()
+    return Memory(found.made + mapped, max(found.made, found.most - found.files) + mapped)
+
+
+@contextmanager
+def peak_of(device: str) -> Iterator[Callable[[], int]]:
+    """What is given says, afterwards, how much was in use at most within; also where files are mapped meanwhile."""
+    reset_peak(device)
+    found = 0
+    if torch.device(device).type == "cuda":
+        yield lambda: found
+        found = memory(device).peak
+        return
+    with Watch() as watch:
+        yield lambda: watch.peak
 
 
 def reset_peak(device: str) -> None:
@@ -86,6 +101,13 @@ def reset_peak(device: str) -> None:
         os.write(descriptor, b"5")
     finally:
         os.close(descriptor)
+
+
+def in_turn(arms: Iterable[Arm], number: int) -> list[Arm]:
+    """The arms of a round, each round another first: none always follows on the same disturbance."""
+    order = list(arms)
+    first = number % len(order)
+    return order[first:] + order[:first]
 
 
 def clock(device: str) -> float:

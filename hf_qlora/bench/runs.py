@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_qlora.bench.quantization.result import FILE, QuantizationResult
-from hf_qlora.bench.quantization.rows import METRICS, Row
+from hf_qlora.bench.quantization.rows import METRICS, Row, ratios
 from hf_qlora.bench.quantization.run import CASES
 from hf_qlora.bench.results import read_whole
 from hf_qlora.bench.train_step.arms import FLOOR
@@ -44,7 +44,7 @@ class Run:
                 found[key] = row
             elif self.references.get(key, key) != key:
                 base = self.rows[self.references[key]].values
-                found[key] = replace(row, values=tuple(a / b for a, b in zip(row.values, base, strict=True)))
+                found[key] = replace(row, values=ratios(row.values, base))
         return found
 
 

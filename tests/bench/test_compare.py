@@ -187,6 +187,28 @@ def test_the_command_says_what_is_slower_and_fails_on_it_where_asked(tmp_path: P
     assert invoke(fewer, a, "--fail-on", "larger").exit_code == 0
 
 
+def test_too_few_rounds_to_fail_are_no_success(tmp_path: Path) -> None:
+    a, b = (saved(tmp_path, name, noisy(0, 2, 3, slower=slower)) for name, slower in (("a", 1.0), ("b", 10.0)))
+    done = invoke(a, b, "--fail-on", "slower")
+    assert done.exit_code == 1
+    # 6 rounds: 2 timings · 2 / (12 over 6) = 0.0043; of 5 it is 2 · 2 / 252 = 0.016, above 0.01
+    said = "2 of 2 timings have too few rounds to tell whether they are slower, of ['latency']; both runs need 6"
+    assert said in " ".join(done.output.split())
+    assert invoke(a, b, "--fail-on", "larger").exit_code == 0
+    assert invoke(a, b).exit_code == 0
+    enough = [saved(tmp_path, name, noisy(seed, 2, 6)) for name, seed in (("c", 0), ("d", 1))]
+    assert invoke(*enough, "--fail-on", "slower").exit_code == 0
+
+
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    rows = [Row("[red]a[/red]", "kl", (1.0,), "[/]")]
+    a, b = saved(tmp_path, "a", rows), saved(tmp_path, "b", [Row("[red]a[/red]", "kl", (2.0,), "[/]")])
+    done = invoke(a, b)
+    assert done.exit_code == 0
+    assert "[red]a[/red]" in done.output
+    assert "[/]" in done.output
+
+
 @pytest.mark.parametrize("name", ["train_step_cpu.json", "generation_cpu.json"])
 def test_results_of_other_benches_can_be_compared(tmp_path: Path, name: str) -> None:
     same = invoke(COMMITTED / name, COMMITTED / name)

@@ -21,7 +21,7 @@ from hf_qlora.bench.quantization import latency, memory, settings, train_step
 from hf_qlora.bench.quantization.page import html
 from hf_qlora.bench.quantization.result import QuantizationResult, check_folder
 from hf_qlora.bench.quantization.rows import Row, summary
-from hf_qlora.bench.quantization.run import CASES
+from hf_qlora.bench.quantization.run import CASES, CaseError
 from hf_qlora.cli import app
 
 
@@ -247,6 +247,81 @@ def test_a_classifier_has_the_cases_that_it_can(models: Path) -> None:
     found = QuantizationBenchmark(str(models / "bert"), ["memory", "double-quant"], smoke=True).run()
     assert set(found.cases) == {"memory", "double-quant"}
     assert found.model["class"] == "BertForSequenceClassification"
+
+
+def fingerprint(folder: Path) -> str:
+    found: str = settings.described(folder, settings.Settings(smoke=True))[2]["files"]
+    return found
+
+
+def test_a_model_that_was_trained_on_is_another(tmp_path: Path) -> None:
+    """In the same folder, with the same config and files of the same sizes."""
+    torch.manual_seed(0)
+    model = llama()
+    model.save_pretrained(tmp_path)
+    before = fingerprint(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert fingerprint(tmp_path) == before
+    size = (tmp_path / "model.safetensors").stat().st_size
+    model.model.norm.weight.data[0] += 1
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size == size
+    assert fingerprint(tmp_path) != before
+
+
+@pytest.mark.parametrize("place", [0, 100, 50_000, 99_999])
+def test_pieces_are_spread_over_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """5 pieces of 101 bytes of 100,000: at 0, 24,974, 49,949, …, and the last ends with the file."""
+    monkeypatch.setattr(settings, "PIECES", 5)
+    monkeypatch.setattr(settings, "PIECE", 101)
+    data = bytearray(100_000)
+    (tmp_path / "a").write_bytes(data)
+    before = settings._sampled(tmp_path / "a")
+    data[place] = 1
+    (tmp_path / "b").write_bytes(data)
+    assert (settings._sampled(tmp_path / "b") != before) == (place != 50_000 + 50)
+
+
+def test_other_texts_of_the_same_name_are_others(tmp_path: Path) -> None:
+    file = tmp_path / "prose.txt"
+    file.write_text("It was the best of times.")
+    given = settings.Settings(smoke=True, texts=str(file))
+    before = given.named()["texts"]
+    assert str(tmp_path) not in before
+    (tmp_path / "else").mkdir()
+    file.rename(tmp_path / "else" / "same.txt")
+    assert settings.Settings(smoke=True, texts=str(tmp_path / "else" / "same.txt")).named()["texts"] == before
+    file.write_text("It was the worst of times")
+    assert given.named()["texts"] != before
+
+
+@pytest.mark.parametrize("error", [ValueError("shapes differ"), OSError("gone"), ImportError("no such")])
+def test_an_error_within_a_case_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setitem(CASES, "double-quant", replace(CASES["double-quant"], run=fail))
+    done = run(*QUICK, "--smoke", "--output", str(tmp_path))
+    assert done.exit_code == 1
+    assert isinstance(done.exception, CaseError)
+    assert done.exception.__cause__ is error
+    assert f"double-quant failed: {error}" in str(done.exception)
+    assert list(QuantizationResult.load(tmp_path).cases) == ["precision"]
+
+
+def test_a_gpu_without_memory_is_one_sentence_and_keeps_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setitem(CASES, "double-quant", replace(CASES["double-quant"], run=fail))
+    done = run(*QUICK, "--smoke", "--output", str(tmp_path))
+    assert done.exit_code == 2
+    assert "Error: double-quant ran out of memory on cpu; free some of it, choose a smaller model" in done.output
+    assert list(QuantizationResult.load(tmp_path).cases) == ["precision"]
 
 
 @pytest.mark.slow

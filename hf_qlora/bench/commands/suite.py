@@ -40,7 +40,7 @@ def quantization(
     The arms of each case take turns. Ten minutes on two cores, by default; goes on where it stopped.
     """
     from hf_qlora.bench.quantization.result import QuantizationResult
-    from hf_qlora.bench.quantization.run import QuantizationBenchmark
+    from hf_qlora.bench.quantization.run import CaseMemoryError, QuantizationBenchmark
     from hf_qlora.plots import pyplot
 
     try:
@@ -60,13 +60,16 @@ def quantization(
             output=output,
         )
         found = benchmark.run()
-        page = found.save(output)
-    except (ImportError, OSError, ValueError) as error:
+    except (CaseMemoryError, ImportError, OSError, ValueError) as error:  # what goes wrong in a case is a CaseError
         raise misused(str(error)) from None
     except KeyboardInterrupt:
         typer.echo(f"Stopped; the cases that were done are in {output}, and the same command goes on.", err=True)
         raise typer.Exit(INTERRUPTED) from None
     found.show()
+    try:
+        page = found.save(output)
+    except OSError as error:
+        raise misused(str(error)) from None
     typer.echo(f"Written to {page}, with plots and every round beside it.")
 
 
@@ -79,7 +82,9 @@ def compare(
     everything: Annotated[bool, typer.Option("--all", help="Also what does not differ.")] = False,
     fail_on: Annotated[
         list[str] | None,
-        typer.Option(help="slower or larger: exit with 1 where a number is, or is missing; give it twice for both."),
+        typer.Option(
+            help="slower or larger: exit with 1 where a number is, is missing, or cannot be told; twice for both."
+        ),
     ] = None,
 ) -> None:
     """Hold two runs against each other: which timings are slower or faster beyond noise, and what else differs."""
@@ -91,5 +96,8 @@ def compare(
     except (ImportError, OSError, ValueError) as error:
         raise misused(str(error)) from None
     compare.show(found, everything)
-    if fail_on and (found.missing or set(fail_on) & found.counts().keys()):
+    untold = found.untold() if "slower" in (fail_on or ()) else ""
+    if untold:
+        typer.echo(f"Error: {untold}", err=True)
+    if fail_on and (untold or found.missing or set(fail_on) & found.counts().keys()):
         raise typer.Exit(1)

@@ -10,7 +10,9 @@
     pictures.py  plots
     page.py      one HTML page with all of it
 
-The arms of a case take turns, round after round, so that what disturbs one disturbs all; rounds before the count are
-for caches, allocators and repacking; every reading of the clock waits for the device. Peaks of memory are of processes
-of their own. Raw rounds are kept, and results are sealed (`bench/results.py`).
+The arms of a timing take turns, round after round and another first in each, so that what disturbs one disturbs all;
+rounds before the count are for caches, allocators and repacking; every reading of the clock waits for the device.
+There are as many rounds as were asked for, of merging three at most. Peaks of memory are of a process for each arm, of
+merging's of one for all; on CUDA, which counts tensors, of this one. Raw rounds are kept, and results are sealed
+(`bench/results.py`).
 """

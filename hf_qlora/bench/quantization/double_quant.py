@@ -15,7 +15,7 @@ import math
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 
-from hf_qlora.bench.measure import clock
+from hf_qlora.bench.measure import clock, in_turn
 from hf_qlora.bench.quantization.case import Case
 from hf_qlora.bench.quantization.rows import Row, numbers, timings
 from hf_qlora.bench.quantization.settings import Context
@@ -62,7 +62,7 @@ def _dequantized(context: Context, packed: dict[Scheme, list[tuple[Tensor, Quant
     seconds: dict[Scheme, list[float]] = {scheme: [] for scheme in packed}
     for number in range(-1, context.settings.rounds):
         context.at(f"dequantizing, round {number + 1}")
-        for scheme, weights in packed.items():
+        for scheme, weights in in_turn(packed.items(), number):
             started = clock(device)
             for _ in range(REPEATS):
                 for codes, state in weights:

@@ -21,7 +21,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from hf_qlora.bench.generation.arms import as_stock
-from hf_qlora.bench.measure import clock
+from hf_qlora.bench.measure import clock, in_turn
 from hf_qlora.bench.quantization.case import Case
 from hf_qlora.bench.quantization.rows import Row, timings
 from hf_qlora.bench.quantization.settings import Context, Settings, lora
@@ -83,10 +83,8 @@ def _obstacle(settings: Settings) -> str:
 
 def _rounds(context: Context, models: dict[str, Any], ids: Tensor, new: int) -> dict[str, dict[str, list[float]]]:
     found: dict[str, dict[str, list[float]]] = {step: {arm: [] for arm in models} for step in ("prefill", "decode")}
-    names = list(models)
     for number in range(-1, context.settings.rounds):
-        turn = number % len(names)
-        for arm in names[turn:] + names[:turn]:
+        for arm in in_turn(models, number):
             context.at(f"{arm}, batch {len(ids)}, round {number + 1}")
             prefill, decode = generate(models[arm], ids, new, context.settings.device)
             if number >= 0:

@@ -5,8 +5,8 @@
     NF4, checkpoint   from_pretrained of a checkpoint that was saved in NF4
     stock             from_pretrained with a BitsAndBytesConfig, which quantizes while it loads
 
-The arms take turns, after a turn that is not counted: files are then in the system's cache, and what is measured is
-the work on them, not the disk.
+The arms take turns, another first in each round, after a turn that is not counted: files are then in the system's
+cache, and what is measured is the work on them, not the disk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 
-from hf_qlora.bench.measure import clock
+from hf_qlora.bench.measure import clock, in_turn
 from hf_qlora.bench.quantization.case import Case
 from hf_qlora.bench.quantization.rows import Row, timings
 from hf_qlora.bench.quantization.settings import Context
@@ -39,7 +39,7 @@ def run(context: Context) -> list[Row]:
     }
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     for number in range(-1, settings.rounds):
-        for arm, load in arms.items():
+        for arm, load in in_turn(arms.items(), number):
             context.at(f"{arm}, round {number + 1}")
             gc.collect()
             started = clock(device)

@@ -2,11 +2,14 @@
 
     weights     bytes of all tensors, each storage once: codes, scales with the tables of
                 levels, dense (embeddings, norms, heads, adapters)
-    peak        of the process until one forward of 1 × 128 tokens is done, loading included, less the imports
-    resident    of the process after it, with free memory given back, less the imports
+    peak        in use by the process at most until one forward of 1 × 128 tokens is done, loading included, less the
+                imports
+    resident    in use after it, with free memory given back, less the imports
 
-Each arm is in a process of its own, on CUDA in one, where the allocator counts each tensor. Quantizing in place needs
-the dense weights first: its peak is theirs. A saved NF4 checkpoint and bitsandbytes' own loading never have them all.
+Each arm is in a process of its own, on CUDA in one, where the allocator counts each tensor. On the CPU, in use are
+anonymous and shared memory, and of a mapped checkpoint the weights that are still tensors (`bench/resident.py`): a
+checkpoint in the dtype asked for is mapped, and quantizing it in place never has all dense weights of its own. One in
+another dtype is cast first, and the peak is no less than that of the dense model.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from hf_qlora.bench.measure import memory, reset_peak
+from hf_qlora.bench.measure import memory, peak_of, reset_peak
 from hf_qlora.bench.quantization.case import Case
 from hf_qlora.bench.quantization.load import stock_nf4
 from hf_qlora.bench.quantization.rows import Row, numbers
@@ -49,12 +52,12 @@ def measure(arm: str, folder: Path, settings: Settings) -> dict[str, float]:
     """Of one arm, in whatever process this is."""
     reset_peak(settings.device)
     imported = memory(settings.device).now
-    model = ARMS[arm](folder, settings).eval()
-    kinds = footprint(model)  # before a forward: bitsandbytes repacks in it
-    ids = torch.arange(TOKENS).remainder(vocabulary_of(model))[None].to(settings.device)
-    with torch.no_grad():
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    peak = memory(settings.device).peak
+    with peak_of(settings.device) as peak:
+        model = ARMS[arm](folder, settings).eval()
+        kinds = footprint(model)  # before a forward: bitsandbytes repacks in it
+        ids = torch.arange(TOKENS).remainder(vocabulary_of(model))[None].to(settings.device)
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
     reset_peak(settings.device)
     return {
         "quantized_bytes": kinds.code_bytes,
@@ -62,7 +65,7 @@ def measure(arm: str, folder: Path, settings: Settings) -> dict[str, float]:
         "dense_bytes": kinds.dense_bytes,
         "weight_bytes": kinds.total_bytes,
         "resident_bytes": max(memory(settings.device).now - imported, 0),
-        "peak_bytes": max(peak - imported, 0),
+        "peak_bytes": max(peak() - imported, 0),
     }
 
 
@@ -93,7 +96,8 @@ ARMS = {
 CASE = Case(
     "memory",
     "Memory",
-    "Weights are counted to the byte; resident and peak are what a process of its own took beyond its imports. "
+    "Weights are counted to the byte; resident and peak are what a process of its own had in use beyond its imports: "
+    "on the CPU its own memory and the mapped weights it has, without pages of files that the system can drop. "
     "Embeddings and a tied head stay dense, which bounds how much smaller the whole model can become.",
     run,
     lambda sizes: sizes.dense + 2 * sizes.nf4,

@@ -8,12 +8,14 @@
 KL is mean KL(p ‖ q) in nats, p of the unmerged model and q of the merged one, on the texts of `merge/probe.py`; beside
 it stands that of the unmerged model with the adapter left out.
 The adapter is random, and each layer's ΔW is 2 % of its W in the norm: KL says what a merge does to an adapter of
-that size, and nothing of what it does to a task. A peak is what a merge takes beyond the model that it is given, the
-most of its rounds. All arms take turns in one process of their own.
+that size, and nothing of what it does to a task. A peak is what a merge takes beyond the model that it is given. All
+arms take turns in one process of their own, another first in each round. Peak and KL are of a round of its own, before
+the three at most that are timed: looking for a peak takes time.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
-from hf_qlora.bench.measure import clock, memory, reset_peak
+from hf_qlora.bench.measure import clock, in_turn, memory, peak_of, reset_peak
 from hf_qlora.bench.quantization.case import Case
 from hf_qlora.bench.quantization.rows import Row, numbers, timings
 from hf_qlora.bench.quantization.settings import Context, Settings, lora
@@ -40,6 +42,8 @@ MOST_ROUNDS = 3  # each makes the model anew for each arm
 
 def run(context: Context) -> list[Row]:
     context.at("in a process of its own")
+    rounds = min(context.settings.rounds, MOST_ROUNDS)
+    context.notes.append(f"Timings are of {rounds} round{'s' * (rounds != 1)}, after one that is not counted.")
     found: dict[str, dict[str, Any]] = context.alone(measure, context.folder, context.settings)
     rows = timings({arm: values["seconds"] for arm, values in found.items()})
     for arm, values in found.items():
@@ -52,21 +56,33 @@ def measure(folder: Path, settings: Settings) -> dict[str, dict[str, Any]]:
     unmerged = _ours(folder, settings)
     adapter = scaled(unmerged)
     ids, _ = probe.rows(unmerged.get_base_model(), None, None)
-    found: dict[str, dict[str, Any]] = {arm: {"seconds": [], "peak": 0, "kl": 0.0} for arm in ARMS}
-    for number in range(min(settings.rounds, MOST_ROUNDS)):
-        for arm, do in ARMS.items():
+    found: dict[str, dict[str, Any]] = {arm: {"seconds": []} for arm in ARMS}
+    for number in range(-1, min(settings.rounds, MOST_ROUNDS)):
+        for arm, do in in_turn(ARMS.items(), number):
             model = (_stock if arm == PEFTS else _ours)(folder, settings)
             set_peft_model_state_dict(model, adapter)
-            reset_peak(settings.device)
-            before, started = memory(settings.device).now, clock(settings.device)
-            merged = do(model)
-            found[arm]["seconds"].append(clock(settings.device) - started)
-            found[arm]["peak"] = max(found[arm]["peak"], memory(settings.device).peak - before)
-            if not number:
-                logits = probe.divergence(unmerged, merged, ids)
-                found[arm]["kl"], found[arm]["without"] = logits.merged, logits.without
-            del model, merged
+            if number < 0:
+                found[arm] |= _looked_at(do, model, unmerged, ids, settings.device)
+            else:
+                gc.collect()
+                started = clock(settings.device)
+                merged = do(model)
+                found[arm]["seconds"].append(clock(settings.device) - started)
+                del merged
+            del model
     return found
+
+
+def _looked_at(
+    do: Callable[[PeftModel], Any], model: PeftModel, unmerged: PeftModel, ids: Any, device: str
+) -> dict[str, float]:
+    """The peak and the KL of one merge."""
+    reset_peak(device)
+    before = memory(device).now
+    with peak_of(device) as peak:
+        merged = do(model)
+    logits = probe.divergence(unmerged, merged, ids)
+    return {"peak": max(peak() - before, 0), "kl": logits.merged, "without": logits.without}
 
 
 def scaled(model: PeftModel, share: float = RELATIVE_DELTA) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class QuantizationResult:
     """What `QuantizationBenchmark.run` returns.
 
     Attributes:
-        model: what identifies it: name, class, numbers of parameters, a hash of its files' sizes and its config.
+        model: what identifies it: name, class, numbers of parameters, a hash of its config and of pieces of its files.
         settings: of the run.
         cases: by name, in the suite's order.
     """

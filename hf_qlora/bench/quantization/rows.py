@@ -96,6 +96,11 @@ class Row:
         return float(np.median(self.values))
 
 
+def ratios(values: Sequence[float], reference: Sequence[float]) -> tuple[float, ...]:
+    """Of rounds to those of the reference beside them: arms take turns, and what disturbs a round is in both."""
+    return tuple(value / base for value, base in zip(values, reference, strict=True))
+
+
 def numbers(arm: str, found: Mapping[str, float], setting: str = "", layer: bool = False) -> list[Row]:
     """A row for each metric of one value, by name."""
     return [Row(arm, metric, (value,), setting, layer=layer) for metric, value in found.items()]

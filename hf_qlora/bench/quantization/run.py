@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -35,6 +36,14 @@ from hf_qlora.validation import ConfigError
 CASES: dict[str, Case] = {
     module.CASE.name: module.CASE for module in (memory, latency, precision, double_quant, train_step, load, merging)
 }
+
+
+class CaseError(RuntimeError):
+    """A case that failed while it measured; its cause is what failed. Cases that were done are kept."""
+
+
+class CaseMemoryError(CaseError):
+    """A case for which there was too little memory on the GPU; the message says what to do."""
 
 
 class QuantizationBenchmark:
@@ -86,6 +95,7 @@ class QuantizationBenchmark:
             MergeError, LoadError, ConfigError: no such model, one that is quantized, one that a case cannot use, or
                 that does not fit; found before anything is measured.
             DataError: no such texts.
+            CaseError: what went wrong in a case, once it measured.
             ValueError: the results in `output` were changed by hand.
         """
         if self.output is not None:
@@ -139,7 +149,15 @@ class QuantizationBenchmark:
 
     def _do(self, case: Case, context: Context, result: QuantizationResult, now: dict[str, Any]) -> None:
         started = time.monotonic()
-        rows = tuple(case.run(context))
+        try:
+            rows = tuple(case.run(context))
+        except torch.OutOfMemoryError as error:
+            raise CaseMemoryError(
+                f"{case.name} ran out of memory on {self.settings.device}; free some of it, choose a smaller model, "
+                "or leave the case out. What was done is kept, and the same command goes on."
+            ) from error
+        except (ImportError, OSError, ValueError) as error:
+            raise CaseError(f"{case.name} failed: {error}") from error
         seconds = round(time.monotonic() - started, 1)
         done = {**result.cases, case.name: Found(rows, seconds, now, tuple(context.notes))}
         result.cases = {name: done[name] for name in CASES if name in done}

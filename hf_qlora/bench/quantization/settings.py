@@ -36,6 +36,7 @@ from hf_qlora.validation import ConfigError
 
 DEFAULT_ROUNDS = 10  # from 8 on, `bench compare` can tell a difference in any of some forty timings
 SMOKE_ROUNDS = 2
+PIECES, PIECE = 64, 2**16  # of a file of weights: how many are hashed, and their bytes
 DEFAULT_NAME, TINY_NAME = "SmolLM2-135M-Instruct", "a tiny random Llama"
 
 
@@ -74,11 +75,20 @@ class Settings:
     def block_sizes(self) -> tuple[int, ...]:
         return (64, 128) if self.smoke else (64, 128, 256)
 
+    @property
+    def model_name(self) -> str:
+        """Without the folders of this machine."""
+        return Path(self.model).name if self.model else TINY_NAME if self.smoke else DEFAULT_NAME
+
     def named(self) -> dict[str, Any]:
-        """As JSON types, without the folders of this machine."""
-        name = TINY_NAME if self.smoke else DEFAULT_NAME
-        texts = None if self.texts is None else Path(self.texts).name
-        return asdict(self) | {"model": Path(self.model).name if self.model else name, "texts": texts}
+        """As JSON types, without the folders of this machine; texts by the sha256 of what they say.
+
+        Raises:
+            ConfigError, DataError: no such texts.
+        """
+        texts = texts_of(self)
+        digest = None if texts is None else "sha256 " + _digest(json.dumps(texts).encode())
+        return asdict(self) | {"model": self.model_name, "texts": digest}
 
 
 @dataclass(frozen=True)
@@ -198,7 +208,7 @@ def described(folder: Path, settings: Settings) -> tuple[nn.Module, Sizes, dict[
     weights = {id(layer.weight): layer.weight for layer in layers.values()}.values()
     saved = sum(weight.nbytes - Scheme().packed_bytes(weight.numel()) for weight in weights)
     identity = {
-        "name": settings.named()["model"],
+        "name": settings.model_name,
         "class": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "quantizable": sum(weight.numel() for weight in weights),
@@ -208,10 +218,26 @@ def described(folder: Path, settings: Settings) -> tuple[nn.Module, Sizes, dict[
 
 
 def _fingerprint(folder: Path) -> str:
-    """Of the config and of the files of weights by their names and sizes: another model has another."""
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-    text = (folder / CONFIG_NAME).read_text(encoding="utf-8") + json.dumps(sizes)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    """Of the config, and of the files of weights by name, size and pieces: a model that was trained on has another."""
+    files = [(path.name, path.stat().st_size, _sampled(path)) for path in sorted(folder.glob("*.safetensors"))]
+    return _digest(((folder / CONFIG_NAME).read_text(encoding="utf-8") + json.dumps(files)).encode())
+
+
+def _sampled(path: Path) -> str:
+    """A hash of pieces that are spread evenly over a file, the first and the last among them; of a small one, all."""
+    last = path.stat().st_size - PIECE
+    with path.open("rb") as file:
+        if last < (PIECES - 1) * PIECE:
+            return _digest(file.read())
+        found = hashlib.sha256()
+        for number in range(PIECES):
+            file.seek(last * number // (PIECES - 1))
+            found.update(file.read(PIECE))
+    return found.hexdigest()[:12]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def texts_of(settings: Settings) -> list[str] | None:
@@ -237,6 +263,6 @@ def check_fits(need: int, settings: Settings, case: str) -> None:
         free = psutil.virtual_memory().available
     if need > free:
         raise ConfigError(
-            f"{case} on {settings.named()['model']} takes about {need / 2**30:.1f} GiB on {settings.device}, and "
+            f"{case} on {settings.model_name} takes about {need / 2**30:.1f} GiB on {settings.device}, and "
             f"{free / 2**30:.1f} GiB are free; choose a smaller model, or leave the case out."
         )

@@ -6,15 +6,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from hf_qlora.bench.quantization.result import QuantizationResult
-from hf_qlora.bench.quantization.rows import METRICS, Row, summary
+from hf_qlora.bench.quantization.rows import METRICS, Row, ratios, summary
 from hf_qlora.bench.quantization.run import CASES
 
 
 UNCUT = 160  # columns where no terminal says how many
+LEAST_FOR_P95 = 10  # rounds
 WORST = 5  # layers in the terminal
 TIMING = ("median, ms", "÷ {}", "mean", "std", "p95", "least", "tokens/s")
 
@@ -49,19 +52,23 @@ def of_layers(result: QuantizationResult, case: str, most: int | None = None) ->
 
 
 def _timings(rows: Sequence[Row], reference: str) -> Table:
+    """A line for each; over the reference is the median of the ratios within a round."""
     with_settings = any(row.setting for row in rows)
     with_tokens = any(row.tokens for row in rows)
-    head = [*(["setting"] if with_settings else []), "arm", *TIMING]
+    # A percentile of few rounds is their largest, or made up between two.
+    upper = "p95" if all(len(row.values) >= LEAST_FOR_P95 for row in rows) else "most"
+    head = [*(["setting"] if with_settings else []), "arm", *(upper if name == "p95" else name for name in TIMING)]
     if not with_tokens:
         head.remove("tokens/s")
-    base = {row.setting: row.median for row in rows if row.arm == reference}
+    base = {row.setting: row.values for row in rows if row.arm == reference}
     body = []
     for row in rows:
         found = summary(row.values)
-        ratio = f"{found['median'] / base[row.setting]:.2f}" if row.setting in base else ""
+        ratio = f"{np.median(ratios(row.values, base[row.setting])):.2f}" if row.setting in base else ""
         names = [row.setting] if with_settings else []
         cells = [*names, row.arm, _ms(found["median"]), ratio]
-        cells += [_ms(found[name]) for name in ("mean", "std", "p95", "min")]
+        upmost = found["p95"] if upper == "p95" else max(row.values)
+        cells += [_ms(value) for value in (found["mean"], found["std"], upmost, found["min"])]
         body.append([*cells, *([f"{row.tokens / found['median']:,.1f}"] if with_tokens else [])])
     place = head.index("÷ {}")
     head[place] = f"÷ {reference}"
@@ -162,7 +169,7 @@ def text(result: QuantizationResult) -> str:
 def _rich(table: Table) -> RichTable:
     shown = RichTable(box=None, pad_edge=False, header_style="bold")
     for place, title in enumerate(table.head):
-        shown.add_column(title, justify="left" if place < table.names else "right", no_wrap=place >= table.names)
+        shown.add_column(Text(title), justify="left" if place < table.names else "right", no_wrap=place >= table.names)
     for line in table.body:
-        shown.add_row(*line)
+        shown.add_row(*map(Text, line))  # names of arms and layers are no markup
     return shown

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hf_qlora.bench.measure import clock, environment, memory, reset_peak
+from hf_qlora.bench.measure import clock, environment, in_turn, memory, reset_peak
 from hf_qlora.bench.processes import apart
 from hf_qlora.bench.train_step.arms import ARMS, Case, Step
 
@@ -60,7 +60,7 @@ def interleaved(
     rates = []
     for number in range(WARMUP, WARMUP + rounds):
         batch = case.batch(number)
-        for arm, step in steps.items():
+        for arm, step in in_turn(steps.items(), number):
             started = clock(case.device)
             step(batch)
             seconds[arm]["step_s"].append(clock(case.device) - started)
