@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hf_qlora.bench.calibrated_nf4 import data, report, run
+from hf_qlora.bench.calibrated_nf4 import data, models, parts, report, run
 from hf_qlora.bench.results import append_line
 from hf_qlora.cli import app
 
@@ -34,6 +36,37 @@ def test_rows_to_train_calibrate_and_test_on_are_of_different_texts() -> None:
     assert not asked[2] & (asked[0] | asked[1])
     headlines = data.calibration_rows("headlines", 8, seed=1)
     assert not _rows(headlines.inputs["input_ids"]) & _rows(data.test_rows("headlines"))
+
+
+def test_one_chat_of_those_calibrated_on_may_be_trained_on() -> None:
+    """As the docstrings say: the data has some twice. Counted over the chats that the rows begin with."""
+    chats = data._chats("train")
+    half = len(chats) // 2
+    trained = chats[:half][: _count(chats[:half], data.TRAINING_ROWS)]
+    for seed in run.Plan().seeds:
+        drawn = random.Random(seed).sample(chats[half:], half)
+        drawn = drawn[: _count(drawn, run.Plan().rows + data.HELD_OUT)]
+        assert 130 <= len(drawn) <= 140
+        assert sum(chat in trained for chat in drawn) <= 1
+
+
+def _count(chats: list[Any], rows: int) -> int:
+    """How many chats so many rows are of."""
+    lengths = itertools.accumulate(map(len, data._tokens(chats)))
+    return next(number for number, length in enumerate(lengths, 1) if length >= rows * data.LENGTH)
+
+
+class NoLoss(torch.nn.Module):
+    pass
+
+
+def test_what_could_not_be_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "mean_loss", lambda *given: None)
+    monkeypatch.setattr(data, "test_rows", lambda domain: torch.zeros(2, 2))
+    with pytest.raises(RuntimeError, match="NoLoss gave no loss on the test rows of chats"):
+        models.losses(NoLoss())
+    with pytest.raises(RuntimeError, match="no report of its calibration"):
+        parts._calibrated(NoLoss(), None)
 
 
 @pytest.mark.slow
