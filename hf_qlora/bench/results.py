@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,40 @@ def read_lines(results: Path) -> list[dict[str, Any]]:
         rows.append(_checked(values, where, before, " or a line before it was taken out, put in or moved"))
         before = seal
     return rows
+
+
+def check_once(results: Path, runs: Iterable[Hashable]) -> None:
+    """Refuse a file that has a run twice.
+
+    Args:
+        runs: what identifies each line of the file.
+
+    Raises:
+        ValueError: with the first such run.
+    """
+    for run, count in Counter(runs).items():
+        if count > 1:
+            raise ValueError(
+                f"{results} has {count} lines of {run}, and nothing says which of them counts. Take off all lines "
+                "from the second of them on, or name another file: --results OTHER."
+            )
+
+
+def check_same_device(results: Path, device: str) -> None:
+    """Refuse to add rows to those of another kind of device: they would stand in one table.
+
+    Args:
+        device: the kind, as `environment` has it.
+
+    Raises:
+        ValueError: with both.
+    """
+    others = sorted({row["with"]["device"] for row in read_lines(results)} - {device})
+    if others:
+        raise ValueError(
+            f"{results} has rows of {' and '.join(others)}; those of {device} do not belong into the same tables. "
+            "Name another file: --results OTHER."
+        )
 
 
 def _split(text: str) -> tuple[list[tuple[int, str]], str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from hf_qlora.bench.calibrated_nf4 import data, models, parts, report, run
+from hf_qlora.bench.measure import environment
 from hf_qlora.bench.results import append_line
 from hf_qlora.cli import app
 
@@ -118,15 +120,44 @@ def test_the_share_that_is_kept_and_the_share_that_is_closed(tmp_path: Path) -> 
             for seed in (0, 1)
         ),
     ]
-    made = dict.fromkeys(("device", "torch", "transformers", "peft", "bitsandbytes", "code", "date"), "x")
     results = tmp_path / "runs.jsonl"
     for row in rows:
-        append_line(results, row | {"with": made})
+        append_line(results, row | {"with": MADE})
     told = report.markdown(results)
     assert "| calibrated, chats | 2.100 | 90.0% | 25.0% | 5.000 |" in told
     assert "| calibrated, chats | 2.600 | 80% | 2.600 | 80% |" in told
     ranges = "| 3.000 (3.000 to 3.000) | 1.800 (1.750 to 1.850) | +0.250 (+0.250 to +0.250) |"
     assert f"| calibrated {ranges} 5.000 (5.000 to 5.000) | +0.000 (+0.000 to +0.000) |" in told
+
+
+MADE = dict.fromkeys(("device", "torch", "transformers", "peft", "bitsandbytes", "code", "date"), "x")
+
+
+def test_a_run_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    results = tmp_path / "runs.jsonl"
+    for seed in (0, 1, 0):
+        append_line(results, {"part": "loftq", "settings": {"seed": seed}, "found": {}, "with": MADE})
+    with pytest.raises(ValueError, match=r"runs\.jsonl has 2 lines of Run\(part='loftq', settings=\(\('seed', 0\)"):
+        run.read(results)
+    found = CliRunner().invoke(app, ["bench", "calibrated-nf4", "--report", "--results", str(results)])
+    assert found.exit_code == 2
+    assert "has 2 lines of" in found.output
+
+
+def test_rows_are_not_added_to_those_of_another_device(tmp_path: Path) -> None:
+    """Not even where there is nothing left to do."""
+    results = tmp_path / "runs.jsonl"
+    for one in run.planned(run.QUICK, ("loftq",)):
+        row = {"part": one.part, "settings": dict(one.settings), "found": {}}
+        append_line(results, {**row, "with": MADE | {"device": "NVIDIA H200"}})
+    before = results.read_text()
+    said = rf"runs\.jsonl has rows of NVIDIA H200; those of {environment('cpu')['device']} .*--results OTHER"
+    with pytest.raises(ValueError, match=said):
+        run.perform(run.QUICK, results, ("loftq",))
+    found = CliRunner().invoke(app, ["bench", "calibrated-nf4", "--part", "loftq", "--results", str(results)])
+    assert found.exit_code == 2
+    assert re.search(said, found.output.replace("\n", " "))
+    assert results.read_text() == before
 
 
 def test_an_unknown_part_is_named() -> None:

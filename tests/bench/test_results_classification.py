@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -122,6 +124,19 @@ def test_rows_of_another_script_or_device_are_not_read(other: Origin, tmp_path: 
     assert len(runs.lines_of(results, other, runs.RUNS)) == 1
 
 
+def test_a_run_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    results, ours = tmp_path / "results.jsonl", Origin("a", runs.origin(Path(__file__), "cpu").device)
+    run = Run("full", 1, ())
+    for one in (run, Run("full", 2, ()), run):
+        keep(results, one, ours)
+    with pytest.raises(ValueError, match=r"results\.jsonl has 2 lines of .*arm='full', seed=1"):
+        rows_of(runs.Study({"full": ()}, (1,)), results, ours)
+    for command in ("results-classification", "results-generation"):
+        found = CliRunner().invoke(app, ["bench", command, "--report", "--results", str(results)])
+        assert found.exit_code == 2
+        assert "has 2 lines of" in found.output.replace("\n", " ")
+
+
 def test_the_last_origin_of_a_kind_of_device(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     assert runs.last_origin(results) is None
@@ -152,6 +167,30 @@ def test_a_run_that_fails_is_said_and_what_ended_before_is_kept(stub: Path, tmp_
     ours = origin(stub, "cpu")
     assert len(read(results, ours)) >= 4 + 6
     assert set(rows_of(plan.study(results, ours), results, ours)) == {1}  # whole seeds only
+
+
+def test_what_runs_beside_a_failing_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is begun after it."""
+    has_failed, begun = threading.Event(), []
+
+    def do(script: Path, run: Run, device: str, threads: int) -> tuple[dict[str, str], str]:
+        begun.append(run.arm)
+        if run.arm == "fails":
+            has_failed.set()
+            raise ExampleError("no luck today")
+        has_failed.wait(10)
+        time.sleep(0.2)  # the other is known to have failed before this ends
+        return {}, ""
+
+    monkeypatch.setattr(runs, "_do", do)
+    results, script = tmp_path / "results.jsonl", Path(__file__)
+    arms = ("runs beside", "fails", *(f"waits {number}" for number in range(8)))
+    with pytest.raises(ExampleError, match="no luck today"):
+        runs.perform(script, [Run(arm, 1, ()) for arm in arms], results, workers=2)
+    kept = [run.arm for run, _ in read(results, origin(script, "cpu"))]
+    assert sorted([*kept, "fails"]) == sorted(begun)
+    assert "runs beside" in kept
+    assert len(begun) <= 3  # the failing one's worker may have taken the next before it was called off
 
 
 def test_a_changed_row_is_found(stub: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def _results(
     except ImportError as error:
         raise misused(f"{error}. Install what the table needs: pip install 'hf-qlora[bench]'") from None
     file = results.with_stem(f"{results.stem}_quick") if quick else results
-    check_lines(file, report_only)
+    check_lines(file, report_only, runs.read_all)
     plan = study.QUICK if quick else replace(study.Plan(), seeds=tuple(range(1, seeds + 1)))
     measure = partial(study.measure, plan, file, device, workers, **measured)
     try:
