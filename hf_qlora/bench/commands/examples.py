@@ -31,7 +31,8 @@ def results_classification(
 ) -> None:
     """Full fine-tuning, LoRA, QLoRA and scales by depth on headlines: examples/text_classification.py over seeds.
 
-    Learning rates first, three for each method, then the seeds, then cost. Hours; goes on where it stopped.
+    Learning rates first, at least three for each method (extended where the best lay at an edge, so that it lies
+    between two that are worse), then the seeds, then cost. Hours; goes on where it stopped.
     """
     _results("classification", results, seeds, quick, device, workers, write, report_only)
 
@@ -48,7 +49,8 @@ def results_generation(
 ) -> None:
     """Full fine-tuning, LoRA and QLoRA on SmolLM2, by examples/text_generation.py over seeds, and what each costs.
 
-    Learning rates first, three for each method, then the seeds, then cost. Hours; goes on where it stopped.
+    Learning rates first, at least three for each method (extended where the best lay at an edge, so that it lies
+    between two that are worse), then the seeds, then cost. Hours; goes on where it stopped.
     """
     _results("generation", results, seeds, quick, device, workers, write, report_only, cost=cost)
 
