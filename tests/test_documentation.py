@@ -14,10 +14,13 @@ import pytest
 from hf_qlora.bench import callbacks, skip_list
 from hf_qlora.bench.calibrated_nf4 import report as calibrated_nf4
 from hf_qlora.bench.depth import report as depth
+from hf_qlora.bench.examples import classification, classification_report, runs
+from hf_qlora.bench.examples import generation as generation_example
+from hf_qlora.bench.examples.rates import OPTION
 from hf_qlora.bench.generation import report as generation
 from hf_qlora.bench.memory_plan import report as memory_plan
 from hf_qlora.bench.quantization.result import QuantizationResult
-from hf_qlora.bench.results import read_lines, read_whole
+from hf_qlora.bench.results import read_whole
 from hf_qlora.bench.train_step import checkpointing, curves
 from hf_qlora.bench.train_step import report as train_step
 
@@ -138,41 +141,45 @@ def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
 
 
 def test_what_the_readme_says_of_classification() -> None:
-    """Worked out here from the rows; the intervals are those of the page, which is held to the rows elsewhere."""
-    rows = read_lines(ROOT / "results" / "text_classification.jsonl")
+    """Worked out here from the rows; the intervals are those that the report has computed."""
+    plan, file = classification.Plan(), ROOT / "results" / "text_classification.jsonl"
+    of_runs, costs = _rows(plan, file)
     accuracy = {
-        arm: statistics.mean(
-            row["found"]["test"]["accuracy"] for row in rows if row["part"] == "runs" and row["arm"] == arm
-        )
+        arm: statistics.mean(row["test"]["accuracy"] for row in of_runs[arm].values())
         for arm in ("full", "lora", "qlora")
     }
-    (cost,) = (row["methods"] for row in rows if row["part"] == "cost")
+    (cost,) = (row["methods"] for row in costs)
     step = _median(cost["qlora"]["step_s"]) / _median(cost["full"]["step_s"])
     peak = cost["qlora"]["memory"]["peak"] / cost["full"]["memory"]["peak"]
+    told = classification_report.markdown(file, plan)
+    low, high = _interval(told, "its")
+    price = _interval(told, r"points of accuracy \(")
     (said,) = (line for line in _lines("../README.md") if line.startswith("| QLoRA against full fine-tuning (MiniLM"))
-    assert f"{100 * (accuracy['full'] - accuracy['qlora']):.2f} points of accuracy worse (0.54 to 1.69)" in said
-    assert f"({100 * (accuracy['qlora'] - accuracy['lora']):.2f} better than LoRA, −0.31 to 0.52)" in said
+    worse = f"{100 * (accuracy['full'] - accuracy['qlora']):.2f} points of accuracy worse"
+    assert f"{worse} ({_number(-high)} to {_number(-low)})" in said
+    better = f"{100 * (accuracy['qlora'] - accuracy['lora']):.2f} better than LoRA"
+    assert f"({better}, {_number(price[0])} to {_number(price[1])})" in said
     assert f"step {step:.2f}, peak {peak:.2f} of its" in said
     page = "\n".join(_lines("text_classification.md"))
-    assert "95 % interval -1.69 to -0.54." in page
-    assert "95 % interval -0.31 to +0.52;" in page
-    assert f"at most 0.31 of the {100 * (accuracy['full'] - accuracy['qlora']):.2f} points that are missing" in page
+    missing = f"{100 * (accuracy['full'] - accuracy['qlora']):.2f} points that are missing"
+    assert f"at most {-price[0]:.2f} of the {missing}" in page
     packed, dense = (cost["qlora"][name] for name in ("base_bytes", "dense_bytes"))
     assert f"takes {packed / dense:.2f} of its bytes" in page.replace("\n", " ")
 
 
 def test_what_the_readme_says_of_generation() -> None:
     """Worked out here from the rows of whole seeds, by the geometric mean over them."""
-    rows = read_lines(ROOT / "results" / "text_generation.jsonl")
-    runs: dict[int, dict[str, float]] = {}
-    for row in rows:
-        if row["part"] == "runs":
-            runs.setdefault(row["seed"], {})[row["arm"]] = math.log(row["found"]["trained"]["perplexity"])
-    seeds = [found for found in runs.values() if len(found) == 3]
+    plan, file = generation_example.Plan(), ROOT / "results" / "text_generation.jsonl"
+    of_runs, costs = _rows(plan, file)
+    ours = runs.last_origin(file)
+    assert ours is not None
+    seeds = [
+        {arm: math.log(of_runs[arm][seed]["trained"]["perplexity"]) for arm in of_runs} for seed in of_runs["qlora"]
+    ]
     above = [math.exp(statistics.mean(one["qlora"] - one[other] for one in seeds)) for other in ("lora", "full")]
-    (base,) = (row["found"]["nf4"]["perplexity"] for row in rows if row["part"] == "base")
+    (base,) = (row["found"]["nf4"]["perplexity"] for row in runs.lines_of(file, ours, generation_example.BASE))
     trained = statistics.mean(math.exp(one["qlora"]) for one in seeds)
-    cost = {row["what"]: row["found"] for row in rows if row["part"] == "cost"}
+    cost = {row["what"]: row["found"] for row in costs}
     step = _median(cost["time"]["qlora"]["step_s"]) / _median(cost["time"]["full"]["step_s"])
     peak = cost["memory"]["qlora"]["peak"] / cost["memory"]["full"]["peak"]
     (said,) = (line for line in _lines("../README.md") if line.startswith("| The price of NF4 (SmolLM2-135M"))
@@ -182,6 +189,32 @@ def test_what_the_readme_says_of_generation() -> None:
     assert f"step {step:.2f}, peak {peak:.2f} of" in said
     page = "\n".join(_lines("text_generation.md"))
     assert "**Not decided**: that QLoRA loses less than 0.5 points of exact match" in page
+
+
+def _rows(plan: Any, file: Path) -> tuple[dict[str, dict[int, Any]], list[Any]]:
+    """What the runs found, by arm and seed, and the lines of the cost: of the last origin, at the chosen rates."""
+    ours = runs.last_origin(file)
+    assert ours is not None
+    arms = plan.study(file, ours).arms
+    found: dict[str, dict[int, Any]] = {arm: {} for arm in arms}
+    for row in runs.lines_of(file, ours, runs.RUNS):
+        rate = row["arguments"][row["arguments"].index(OPTION) + 1]
+        if rate == arms[row["arm"]][arms[row["arm"]].index(OPTION) + 1]:
+            found[row["arm"]][row["seed"]] = row["found"]
+    assert len(set.intersection(*(set(of_arm) for of_arm in found.values()))) >= 5
+    assert len({frozenset(of_arm) for of_arm in found.values()}) == 1
+    return found, runs.lines_of(file, ours, "cost")
+
+
+def _interval(told: str, head: str) -> tuple[float, float]:
+    """The one interval of a report's text with this before it."""
+    ((low, high),) = re.findall(rf"{head}\s?95 % interval ([+-][\d.]+\d) to ([+-][\d.]+\d)", told)
+    return float(low), float(high)
+
+
+def _number(value: float) -> str:
+    """As the README writes it."""
+    return f"{value:.2f}".replace("-", "−")
 
 
 def test_plans_of_the_readme_and_of_its_page() -> None:
@@ -230,5 +263,5 @@ def test_the_suites_tables_are_those_of_its_result() -> None:
 
 def test_every_result_is_in_the_documentation() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    for path in (ROOT / "results").iterdir():
+    for path in (ROOT / "results").glob("[!.]*"):  # measuring leaves a lock
         assert f"results/{path.name}" in text, path.name

@@ -15,9 +15,11 @@ result is not written over by a run of another kind.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from hf_qlora.trainer.checkpoint import checkpoints, last_whole
 NOTE = "settings.json"
 _COUNTER = "early_stopping_patience_counter"
 
+logger = logging.getLogger(__name__)
+
 
 class RunError(ValueError):
     """A folder that a run cannot start or go on in; the message says why, and what to do."""
@@ -40,15 +44,22 @@ class RunError(ValueError):
 class StopOnCtrlC(TrainerCallback):
     """The first Ctrl-C ends training after the step, with a checkpoint; a second one ends it at once.
 
+    Only the main thread may handle signals: in another one training goes on without this.
+
     Attributes:
         asked: whether there was one; `train` returns as always.
     """
 
     asked = False
+    _handles = False
     _before: Any  # the handler that was there
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.asked = False
+        self._handles = threading.current_thread() is threading.main_thread()
+        if not self._handles:
+            logger.debug("Ctrl-C does not end training with a checkpoint: it runs outside the main thread.")
+            return
         before = signal.signal(signal.SIGINT, self._ask)
         stopper = getattr(before, "__self__", None)
         # Training that failed, as by running out of memory, has no end, and has left its own.
@@ -64,7 +75,9 @@ class StopOnCtrlC(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        if self._handles:
+            # None: a handler that was not set from Python, which Python cannot set again
+            signal.signal(signal.SIGINT, signal.SIG_DFL if self._before is None else self._before)
 
 
 class EarlyStopping(EarlyStoppingCallback):

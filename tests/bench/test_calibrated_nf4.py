@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hf_qlora.bench.calibrated_nf4 import data, report, run
+from hf_qlora.bench.calibrated_nf4 import data, models, parts, report, run
+from hf_qlora.bench.measure import environment
 from hf_qlora.bench.results import append_line
 from hf_qlora.cli import app
 
@@ -34,6 +38,37 @@ def test_rows_to_train_calibrate_and_test_on_are_of_different_texts() -> None:
     assert not asked[2] & (asked[0] | asked[1])
     headlines = data.calibration_rows("headlines", 8, seed=1)
     assert not _rows(headlines.inputs["input_ids"]) & _rows(data.test_rows("headlines"))
+
+
+def test_one_chat_of_those_calibrated_on_may_be_trained_on() -> None:
+    """As the docstrings say: the data has some twice. Counted over the chats that the rows begin with."""
+    chats = data._chats("train")
+    half = len(chats) // 2
+    trained = chats[:half][: _count(chats[:half], data.TRAINING_ROWS)]
+    for seed in run.Plan().seeds:
+        drawn = random.Random(seed).sample(chats[half:], half)
+        drawn = drawn[: _count(drawn, run.Plan().rows + data.HELD_OUT)]
+        assert 130 <= len(drawn) <= 140
+        assert sum(chat in trained for chat in drawn) <= 1
+
+
+def _count(chats: list[Any], rows: int) -> int:
+    """How many chats so many rows are of."""
+    lengths = itertools.accumulate(map(len, data._tokens(chats)))
+    return next(number for number, length in enumerate(lengths, 1) if length >= rows * data.LENGTH)
+
+
+class NoLoss(torch.nn.Module):
+    pass
+
+
+def test_what_could_not_be_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "mean_loss", lambda *given: None)
+    monkeypatch.setattr(data, "test_rows", lambda domain: torch.zeros(2, 2))
+    with pytest.raises(RuntimeError, match="NoLoss gave no loss on the test rows of chats"):
+        models.losses(NoLoss())
+    with pytest.raises(RuntimeError, match="no report of its calibration"):
+        parts._calibrated(NoLoss(), None)
 
 
 @pytest.mark.slow
@@ -85,15 +120,44 @@ def test_the_share_that_is_kept_and_the_share_that_is_closed(tmp_path: Path) -> 
             for seed in (0, 1)
         ),
     ]
-    made = dict.fromkeys(("device", "torch", "transformers", "peft", "bitsandbytes", "code", "date"), "x")
     results = tmp_path / "runs.jsonl"
     for row in rows:
-        append_line(results, row | {"with": made})
+        append_line(results, row | {"with": MADE})
     told = report.markdown(results)
     assert "| calibrated, chats | 2.100 | 90.0% | 25.0% | 5.000 |" in told
     assert "| calibrated, chats | 2.600 | 80% | 2.600 | 80% |" in told
     ranges = "| 3.000 (3.000 to 3.000) | 1.800 (1.750 to 1.850) | +0.250 (+0.250 to +0.250) |"
     assert f"| calibrated {ranges} 5.000 (5.000 to 5.000) | +0.000 (+0.000 to +0.000) |" in told
+
+
+MADE = dict.fromkeys(("device", "torch", "transformers", "peft", "bitsandbytes", "code", "date"), "x")
+
+
+def test_a_run_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    results = tmp_path / "runs.jsonl"
+    for seed in (0, 1, 0):
+        append_line(results, {"part": "loftq", "settings": {"seed": seed}, "found": {}, "with": MADE})
+    with pytest.raises(ValueError, match=r"runs\.jsonl has 2 lines of Run\(part='loftq', settings=\(\('seed', 0\)"):
+        run.read(results)
+    found = CliRunner().invoke(app, ["bench", "calibrated-nf4", "--report", "--results", str(results)])
+    assert found.exit_code == 2
+    assert "has 2 lines of" in found.output
+
+
+def test_rows_are_not_added_to_those_of_another_device(tmp_path: Path) -> None:
+    """Not even where there is nothing left to do."""
+    results = tmp_path / "runs.jsonl"
+    for one in run.planned(run.QUICK, ("loftq",)):
+        row = {"part": one.part, "settings": dict(one.settings), "found": {}}
+        append_line(results, {**row, "with": MADE | {"device": "NVIDIA H200"}})
+    before = results.read_text()
+    said = rf"runs\.jsonl has rows of NVIDIA H200; those of {environment('cpu')['device']} .*--results OTHER"
+    with pytest.raises(ValueError, match=said):
+        run.perform(run.QUICK, results, ("loftq",))
+    found = CliRunner().invoke(app, ["bench", "calibrated-nf4", "--part", "loftq", "--results", str(results)])
+    assert found.exit_code == 2
+    assert re.search(said, found.output.replace("\n", " "))
+    assert results.read_text() == before
 
 
 def test_an_unknown_part_is_named() -> None:

@@ -47,6 +47,16 @@ def test_runs_are_resumed_and_compared(tmp_path: Path, monkeypatch: pytest.Monke
     curves.perform(results, 3, seeds=(1,))
 
 
+def test_rows_of_another_device_are_refused(tmp_path: Path) -> None:
+    results = tmp_path / "curves.jsonl"
+    append_line(results, {"arm": TUNED, "seed": 1, "steps": 2, "losses": [], "with": {"device": "NVIDIA H200"}})
+    with pytest.raises(ValueError, match="has rows of NVIDIA H200"):
+        curves.perform(results, 2)
+    found = CliRunner().invoke(app, ["bench", "learning-curve", "--results", str(results)])
+    assert found.exit_code == 2
+    assert "has rows of NVIDIA H200" in found.output.replace("\n", " ")
+
+
 def test_the_table_is_of_paired_differences(tmp_path: Path) -> None:
     results = tmp_path / "curves.jsonl"
     for seed in (1, 2, 3):

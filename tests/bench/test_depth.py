@@ -243,6 +243,27 @@ def test_only_seeds_in_common_are_compared(plan: Plan, tmp_path: Path) -> None:
     assert "| gain | 0.001\\* | 2 | 1.5000 | 0.7071 | 2.0000 | -1.5000 |  |  |" in report.markdown(path)
 
 
+@pytest.mark.parametrize(
+    ("device", "seeds", "said"),
+    [
+        ("NVIDIA H200", (1,), "has rows of NVIDIA H200; those of CPU"),
+        (WITH["device"], (1, 2, 1), "has 2 lines of Run"),
+    ],
+)
+def test_rows_of_another_device_or_twice_the_same_are_refused(
+    device: str, seeds: tuple[int, ...], said: str, plan: Plan, tmp_path: Path
+) -> None:
+    results = tmp_path / "results.jsonl"
+    for seed in seeds:
+        made = {"run": dataclasses.asdict(Run("toy", "gain", 1e-3, seed, 2)), "found": {"score": 1.0}}
+        append_line(results, {**made, "with": {**WITH, "device": device}})
+    with pytest.raises(ValueError, match=rf"results\.jsonl {said}"):
+        run.perform(plan, results)
+    found = CliRunner().invoke(app, ["bench", "adaptive-depth", "--results", str(results)])
+    assert found.exit_code == 2
+    assert said in found.output.replace("\n", " ")
+
+
 def test_the_command_reports_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     empty = CliRunner().invoke(app, ["bench", "adaptive-depth", "--report"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,51 @@ def test_a_line_that_was_cut_off_is_written_anew(tmp_path: Path) -> None:
         file.write('{"number": 1, "sha')
     append_line(results, {"number": 2})
     assert read_lines(results) == [{"number": 0}, {"number": 2}]
+
+
+def test_a_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
+    """As editors leave it that strip a file's last newline."""
+    results = tmp_path / "a.jsonl"
+    for number in range(2):
+        append_line(results, {"number": number})
+    results.write_text(results.read_text().rstrip("\n"))
+    assert read_lines(results) == [{"number": 0}, {"number": 1}]
+    append_line(results, {"number": 2})
+    assert read_lines(results) == [{"number": 0}, {"number": 1}, {"number": 2}]
+    results.write_text(results.read_text().rstrip("\n").replace('number": 2', 'number": 3'))
+    with pytest.raises(ValueError, match="was changed"):
+        read_lines(results)
+
+
+@pytest.mark.parametrize(
+    ("order", "line"),
+    [((0, 1, 3), 3), ((1, 2, 3), 1), ((0, 2, 1, 3), 2), ((0, 1, 1, 2, 3), 3), ((0, 1, 2, 3, 0), 5)],
+    ids=["deleted", "first deleted", "moved", "doubled", "put at the end"],
+)
+def test_lines_are_those_they_were_written_behind(order: tuple[int, ...], line: int, tmp_path: Path) -> None:
+    results = tmp_path / "a.jsonl"
+    for number in range(4):
+        append_line(results, {"number": number})
+    lines = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(lines[i] for i in order))
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line {line} .*taken out, put in or moved"):
+        read_lines(results)
+
+
+def test_a_line_sealed_alone_is_found_between_others(tmp_path: Path) -> None:
+    results = tmp_path / "a.jsonl"
+    append_line(results, {"number": 0})
+    with results.open("a") as file:
+        file.write(json.dumps(sealed({"number": 1})) + "\n")
+    with pytest.raises(ValueError, match="line 2"):
+        read_lines(results)
+
+
+def test_processes_append_in_turn(tmp_path: Path) -> None:
+    results, count = tmp_path / "a.jsonl", 8
+    with ThreadPoolExecutor(count) as pool:  # each opens the file and the lock for itself, as processes do
+        list(pool.map(lambda number: append_line(results, {"number": number}), range(count)))
+    assert sorted(row["number"] for row in read_lines(results)) == list(range(count))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -95,6 +97,17 @@ def test_each_method_is_swept_alike_and_takes_its_best(stub: Path, tmp_path: Pat
     assert "* QLoRA: 1e-3: 81.0 %, 1.7e-3: 81.7 %, **3e-3: 83.0 %**; none was tried beyond" in text
 
 
+def test_all_rates_that_were_tried_are_shown_and_count(stub: Path, tmp_path: Path) -> None:
+    """As where a grid was extended: also those that the study no longer asks for, but none of other arguments."""
+    results = tmp_path / "results.jsonl"
+    ours = perform(stub, results, replace(PLAN, seeds=()))
+    for rates, arguments in ((("5e-5", "8e-4"), ()), (("9e-4",), ("--fail", "no"))):
+        runs.perform(stub, classification.sweep_of({"full": rates}, arguments).runs(), results)
+    assert PLAN.sweep.chosen(results, ours)["full"] == "8e-4"
+    text = PLAN.sweep.markdown(results, ours, classification.NAMES)
+    assert "tuning: 5e-5: 80.0 %, 1e-4: 80.1 %, 2e-4: 80.2 %, 4e-4: 80.4 %, **8e-4: 80.8 %**; none was tried" in text
+
+
 def test_no_rate_is_chosen_of_some_of_them(tmp_path: Path) -> None:
     results, sweep = tmp_path / "results.jsonl", PLAN.sweep
     for run in list(sweep.runs())[:2]:
@@ -120,6 +133,19 @@ def test_rows_of_another_script_or_device_are_not_read(other: Origin, tmp_path: 
     study = runs.Study({"full": ()}, (1,))
     assert runs.of_row(rows_of(study, results, ours)[1]["full"]) == ours
     assert len(runs.lines_of(results, other, runs.RUNS)) == 1
+
+
+def test_a_run_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    results, ours = tmp_path / "results.jsonl", Origin("a", runs.origin(Path(__file__), "cpu").device)
+    run = Run("full", 1, ())
+    for one in (run, Run("full", 2, ()), run):
+        keep(results, one, ours)
+    with pytest.raises(ValueError, match=r"results\.jsonl has 2 lines of .*arm='full', seed=1"):
+        rows_of(runs.Study({"full": ()}, (1,)), results, ours)
+    for command in ("results-classification", "results-generation"):
+        found = CliRunner().invoke(app, ["bench", command, "--report", "--results", str(results)])
+        assert found.exit_code == 2
+        assert "has 2 lines of" in found.output.replace("\n", " ")
 
 
 def test_the_last_origin_of_a_kind_of_device(tmp_path: Path) -> None:
@@ -154,6 +180,30 @@ def test_a_run_that_fails_is_said_and_what_ended_before_is_kept(stub: Path, tmp_
     assert set(rows_of(plan.study(results, ours), results, ours)) == {1}  # whole seeds only
 
 
+def test_what_runs_beside_a_failing_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is begun after it."""
+    has_failed, begun = threading.Event(), []
+
+    def do(script: Path, run: Run, device: str, threads: int) -> tuple[dict[str, str], str]:
+        begun.append(run.arm)
+        if run.arm == "fails":
+            has_failed.set()
+            raise ExampleError("no luck today")
+        has_failed.wait(10)
+        time.sleep(0.2)  # the other is known to have failed before this ends
+        return {}, ""
+
+    monkeypatch.setattr(runs, "_do", do)
+    results, script = tmp_path / "results.jsonl", Path(__file__)
+    arms = ("runs beside", "fails", *(f"waits {number}" for number in range(8)))
+    with pytest.raises(ExampleError, match="no luck today"):
+        runs.perform(script, [Run(arm, 1, ()) for arm in arms], results, workers=2)
+    kept = [run.arm for run, _ in read(results, origin(script, "cpu"))]
+    assert sorted([*kept, "fails"]) == sorted(begun)
+    assert "runs beside" in kept
+    assert len(begun) <= 3  # the failing one's worker may have taken the next before it was called off
+
+
 def test_a_changed_row_is_found(stub: Path, tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     ours = perform(stub, results, few())
@@ -180,6 +230,9 @@ def test_the_table_is_of_the_rows(stub: Path, tmp_path: Path) -> None:
     assert (low, high) == pytest.approx((-2 - reach, -2 + reach), rel=0.03)  # 10,000 draws: 0.7 % of a deviation
     assert cells[9:11] == ["1,234,567", "3.0"]
     assert "**Not decided**" in text
+    assert "3 seeds: 1, 2, 3; 100 test texts" in text
+    more = report.markdown(results, replace(PLAN, seeds=(1, 2, 3, 4, 5)), ours)
+    assert "3 of 5 planned seeds: 1, 2, 3; 100 test texts" in more
     assert "QLoRA minus LoRA is -1.00 points of accuracy (95 % interval -3.00 to +1.00; it holds 0" in text
     full = next(line for line in text.splitlines() if line.startswith("| full"))
     assert f"{(91 + 92 + 90) / 3:.2f}" in full
@@ -210,14 +263,9 @@ def test_page_card_and_rates_in_the_repository_are_those_of_the_committed_result
     repository = Path(__file__).parents[2]
     results, card = repository / "results/text_classification.jsonl", repository / "model_cards/text_classification.md"
     page = (repository / "docs/text_classification.md").read_text(encoding="utf-8")
-    ours = runs.last_origin(results)
-    if ours is None:
-        assert not card.exists()
-        assert pages.document(page, "").count("<!-- ") == 2
-        return
-    whole = Run(report.ASKED, 1, PLAN.study(results, ours).arms[report.ASKED])
-    seeds = {run.seed for run, _ in read(results, ours) if run.part == runs.RUNS and run.arguments == whole.arguments}
-    plan = replace(PLAN, seeds=tuple(sorted(seeds)))
+    ours, plan = runs.last_origin(results), classification.Plan()
+    assert ours is not None
+    assert len(rows_of(plan.study(results, ours), results, ours)) == len(plan.seeds) == 5
     assert pages.document(page, report.markdown(results, plan, ours)) == page
     assert report.card(results, plan, ours) == card.read_text(encoding="utf-8")
     chosen = plan.sweep.chosen(results, ours)

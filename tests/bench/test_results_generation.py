@@ -164,7 +164,7 @@ def test_a_seed_that_is_not_whole_is_left_out(results: Path) -> None:
     assert "3 seeds; 40 answers" in generation_report.markdown(results, PLAN, OURS)
     lines = results.read_text().splitlines(keepends=True)
     results.write_text("".join(lines[:-1]))
-    assert "2 seeds; 40 answers" in generation_report.markdown(results, PLAN, OURS)
+    assert "2 of 3 planned seeds; 40 answers" in generation_report.markdown(results, PLAN, OURS)
 
 
 def test_rows_of_another_script_are_not_mixed_in(results: Path) -> None:
@@ -172,6 +172,19 @@ def test_rows_of_another_script_are_not_mixed_in(results: Path) -> None:
     for run in PLAN.study(results, OURS).runs():
         keep(results, run, found_of(run) | {"trained_parameters": 1}, script="other")
     assert generation_report.markdown(results, PLAN, OURS) == before
+
+
+def test_the_versions_that_made_the_rows_are_said(results: Path, tmp_path: Path) -> None:
+    made = f"hf-qlora {environment('cpu')['hf-qlora']}, code"
+    ours = f"{made} {environment('cpu')['code']}"
+    assert generation_report.markdown(results, PLAN, OURS).endswith(f"\n\nRows were made with {ours}.")
+    mixed = tmp_path / "mixed.jsonl"
+    for row in read_lines(results):
+        if row["part"] == RUNS and row["seed"] == 2:
+            row["with"]["code"] = "another"
+        append_line(mixed, row)
+    each = f"{ours} (sweep, base, runs); {made} another (runs)."
+    assert f"\n\nRows were made with 2 versions of this package: {each}" in generation_report.card(mixed, PLAN, OURS)
 
 
 def test_bytes_and_parameters(results: Path) -> None:
@@ -238,18 +251,17 @@ def test_the_cost_is_measured_to_its_end(tmp_path: Path) -> None:
 
 
 def test_what_is_committed_is_what_was_measured() -> None:
-    """The card, the table in the docs and the example's rates, where there are results."""
-    file = ROOT / "results" / "text_generation.jsonl"
+    """The card, the table in the docs and the example's rates, over five seeds."""
+    file, plan = ROOT / "results" / "text_generation.jsonl", generation.Plan()
     ours = runs.last_origin(file)
-    if ours is not None and (text := generation_report.markdown(file, ours=ours)):
-        assert (ROOT / "model_cards" / "text_generation.md").read_text(encoding="utf-8") == generation_report.card(
-            file, ours=ours
-        )
-        page = (ROOT / "docs" / "text_generation.md").read_text(encoding="utf-8")
-        assert pages.document(page, text) == page
-        rates = {name: float(rate) for name, rate in generation.Plan().sweep.chosen(file, ours).items()}
-        assert generation_rates() == pytest.approx(rates)
-    assert not math.isnan(sum(generation_rates().values()))
+    assert ours is not None
+    assert len(runs.rows_of(plan.study(file, ours), file, ours)) == len(plan.seeds) == 5
+    card = (ROOT / "model_cards" / "text_generation.md").read_text(encoding="utf-8")
+    assert card == generation_report.card(file, ours=ours)
+    page = (ROOT / "docs" / "text_generation.md").read_text(encoding="utf-8")
+    assert pages.document(page, generation_report.markdown(file, ours=ours)) == page
+    rates = {name: float(rate) for name, rate in plan.sweep.chosen(file, ours).items()}
+    assert generation_rates() == pytest.approx(rates)
 
 
 def generation_rates() -> dict[str, float]:

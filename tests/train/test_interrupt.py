@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,28 @@ def test_a_second_ctrl_c_ends_at_once(before: Any, tmp_path: Path) -> None:
         signal.signal(signal.SIGINT, found)
     assert "no checkpoint" in way_on(tmp_path)
     assert "--resume" not in way_on(tmp_path)
+
+
+def test_outside_the_main_thread_training_goes_on(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    trainer = runs.trainer(runs.qlora(), tmp_path, StopOnCtrlC(), max_steps=2)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(trainer.train).result()
+    assert trainer.state.global_step == 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_handler_that_was_not_set_from_python_becomes_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`signal.signal` returns None for it, and takes none."""
+    before, real, stopper = signal.getsignal(signal.SIGINT), signal.signal, StopOnCtrlC()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(signal, "signal", lambda *given: real(*given) and None)
+            stopper.on_train_begin(None, None, None)
+        stopper.on_train_end(None, None, None)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_early_stopping_goes_on_counting(tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def peft_merge(device: str, adapter: dict[str, Tensor], layers: int | None = Non
     model = get_peft_model(base, LoraConfig(**LORA))
     set_peft_model_state_dict(model, adapter)
     merged: nn.Module = model.merge_and_unload()
-    assert any(isinstance(module, bnb.nn.Linear4bit) for module in merged.modules())
+    if not any(isinstance(module, bnb.nn.Linear4bit) for module in merged.modules()):
+        raise RuntimeError("PEFT's merge left no 4-bit layer: it is no merge into NF4 that could be compared.")
     return merged
 
 
@@ -102,7 +103,8 @@ def losses(model: nn.Module, layers: int | None = None) -> dict[str, float]:
     found, rows = {}, data.TEST_ROWS if layers is None else 2
     for domain in ("chats", "headlines"):
         loss = mean_loss(model, {"input_ids": data.test_rows(domain)[:rows]})
-        assert loss is not None
+        if loss is None:
+            raise RuntimeError(f"{type(model).__name__} gave no loss on the test rows of {domain}.")
         found[domain] = loss
     return found
 

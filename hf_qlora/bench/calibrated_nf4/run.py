@@ -12,7 +12,7 @@ from tqdm import tqdm
 from hf_qlora.bench.calibrated_nf4 import models, parts
 from hf_qlora.bench.measure import environment
 from hf_qlora.bench.processes import apart, side_by_side
-from hf_qlora.bench.results import append_line, read_lines
+from hf_qlora.bench.results import append_line, check_once, check_same_device, read_lines
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,11 @@ def perform(
 
     Args:
         workers: processes side by side.
+
+    Raises:
+        ValueError: the file has rows of another kind of device, or a run twice.
     """
+    check_same_device(results, environment(device)["device"])
     done = {run for run, _ in read(results)}
     todo = [run for run in planned(plan, names) if run not in done]
     with tqdm(total=len(todo), desc="runs", unit="run") as bar:
@@ -98,11 +102,17 @@ def do(run: Run, device: str) -> dict[str, Any]:
 
 
 def read(results: Path) -> list[tuple[Run, dict[str, Any]]]:
-    """The runs in a file, with what they found."""
-    return [
+    """The runs in a file, with what they found.
+
+    Raises:
+        ValueError: a line was changed, or a run is there twice.
+    """
+    found = [
         (Run(row["part"], tuple(sorted(row["settings"].items()))), row["found"] | {"with": row["with"]})
         for row in read_lines(results)
     ]
+    check_once(results, (run for run, _ in found))
+    return found
 
 
 def _keep(results: Path, run: Run, found: dict[str, Any], device: str, bar: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_qlora.bench.commands.files import check_lines
+from hf_qlora.bench.commands.files import check_addable, check_lines
 from hf_qlora.bench.commands.options import Device, ReportOnly, Runs, Workers, check_choice, check_device
 from hf_qlora.console import misused
 
@@ -33,8 +33,9 @@ def adaptive_depth(
     names = tuple(task or tasks.TASKS)
     check_choice("--task", names, tasks.TASKS)
     file = results.with_stem(f"{results.stem}_quick") if quick else results
-    check_lines(file, report_only)
+    check_lines(file, report_only, run.read)
     if not report_only:
         check_device(device)
+        check_addable(file, device)
         run.perform(replace(run.QUICK if quick else run.Plan(), tasks=names), file, device, workers)
     typer.echo(report.markdown(file) or f"No test runs in {file} yet.")

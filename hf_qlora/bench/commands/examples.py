@@ -31,7 +31,8 @@ def results_classification(
 ) -> None:
     """Full fine-tuning, LoRA, QLoRA and scales by depth on headlines: examples/text_classification.py over seeds.
 
-    Learning rates first, three for each method, then the seeds, then cost. Hours; goes on where it stopped.
+    Learning rates first, at least three for each method (extended where the best lay at an edge, so that it lies
+    between two that are worse), then the seeds, then cost. Hours; goes on where it stopped.
     """
     _results("classification", results, seeds, quick, device, workers, write, report_only)
 
@@ -48,7 +49,8 @@ def results_generation(
 ) -> None:
     """Full fine-tuning, LoRA and QLoRA on SmolLM2, by examples/text_generation.py over seeds, and what each costs.
 
-    Learning rates first, three for each method, then the seeds, then cost. Hours; goes on where it stopped.
+    Learning rates first, at least three for each method (extended where the best lay at an edge, so that it lies
+    between two that are worse), then the seeds, then cost. Hours; goes on where it stopped.
     """
     _results("generation", results, seeds, quick, device, workers, write, report_only, cost=cost)
 
@@ -75,7 +77,7 @@ def _results(
     except ImportError as error:
         raise misused(f"{error}. Install what the table needs: pip install 'hf-qlora[bench]'") from None
     file = results.with_stem(f"{results.stem}_quick") if quick else results
-    check_lines(file, report_only)
+    check_lines(file, report_only, runs.read_all)
     plan = study.QUICK if quick else replace(study.Plan(), seeds=tuple(range(1, seeds + 1)))
     measure = partial(study.measure, plan, file, device, workers, **measured)
     try:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_qlora.bench.commands.files import check_lines, read_results
+from hf_qlora.bench.commands.files import check_addable, check_lines, read_results
 from hf_qlora.bench.commands.options import Device, ReportOnly, Results, Runs, Workers, check_choice, check_device
 from hf_qlora.console import misused
 
@@ -31,9 +31,10 @@ def calibrated_nf4(
     names = tuple(part or run.PARTS)
     check_choice("--part", names, run.PARTS)
     file = results.with_stem(f"{results.stem}_quick") if quick else results
-    check_lines(file, report_only)
+    check_lines(file, report_only, run.read)
     if not report_only:
         check_device(device)
+        check_addable(file, device)
         run.perform(run.QUICK if quick else run.Plan(), file, names, device, workers)
         report.plot(file, file.with_suffix(".png"))
     typer.echo(report.markdown(file) or f"No runs in {file} yet.")

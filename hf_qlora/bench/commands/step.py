@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_qlora.bench.commands.files import check_lines, measured, read_results
+from hf_qlora.bench.commands.files import check_addable, check_lines, measured, read_results
 from hf_qlora.bench.commands.options import (
     BatchSize,
     Device,
@@ -181,5 +181,6 @@ def learning_curve(
     check_lines(results, report_only)
     if not report_only:
         check_device(device)
+        check_addable(results, device)
         curves.perform(results, steps, device=device, workers=workers)
     typer.echo(curves.markdown(results) or f"No runs to compare in {results} yet.")

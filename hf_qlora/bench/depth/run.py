@@ -19,7 +19,7 @@ from hf_qlora.bench.depth.arms import ARMS, Arm
 from hf_qlora.bench.depth.tasks import TASKS, Task
 from hf_qlora.bench.measure import environment
 from hf_qlora.bench.processes import side_by_side
-from hf_qlora.bench.results import append_line, read_lines
+from hf_qlora.bench.results import append_line, check_once, check_same_device, read_lines
 
 
 SWEEP_SEEDS = (0, 100)  # one alone may take a rate just below a cliff
@@ -62,7 +62,11 @@ def perform(plan: Plan, results: Path, device: str = "cpu", workers: int = 1) ->
 
     Args:
         workers: processes side by side.
+
+    Raises:
+        ValueError: the file has rows of another kind of device, or a run twice.
     """
+    check_same_device(results, environment(device)["device"])
     tasks = [TASKS[name] for name in plan.tasks]
     swept = len(plan.sweep_seeds)
     total = sum(len(ARMS) * (len(task.rates[: plan.rates]) * swept + len(plan.seeds)) for task in tasks)
@@ -157,8 +161,14 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def read(results: Path) -> list[tuple[Run, dict[str, Any]]]:
-    """The runs in a file, with what they found."""
-    return [(Run(**row["run"]), row["found"]) for row in read_lines(results)]
+    """The runs in a file, with what they found.
+
+    Raises:
+        ValueError: a line was changed, or a run is there twice.
+    """
+    found = [(Run(**row["run"]), row["found"]) for row in read_lines(results)]
+    check_once(results, (run for run, _ in found))
+    return found
 
 
 def _append(results: Path, run: Run, found: dict[str, Any], device: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_qlora.bench.examples import pages
+from hf_qlora.bench.examples import pages, provenance
 from hf_qlora.bench.examples.classification import COST, METHODS, NAMES, Plan
 from hf_qlora.bench.examples.runs import Origin, last_origin, lines_of, rows_of
 from hf_qlora.bench.examples.statistics import Mean, mean_of, two_way, verdict
@@ -34,11 +34,14 @@ def markdown(results: Path, plan: Plan | None = None, ours: Origin | None = None
     rows = rows_of(plan.study(results, ours), results, ours)
     costs = lines_of(results, ours, COST)
     swept = plan.sweep.markdown(results, ours, NAMES)
-    parts = [*(_scores(rows) if rows else ()), *([swept] if swept else ()), *(_costs(costs[-1]) if costs else ())]
-    return "\n\n".join(parts)
+    scores = _scores(rows, len(plan.seeds)) if rows else ()
+    parts = [*scores, *([swept] if swept else ()), *(_costs(costs[-1]) if costs else ())]
+    tried = [row for of_method in plan.sweep.rows(results, ours).values() for row in of_method.values()]
+    shown = [*tried, *(row for of_seed in rows.values() for row in of_seed.values()), *costs[-1:]]
+    return "\n\n".join([*parts, provenance.versions(shown)] if shown else parts)
 
 
-def _scores(rows: Rows) -> list[str]:
+def _scores(rows: Rows, planned: int) -> list[str]:
     lines = [
         "| method | accuracy, % | sd | worst | macro-F1, % | minus full | sd | 95 % interval | trained | saved, MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -52,7 +55,7 @@ def _scores(rows: Rows) -> list[str]:
             f"| {NAMES[method]} | {found.mean:.2f} | {_number(found.deviation)} | {min(accuracy):.2f} | {f1.mean:.2f} "
             f"| {beside} | {last['trained_parameters']:,} | {last['saved_bytes'] / 2**20:.1f} |"
         )
-    return ["\n".join(lines), verdict(differences[ASKED], MARGIN), _price(rows), _note(rows)]
+    return ["\n".join(lines), verdict(differences[ASKED], MARGIN), _price(rows), _note(rows, planned)]
 
 
 def _price(rows: Rows) -> str:
@@ -68,13 +71,13 @@ def _price(rows: Rows) -> str:
     )
 
 
-def _note(rows: Rows) -> str:
-    seeds = ", ".join(map(str, rows))
+def _note(rows: Rows, planned: int) -> str:
+    seeds = f"{provenance.seeds(len(rows), planned)}: {', '.join(map(str, rows))}"
     where = sorted({described(row["with"]) for of_seed in rows.values() for row in of_seed.values()})
     found = next(iter(rows.values()))[ASKED]["found"]
     count, settings = len(found["correct"]), found["settings"]
     return (
-        f"Seeds {seeds}; {count:,} test texts, float32. Training is of at most {settings['steps']} × "
+        f"{seeds}; {count:,} test texts, float32. Training is of at most {settings['steps']} × "
         f"{settings['batch_size']} texts, which is less than a quarter of an epoch of all headlines: what is shown is "
         "for that budget. sd is over seeds; intervals are of the paired differences over seeds and test texts (both "
         f"drawn anew). {'; '.join(where)}."

@@ -1,6 +1,7 @@
 """examples/text_generation.py: full fine-tuning, LoRA and QLoRA side by side, over seeds.
 
-    sweep   each method at each of its rates, perplexity on the validation split → its rate
+    sweep   each method at each of its rates, perplexity on the validation split → its rate. At least three; extended
+            where the best lay at an edge, so that it lies between two that are worse
     base    what the model can do before it is trained, dense and in NF4; once, since nothing in it is random
     runs    each method at its rate, for each seed → perplexity, BLEU and exact match on the test split
     cost    see generation_cost.py: memory, time of a step, speed of generating
@@ -30,7 +31,7 @@ class Plan:
     """How much to do.
 
     Attributes:
-        rates: tried for each method; text, as it is given to the example.
+        rates: that have to be tried for each method; text, as it is given to the example.
         arguments: of all runs.
         rounds: of the times.
     """

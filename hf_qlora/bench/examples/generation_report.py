@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hf_qlora.bench.examples import generation_cost, pages
+from hf_qlora.bench.examples import generation_cost, pages, provenance
 from hf_qlora.bench.examples.generation import Plan
-from hf_qlora.bench.examples.runs import Origin, last_origin, read, rows_of
+from hf_qlora.bench.examples.runs import Origin, last_origin, lines_of, read, rows_of
 from hf_qlora.bench.examples.statistics import Mean, mean_of, paired, two_way, verdict
 from hf_qlora.bench.train_step.report import described
 
@@ -53,9 +53,18 @@ def markdown(results: Path, plan: Plan | None = None, ours: Origin | None = None
         _sizes(rows),
         plan.sweep.markdown(results, ours, NAMES),
         generation_cost.markdown(results, ours),
-        _note(rows),
+        _note(rows, len(plan.seeds)),
     ]
-    return "\n\n".join([*(part for part in parts if part), f"Run on {on}."])
+    made = provenance.versions(_shown(plan, results, ours, lines))
+    return "\n\n".join([*(part for part in parts if part), f"Run on {on}.", made])
+
+
+def _shown(plan: Plan, results: Path, ours: Origin, lines: Rows) -> list[dict[str, Any]]:
+    """The rows that the tables are of."""
+    tried = [row for of_method in plan.sweep.rows(results, ours).values() for row in of_method.values()]
+    base = [row for run, row in read(results, ours) if run == plan.base]
+    costs = {row["what"]: row for row in lines_of(results, ours, generation_cost.COST)}
+    return [*tried, *base, *(row for of_seed in lines for row in of_seed.values()), *costs.values()]
 
 
 def _perplexities(rows: Rows, base: dict[str, Any] | None) -> str:
@@ -201,12 +210,12 @@ def _sizes(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def _note(rows: Rows) -> str:
+def _note(rows: Rows, planned: int) -> str:
     found = next(iter(rows[0].values()))
     tokens, versions = found["answer_tokens"], found["versions"]
     return (
-        f"{len(rows)} seeds; {len(tokens)} answers of the test split with {sum(tokens):,} tokens, "
-        f"{found['settings']['steps']} steps. Intervals are over seeds and answers, and would be wider if whole tasks "
+        f"{provenance.seeds(len(rows), planned)}; {len(tokens)} answers of the test split with {sum(tokens):,} "
+        f"tokens, {found['settings']['steps']} steps. Intervals are over seeds and answers, and would be wider if whole tasks "
         "were drawn, whose answers are alike. The first one, of QLoRA's perplexity beside LoRA's, is what was asked; "
         "none is adjusted for the others beside it. Learning rates were chosen by "
         "perplexity, with which exact match need not agree; methods are judged by both, at those rates. BLEU is "

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import hf_qlora
 from hf_qlora.bench.measure import environment
-from hf_qlora.bench.results import append_line, read_lines
+from hf_qlora.bench.results import append_line, check_once, read_lines
 
 
 RATES = "LEARNING_RATES"  # an example's table of default rates, by method
@@ -152,7 +152,7 @@ def perform(script: Path, runs: Iterable[Run], results: Path, device: str = "cpu
         workers: runs side by side. The processor's cores are divided among them.
 
     Raises:
-        ExampleError: a run that failed. What ended before is kept.
+        ExampleError: a run that failed. What ended before is kept, and what ran beside it; no other is begun.
     """
     runs, ours = list(runs), origin(script, device)
     done = {run for run, _ in read(results, ours)}
@@ -163,8 +163,16 @@ def perform(script: Path, runs: Iterable[Run], results: Path, device: str = "cpu
         ThreadPoolExecutor(workers) as pool,
     ):
         waiting = {pool.submit(_do, script, run, device, threads): run for run in todo}
+        failed: BaseException | None = None
         try:
             for ended in as_completed(waiting):
+                if ended.cancelled():
+                    continue
+                if (error := ended.exception()) is not None:
+                    failed = failed or error
+                    for other in waiting:
+                        other.cancel()  # those that run go on
+                    continue
                 run, (found, card) = waiting[ended], ended.result()
                 values = {"arm": run.arm, "seed": run.seed, "arguments": list(run.arguments)}
                 keep(results, run.part, {**values, "found": found, "card": card}, script, device, threads)
@@ -173,6 +181,8 @@ def perform(script: Path, runs: Iterable[Run], results: Path, device: str = "cpu
         except BaseException:
             pool.shutdown(cancel_futures=True)  # those that run have had the Ctrl-C themselves
             raise
+        if failed is not None:
+            raise failed
 
 
 def keep(
@@ -188,13 +198,24 @@ def lines_of(results: Path, ours: Origin, part: str) -> list[dict[str, Any]]:
     return [row for row in read_lines(results) if row["part"] == part and of_row(row) == ours]
 
 
-def read(results: Path, ours: Origin) -> list[tuple[Run, dict[str, Any]]]:
-    """The runs in a file of that script and device, each with its whole line ("found", "card", "with")."""
-    return [
-        (Run(row["arm"], row["seed"], tuple(row["arguments"]), row["part"]), row)
+def read_all(results: Path) -> list[tuple[Origin, Run, dict[str, Any]]]:
+    """The runs in a file, each with its whole line ("found", "card", "with").
+
+    Raises:
+        ValueError: a line was changed, or a run of one script and device is there twice.
+    """
+    found = [
+        (of_row(row), Run(row["arm"], row["seed"], tuple(row["arguments"]), row["part"]), row)
         for row in read_lines(results)
-        if "arm" in row and of_row(row) == ours
+        if "arm" in row
     ]
+    check_once(results, ((run, of) for of, run, _ in found))
+    return found
+
+
+def read(results: Path, ours: Origin) -> list[tuple[Run, dict[str, Any]]]:
+    """Those of that script and device."""
+    return [(run, row) for of, run, row in read_all(results) if of == ours]
 
 
 def rows_of(study: Study, results: Path, ours: Origin) -> dict[int, dict[str, dict[str, Any]]]:

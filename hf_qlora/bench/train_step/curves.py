@@ -24,7 +24,7 @@ from hf_qlora import assets
 from hf_qlora.bench.depth.tasks import Answers
 from hf_qlora.bench.measure import environment
 from hf_qlora.bench.processes import side_by_side
-from hf_qlora.bench.results import append_line, read_lines
+from hf_qlora.bench.results import append_line, check_same_device, read_lines
 from hf_qlora.bench.train_step.arms import ARMS, CHUNKED, DOCUMENTED, TUNED, Case
 
 
@@ -56,7 +56,11 @@ def perform(
 
     Args:
         workers: processes side by side.
+
+    Raises:
+        ValueError: the file has rows of another kind of device.
     """
+    check_same_device(results, environment(device)["device"])
     done = {(row["arm"], row["seed"], row["steps"]) for row in read_lines(results)}
     todo = [(arm, seed) for seed in seeds for arm in COMPARED if (arm, seed, steps) not in done]
     jobs = [(job, (*job, steps, device, workers == 1)) for job in todo]
