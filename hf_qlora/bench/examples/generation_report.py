@@ -217,8 +217,9 @@ def _note(rows: Rows, planned: int) -> str:
         f"{provenance.seeds(len(rows), planned)}; {len(tokens)} answers of the test split with {sum(tokens):,} "
         f"tokens, {found['settings']['steps']} steps. Intervals are over seeds and answers, and would be wider if "
         "whole tasks were drawn, whose answers are alike. The first one, of QLoRA's perplexity beside LoRA's, is what "
-        "was asked; none is adjusted for the others beside it. Learning rates were chosen by perplexity, with which exact match need not agree; methods are judged by both, at those rates. BLEU is "
-        f"sacrebleu's, {found['trained']['bleu_signature']}; accelerate {versions['accelerate']}."
+        "was asked; none is adjusted for the others beside it. Learning rates were chosen by perplexity, with which "
+        "exact match need not agree; methods are judged by both, at those rates. BLEU is sacrebleu's, "
+        f"{found['trained']['bleu_signature']}; accelerate {versions['accelerate']}."
     )
 
 
