@@ -1,8 +1,10 @@
-"""The files of results that the commands read and write: what is wrong with one is said before anything is measured."""
+"""The files of results of the commands; what is wrong with one is said before anything is measured."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,7 @@ def read_results(command: str, results: Path) -> Any:
         typer.Exit: with 2, where there is no such file, it was changed by hand or is another command's.
     """
     _check_there(results)
-    try:
-        found = read_whole(results)
-    except (OSError, ValueError) as error:
-        raise misused(str(error)) from None
+    found = _read(command, results, read_whole, other=read_lines)
     _check_form(command, results, [found])
     return found
 
@@ -57,11 +56,7 @@ def file_of_runs(command: str, results: Path, report_only: bool, quick: bool = F
         _check_there(file)
     else:
         _check_place(file)
-    try:
-        lines = read_lines(file)
-    except (OSError, ValueError) as error:
-        raise misused(str(error)) from None
-    _check_form(command, file, lines)
+    _check_form(command, file, _read(command, file, read_lines, other=read_whole))
     return file
 
 
@@ -96,6 +91,21 @@ def _check_no_folder(results: Path) -> None:
         raise misused(f"{results} is a folder; --results is a file.")
 
 
+def _read(command: str, results: Path, read: Callable[[Path], Any], other: Callable[[Path], Any]) -> Any:
+    """By one of the two ways of keeping results; a file in which the other's are is another command's."""
+    try:
+        return read(results)
+    except (OSError, ValueError) as error:
+        with suppress(OSError, ValueError):
+            if other(results):
+                raise _of_another(command, results) from None
+        raise misused(str(error)) from None
+
+
 def _check_form(command: str, results: Path, found: list[Any]) -> None:
     if not all(fits(command, one) for one in found):
-        raise misused(f"{results} is no result of `hf-qlora bench {command}`; give another --results.")
+        raise _of_another(command, results)
+
+
+def _of_another(command: str, results: Path) -> typer.Exit:
+    return misused(f"{results} is no result of `hf-qlora bench {command}`; give another --results.")
