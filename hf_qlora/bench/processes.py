@@ -1,10 +1,17 @@
-"""Work in processes of their own: one, so that nothing else is in its memory, or several side by side."""
+"""Work in processes of their own: one, so that nothing else is in its memory, or several side by side.
+
+Ctrl-C reaches them all. The caller's process alone has something to say about it: the others end at once and silently,
+as the signal has it by default. While one starts, Python's handler would print a traceback of its imports, so the
+signal is blocked until it can be taken: a process inherits what is blocked.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
@@ -16,8 +23,10 @@ Job = TypeVar("Job")
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:
     """Call a module's function in a process of its own, with as many threads."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_with_threads, torch.get_num_threads(), function, *args).result()
+    with _pool(1) as pool:
+        with _interrupts_blocked():
+            done = pool.submit(_with_threads, torch.get_num_threads(), function, *args)
+        return done.result()
 
 
 def side_by_side(
@@ -31,14 +40,35 @@ def side_by_side(
         yield from ((job, function(*args)) for job, args in jobs)
         return
     threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(_with_threads, threads, function, *args): job for job, args in jobs}
+    with _pool(workers) as pool:
+        with _interrupts_blocked():
+            waiting = {pool.submit(_with_threads, threads, function, *args): job for job, args in jobs}
         try:
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_when_interrupted)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_when_interrupted() -> None:
+    """In a new process; what is ignored, as in a shell's background, stays so."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _with_threads(threads: int, function: Callable[..., Any], *args: Any) -> Any:

@@ -20,6 +20,7 @@ from hf_qlora.demo.chats import read_chats
 from hf_qlora.demo.examples import choose
 from hf_qlora.demo.models import default_model, load_chat_model, load_dense_model, perplexity
 from hf_qlora.demo.settings import Settings
+from hf_qlora.quant import skip_list
 from hf_qlora.quant.base import quantize_model
 from hf_qlora.quant.report import QuantizationReport
 from hf_qlora.quant.survey import quantization_report
@@ -29,7 +30,12 @@ SEED = 0
 
 
 def measure(budget: str, draws: int, answers: int) -> dict[str, Any]:
-    """The perplexities on so many answers, and what each arm left dense."""
+    """The perplexities on so many answers, and what each arm left dense.
+
+    Raises:
+        ConfigError: a budget that cannot be read, before anything is loaded, or that fits no layer.
+    """
+    skip_list.bytes_of(budget, 0)
     base = default_model()
     tokenizer, model = load_chat_model(base)
     settings = Settings(None, None, Path(), 1, 1, 1, False, 1e-3, answers, 160, SEED, False)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_qlora.bench.commands.files import check_addable, check_lines
+from hf_qlora.bench.commands.files import check_addable, file_of_runs
 from hf_qlora.bench.commands.options import Device, ReportOnly, Runs, Workers, check_choice, check_device
 from hf_qlora.console import misused
 
@@ -32,8 +32,7 @@ def adaptive_depth(
         raise misused(f"{error}. Install what the experiment needs: pip install 'hf-qlora[bench]'") from None
     names = tuple(task or tasks.TASKS)
     check_choice("--task", names, tasks.TASKS)
-    file = results.with_stem(f"{results.stem}_quick") if quick else results
-    check_lines(file, report_only, run.read)
+    file = file_of_runs("adaptive-depth", results, report_only, quick, run.read)
     if not report_only:
         check_device(device)
         check_addable(file, device)

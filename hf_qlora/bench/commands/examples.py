@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_qlora.bench.commands.files import check_lines
+from hf_qlora.bench.commands.files import file_of_runs
 from hf_qlora.bench.commands.options import Device, ReportOnly, Runs, Workers, check_choice, check_device
 from hf_qlora.console import misused
 
@@ -76,8 +76,7 @@ def _results(
         from hf_qlora.bench.examples import pages, runs
     except ImportError as error:
         raise misused(f"{error}. Install what the table needs: pip install 'hf-qlora[bench]'") from None
-    file = results.with_stem(f"{results.stem}_quick") if quick else results
-    check_lines(file, report_only, runs.read_all)
+    file = file_of_runs(f"results-{name}", results, report_only, quick, runs.read_all)
     plan = study.QUICK if quick else replace(study.Plan(), seeds=tuple(range(1, seeds + 1)))
     measure = partial(study.measure, plan, file, device, workers, **measured)
     try:

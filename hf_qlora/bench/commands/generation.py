@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_qlora.bench.commands.files import measured, read_results
+from hf_qlora.bench.commands.files import measured, reported
 from hf_qlora.bench.commands.options import BatchSize, DrawnResults, Rank, ReportOnly, Rounds, Shape, check_choice
 from hf_qlora.console import misused
 
@@ -34,8 +34,7 @@ def generation(
 
     check_choice("--shape", [shape], SHAPES)
     check_choice("--arm", arm or [], arms.ARMS)
-    if report_only:
-        typer.echo(report.markdown(read_results(results)))
+    if reported("generation", results, report, report_only):
         return
     case = arms.Generation(shape, batch_size, prompt_length, rank, new_tokens=new_tokens)
     try:

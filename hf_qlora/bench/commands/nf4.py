@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_qlora.bench.commands.files import check_addable, check_lines, read_results
+from hf_qlora.bench.commands.files import check_addable, file_of_runs, measured, reported
 from hf_qlora.bench.commands.options import Device, ReportOnly, Results, Runs, Workers, check_choice, check_device
 from hf_qlora.console import misused
 
@@ -30,8 +30,7 @@ def calibrated_nf4(
 
     names = tuple(part or run.PARTS)
     check_choice("--part", names, run.PARTS)
-    file = results.with_stem(f"{results.stem}_quick") if quick else results
-    check_lines(file, report_only, run.read)
+    file = file_of_runs("calibrated-nf4", results, report_only, quick, run.read)
     if not report_only:
         check_device(device)
         check_addable(file, device)
@@ -52,14 +51,11 @@ def skip_list(
     Minutes on two cores.
     """
     from hf_qlora.bench import skip_list
-    from hf_qlora.bench.results import write_whole
 
-    if report_only:
-        typer.echo(skip_list.markdown(read_results(results)))
+    if reported("skip-list", results, skip_list, report_only):
         return
     try:
         found = skip_list.measure(budget, draws, answers)
     except ValueError as error:
         raise misused(str(error)) from None
-    write_whole(results, found)
-    typer.echo(skip_list.markdown(found))
+    measured(found, results, skip_list)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_qlora.bench.commands.files import check_addable, check_lines, measured, read_results
+from hf_qlora.bench.commands.files import check_addable, file_of_runs, measured, read_results, reported
 from hf_qlora.bench.commands.options import (
     BatchSize,
     Device,
@@ -48,8 +48,7 @@ def train_step(
 
     check_choice("--shape", [shape], arms.SHAPES)
     check_choice("--arm", arm or [], arms.ARMS)
-    if report_only:
-        typer.echo(report.markdown(read_results(results)))
+    if reported("train-step", results, report, report_only):
         return
     check_device(device)
     case = arms.Case(shape, batch_size, sequence_length, rank, checkpointing=checkpointing, device=device)
@@ -71,17 +70,14 @@ def callbacks(
     The arms take turns in one process, so that ratios hold on a noisy machine. Minutes on two cores.
     """
     from hf_qlora.bench import callbacks
-    from hf_qlora.bench.results import write_whole
     from hf_qlora.bench.train_step.arms import SHAPES, Case
 
     check_choice("--shape", [shape], SHAPES)
-    if report_only:
-        typer.echo(callbacks.markdown(read_results(results)))
+    if reported("callbacks", results, callbacks, report_only):
         return
     check_device(device)
-    found = callbacks.measure(Case(shape, batch_size, sequence_length, rank, device=device), rounds)
-    write_whole(results, found)
-    typer.echo(callbacks.markdown(found))
+    case = Case(shape, batch_size, sequence_length, rank, device=device)
+    measured(callbacks.measure(case, rounds), results, callbacks)
 
 
 def growth(
@@ -106,12 +102,11 @@ def growth(
 
     check_choice("--shape", [shape], arms.SHAPES)
     check_choice("--axis", axis or [], growth.AXES)
-    if report_only:
-        typer.echo(growth.markdown(read_results(results)))
+    if reported("growth", results, growth, report_only):
         return
     check_device(device)
     case = arms.Case(shape, batch_size, sequence_length, rank, device=device)
-    before = read_results(results) if results.is_file() else None
+    before = read_results("growth", results) if results.is_file() else None
     keep = partial(write_whole, results)
     measured(growth.measure(case, rounds, axis or tuple(growth.AXES), before, keep), results, growth)
 
@@ -131,8 +126,7 @@ def checkpointing(
 
     from hf_qlora.bench.train_step import checkpointing
 
-    if report_only:
-        typer.echo(checkpointing.markdown(read_results(results)))
+    if reported("checkpointing", results, checkpointing, report_only):
         return
     check_device(device)
     case, turns = checkpointing.CASES[device], rounds
@@ -155,8 +149,7 @@ def memory_plan(
 
     from hf_qlora.bench.memory_plan import report, run, settings
 
-    if report_only:
-        typer.echo(report.markdown(read_results(results)))
+    if reported("memory-plan", results, report, report_only):
         return
     check_device(device)
     chosen: tuple[settings.Setting, ...] = settings.CUDA if device == "cuda" else settings.CPU
@@ -178,7 +171,7 @@ def learning_curve(
     """
     from hf_qlora.bench.train_step import curves
 
-    check_lines(results, report_only)
+    results = file_of_runs("learning-curve", results, report_only)
     if not report_only:
         check_device(device)
         check_addable(results, device)
