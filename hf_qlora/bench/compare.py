@@ -6,7 +6,8 @@
                 comparisons at most (Holm, 1979), if rounds are independent. Where so few rounds cannot reach that,
                 "too few rounds", which is no success where failing on "slower" was asked for.
     counts      bytes of weights: "equal", or by how much they are "larger" or "smaller"
-    the rest    peaks of memory, errors, KL, losses: "equal" up to the tolerance of the metric (`METRICS`)
+    the rest    peaks of memory, errors, KL, losses: "equal" up to the tolerance of the metric (`METRICS`); "not a
+                number" where one of the two is none, which is no success whatever failing was asked for
 
 Rounds of a run are not independent of the hour in which it was made: a machine that was busy then is slower in all of
 them. With `relative` each arm's rounds are divided by the reference arm's of the same round (dense, or the floor),
@@ -21,7 +22,7 @@ import itertools
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +39,7 @@ from hf_qlora.validation import ConfigError
 ALPHA = 0.01  # of a false alarm in any timing of a comparison
 LEAST = 0.02  # relative difference of medians: a smaller one may be real, and is no reason to act
 RESAMPLES = 2000
-SAME, FEW, EQUAL = "no difference seen", "too few rounds", "equal"
+SAME, FEW, EQUAL, BROKEN = "no difference seen", "too few rounds", "equal", "not a number"
 WORSE = ("slower", "larger")
 HEAD = ("case", "setting", "arm", "number", "first", "second", "ratio", "95 %", "p", "")
 
@@ -51,7 +52,8 @@ class Verdict:
         before, after: medians.
         interval: of the ratio after / before, 95 %; None but for timings.
         p: of the Mann–Whitney test, as it is; None but for timings.
-        word: "slower", "faster", "no difference seen", "too few rounds"; "equal", "larger", "smaller".
+        word: "slower", "faster", "no difference seen", "too few rounds"; "equal", "larger", "smaller",
+            "not a number".
     """
 
     key: Key
@@ -81,6 +83,15 @@ class Comparison:
     def counts(self) -> dict[str, int]:
         return dict(Counter(verdict.word for verdict in self.verdicts))
 
+    def failures(self, on: Collection[str]) -> str:
+        """Why the comparison fails, where it is to fail on these of `WORSE`, in a sentence; or ""."""
+        counts = self.counts()
+        found = [f"{counts[word]} {word}" for word in (*on, BROKEN) if word in counts]
+        if self.missing:
+            found.append(f"{self.missing} in the first alone")
+        parts = [f"of the numbers {', '.join(found)}." if found else "", self.untold() if "slower" in on else ""]
+        return " ".join(part for part in parts if part) if on else ""
+
     def untold(self) -> str:
         """A sentence on the timings that have too few rounds for a verdict, and how many they need; or ""."""
         few = [verdict.key for verdict in self.verdicts if verdict.word == FEW]
@@ -107,6 +118,9 @@ def compare(before: Run, after: Run, relative: bool = False) -> Comparison:
         raise ConfigError(f"One is of bench {before.kind} and one of bench {after.kind}; compare two of one kind.")
     warnings = list(_warnings(before, after))
     ours, theirs = (run.relative() if relative else run.rows for run in (before, after))
+    if alone := [key for key in before.rows if key not in ours and key not in before.references]:
+        cases = sorted({key[0] for key in alone})
+        warnings.append(f"{len(alone)} timings have no arm to be divided by and are left out, of {cases}.")
     common = [key for key in ours if key in theirs]
     if not common:
         raise ConfigError("The two results have nothing in common; compare runs of the same cases.")
@@ -135,6 +149,8 @@ def _timing(key: Key, before: Row, after: Row, p: float, adjusted: float, tests:
 
 def _number(key: Key, before: float, after: float) -> Verdict:
     metric = METRICS[key[3]]
+    if math.isnan(before) or math.isnan(after):
+        return Verdict(key, before, after, BROKEN)
     if before == after or abs(after - before) <= metric.tolerance * max(abs(before), abs(after)):
         return Verdict(key, before, after, EQUAL)
     return Verdict(key, before, after, metric.worse if after > before else metric.better)

@@ -255,3 +255,24 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path, first: str, sec
     done = invoke(first.format(**places), second.format(**places))
     assert done.exit_code == 2, done.output
     assert said in " ".join(done.output.split())
+
+
+def test_what_is_no_number_fails_whatever_failing_was_asked_for(tmp_path: Path) -> None:
+    rows = noisy(0, 1)
+    a = saved(tmp_path, "a", [*rows, Row("arm", "kl", (0.1,))])
+    b = saved(tmp_path, "b", [*rows, Row("arm", "kl", (math.nan,))])
+    assert "not a number" in invoke(a, b).output
+    for on in compare.WORSE:
+        done = invoke(a, b, "--fail-on", on)
+        assert done.exit_code == 1
+        assert "Failed: of the numbers 1 not a number." in done.output
+
+
+def test_timings_that_cannot_be_relative_are_counted(tmp_path: Path) -> None:
+    """The references themselves are not: they are what the others are divided by."""
+    timings = noisy(0, 2)
+    rows = [*timings, Row("dense", "seconds", timings[0].values, "decode"), Row("arm", "seconds", (1.0,), "prefill")]
+    a, b = (saved(tmp_path, name, rows) for name in ("a", "b"))
+    said = "1 timings have no arm to be divided by and are left out, of ['latency']"
+    assert said in " ".join(invoke(a, b, "--relative").output.split())
+    assert "left out" not in invoke(a, b).output

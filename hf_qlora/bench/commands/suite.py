@@ -96,8 +96,6 @@ def compare(
     except (ImportError, OSError, ValueError) as error:
         raise misused(str(error)) from None
     compare.show(found, everything)
-    untold = found.untold() if "slower" in (fail_on or ()) else ""
-    if untold:
-        typer.echo(f"Error: {untold}", err=True)
-    if fail_on and (untold or found.missing or set(fail_on) & found.counts().keys()):
+    if failures := found.failures(fail_on or ()):
+        typer.echo(f"Failed: {failures}", err=True)
         raise typer.Exit(1)
