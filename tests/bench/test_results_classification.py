@@ -142,10 +142,9 @@ def test_a_run_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         keep(results, one, ours)
     with pytest.raises(ValueError, match=r"results\.jsonl has 2 lines of .*arm='full', seed=1"):
         rows_of(runs.Study({"full": ()}, (1,)), results, ours)
-    for command in ("results-classification", "results-generation"):
-        found = CliRunner().invoke(app, ["bench", command, "--report", "--results", str(results)])
-        assert found.exit_code == 2
-        assert "has 2 lines of" in found.output.replace("\n", " ")
+    found = CliRunner().invoke(app, ["bench", "results-classification", "--report", "--results", str(results)])
+    assert found.exit_code == 2
+    assert "has 2 lines of" in found.output.replace("\n", " ")
 
 
 def test_the_last_origin_of_a_kind_of_device(tmp_path: Path) -> None:
