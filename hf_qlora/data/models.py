@@ -106,7 +106,7 @@ def folder_sha256(name: str | None) -> str | None:
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
             for number in range(PIECES):
-                file.seek(number * max(PIECE_BYTES, (size - PIECE_BYTES) // (PIECES - 1)))  # the last one is its end
+                file.seek(max(0, size - PIECE_BYTES) * number // (PIECES - 1))  # from its beginning to its end
                 digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()
 
