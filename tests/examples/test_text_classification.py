@@ -299,6 +299,13 @@ def test_a_run_does_not_go_on_with_other_data_or_weights(
     assert "another result (dataset='rows.jsonl')" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_is_made_again_in_its_own_folder(method: str, given: list[str]) -> None:
+    """Its card and settings are known as its own."""
+    for _ in range(2):
+        assert example.main([*given, "--method", method]) == 0
+
+
 # ---- whole runs, on MiniLM
 
 
