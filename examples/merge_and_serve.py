@@ -3,6 +3,7 @@
     python examples/merge_and_serve.py                       # minutes on two cores; nothing leaves the machine
     python examples/merge_and_serve.py --repo me/adapter     # pushed to your Hub (private) and pulled from there
     python examples/merge_and_serve.py --gguf q8_0           # served in 8 bits
+    python examples/merge_and_serve.py --resume              # after Ctrl-C
 
 The model and the sentences come from PyPI wheels. Needs 'hf-qlora[serve]'; without xllamacpp it stops after merging.
 All is float32 here, so that what differs between the ways is llama.cpp's arithmetic alone, and --gguf if it rounds.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,13 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from hf_qlora import ModelCardCallback, QLoRAConfig, assets, quantize_model
+from hf_qlora.data.models import loading
 from hf_qlora.demo.chats import Messages, read_chats
 from hf_qlora.demo.examples import Example, collate, encode
+from hf_qlora.hub.card import hub_id
+from hf_qlora.train import interrupt
+from hf_qlora.train.arguments import INTERRUPTED, Parser, in_one_sentence, positive, stop
+from hf_qlora.trainer.checkpoint import checkpoints
 
 
 ANSWER_TOKENS = 40
@@ -33,22 +40,35 @@ MAX_TOKENS = 112  # of an example
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=16, help="of 4 sentences each")
+    parser = Parser(__doc__)
+    parser.add_argument("--steps", type=positive, default=16, help="of 4 sentences each")
     parser.add_argument("--repo", help="push the adapter to this repository of the Hub, and pull it from there")
     parser.add_argument("--gguf", choices=["f32", "f16", "bf16", "q8_0"], default="f32", help="dtype of GGUF weights")
     parser.add_argument("--output", type=Path, default=Path("merge-and-serve"))
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     options = parser.parse_args()
+    if options.repo and hub_id(options.repo) is None:
+        parser.error(f"--repo {options.repo} is no name of a repository, as me/adapter.")
+    with in_one_sentence(options.output / "adapter"):
+        run(options)
 
+
+def run(options: argparse.Namespace) -> None:
+    settings, folder = {"script": "merge_and_serve", "steps": options.steps}, options.output / "adapter"
+    checkpoint = interrupt.check_run(folder, settings, options.resume, kind=("script",))
     set_seed(0)
-    base = assets.smollm2_135m_instruct()
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    chats = read_chats(None, seed=0)
+    with loading("SmolLM2-135M-Instruct, with the sentences"):
+        base = assets.smollm2_135m_instruct()
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        chats = read_chats(None, seed=0)
+    interrupt.begin_run(folder, settings)
     chat = min(chats[:HELD_OUT], key=lambda messages: len(messages[0]["content"]))
     examples = [encode(tokenizer, messages) for messages in chats[HELD_OUT:]]
-    model = train(base, [example for example in examples if len(example.ids) <= MAX_TOKENS], options)
+    model = train(base, [example for example in examples if len(example.ids) <= MAX_TOKENS], options, checkpoint)
     adapter = share(model, tokenizer, options)
     del model
+    for path in checkpoints(folder):  # there is nothing left to resume
+        shutil.rmtree(path)
 
     pulled = PeftModel.from_pretrained(dense(base), str(adapter)).eval()  # quantizes the base as in training
     reference = ask(pulled, tokenizer, chat)
@@ -84,7 +104,7 @@ class Reference:
     expected: torch.Tensor
 
 
-def train(base: Path, examples: list[Example], options: argparse.Namespace) -> PeftModel:
+def train(base: Path, examples: list[Example], options: argparse.Namespace, checkpoint: str | None) -> PeftModel:
     config = QLoRAConfig(r=16, lora_alpha=16, target_modules="all-linear", use_rslora=True, task_type="CAUSAL_LM")
     model = get_peft_model(dense(base), config)
     arguments = TrainingArguments(
@@ -101,7 +121,10 @@ def train(base: Path, examples: list[Example], options: argparse.Namespace) -> P
     )
     trainer = Trainer(model, arguments, data_collator=collate, train_dataset=examples)
     trainer.add_callback(ModelCardCallback(trainer, dataset_name="ner_finance.dev.v0"))
-    trainer.train()
+    trainer.add_callback(stopper := interrupt.StopOnCtrlC())
+    interrupt.train(trainer, checkpoint)
+    if stopper.asked:
+        stop(interrupt.way_on(options.output / "adapter"), INTERRUPTED)
     return model
 
 

@@ -31,7 +31,6 @@ from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
@@ -40,9 +39,12 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_qlora import AdaptiveDepthLoRAConfig, ModelCardCallback, QLoRAConfig, assets, create_optimizer, plots
-from hf_qlora.data.errors import DataError, first_line, offline
+from hf_qlora.data.errors import DataError, first_line
+from hf_qlora.data.files import rows_sha256
 from hf_qlora.data.labelled import Labelled, labelled, rows_in
+from hf_qlora.data.models import check_model, folder_sha256, loading, readable_tokenizer
 from hf_qlora.quant.footprint import footprint
+from hf_qlora.train.arguments import INTERRUPTED, MISUSED, Parser, learning_rate, own_rank, positive, seed
 from hf_qlora.train.interrupt import (
     EarlyStopping,
     RunError,
@@ -56,19 +58,18 @@ from hf_qlora.train.interrupt import (
 from hf_qlora.trainer.checkpoint import checkpoints, step_of
 
 
-# Of three for each method the best on the validation split: `hf-qlora bench results-classification`.
+# The best of those tried for each method on the validation split: `hf-qlora bench results-classification`.
 LEARNING_RATES = {"full": 2e-4, "lora": 1.7e-3, "qlora": 1.7e-3, "adaptive-depth": 1.7e-3}
 TEST_ROWS, VALIDATION_ROWS, SPLIT_SEED = 5000, 1000, 20231
 MAX_TOKENS = 64
 ELSEWHERE = ("output", "json", "resume")  # options that change nothing of what is learned
 PACKAGES = ("scikit-learn", "accelerate")  # beside those that every bench records
-INTERRUPTED, MISUSED = 130, 2  # exit codes
 
 Example = dict[str, Any]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--method", choices=LEARNING_RATES, default="qlora")
     parser.add_argument("--model", help="a folder or Hub id; MiniLM-L6 by default")
     parser.add_argument(
@@ -79,8 +80,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=positive, help="use at most so many rows")
     parser.add_argument("--steps", type=positive, default=160, help="at most; %(default)s by default")
     parser.add_argument("--batch-size", type=positive, default=32)
-    parser.add_argument("--learning-rate", type=float, help=f"by default {LEARNING_RATES}")
-    parser.add_argument("--rank", type=positive, default=8, help="of LoRA")
+    parser.add_argument("--learning-rate", type=learning_rate, help=f"by default {LEARNING_RATES}")
+    parser.add_argument("--rank", type=positive, help="of LoRA; 8 by default")
     parser.add_argument("--patience", type=positive, default=2, help="evaluations without a gain before it stops")
     parser.add_argument("--seed", type=seed, default=0, help="of the head, the adapter and the order of the data")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -90,22 +91,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.learning_rate is None:
         options.learning_rate = LEARNING_RATES[options.method]
+    options.rank = own_rank(options.rank, options.method, 8)
     options.output = options.output or Path(f"text-classification-{options.method}")
-    if not 0 < options.learning_rate < 1:
-        parser.error(f"--learning-rate {options.learning_rate:g} is not between 0 and 1.")
     return options
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
-
-
-def seed(text: str) -> int:
-    if not 0 <= (number := int(text)) < 2**31:
-        raise argparse.ArgumentTypeError(f"{number} is not from 0 to 2³¹ − 1")
-    return number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -124,9 +112,14 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda: torch sees no GPU here; use --device cpu.")
+    if options.model:
+        check_model(options.model)
     settings = {name: value for name, value in vars(options).items() if name not in ELSEWHERE}
+    settings["model_sha256"] = folder_sha256(options.model)
     checkpoint = check_run(options.output, settings, options.resume)
     texts = read(options)
+    settings["data_sha256"] = rows_sha256([texts.names, texts.rows])
+    check_run(options.output, settings, options.resume)  # that it goes on with the same data, too
     splits, names = split(texts.rows), texts.names
     base, tokenizer, model, head = load(options, names)
     begin_run(options.output, settings, options.json)
@@ -197,14 +190,10 @@ def load(options: argparse.Namespace, names: list[str]) -> tuple[str, Any, Any, 
     Raises:
         DataError: nothing of that name, or no classifier can be made of it.
     """
-    try:
+    with loading(options.model or "MiniLM-L6"):
         base = options.model or str(assets.minilm_l6())
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = readable_tokenizer(base)
         return base, tokenizer, *classifier(base, tokenizer, names, options.seed, options.device)
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(
-            f"Cannot load the model {options.model or 'MiniLM-L6'!r}: {first_line(error)}{offline()}"
-        ) from error
 
 
 def classifier(base: str, tokenizer: Any, names: list[str], seed: int, device: str) -> tuple[Any, list[str]]:

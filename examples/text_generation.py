@@ -16,22 +16,19 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import random
 import shutil
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from sacrebleu.metrics import BLEU
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     TextStreamer,
     Trainer,
     TrainingArguments,
@@ -43,13 +40,16 @@ from hf_qlora.data.answers import Row, collate, encode, generate, log_likelihood
 from hf_qlora.data.chats import Messages, as_messages
 from hf_qlora.data.documents import read_documents
 from hf_qlora.data.errors import DataError, first_line
+from hf_qlora.data.files import rows_sha256
+from hf_qlora.data.models import check_model, folder_sha256, loading, readable_tokenizer
 from hf_qlora.hub.card import hub_id
 from hf_qlora.quant.footprint import footprint
+from hf_qlora.train.arguments import INTERRUPTED, Parser, learning_rate, own_rank, positive, seed, stop
 from hf_qlora.train.interrupt import RunError, StopOnCtrlC, begin_run, check_run, train, way_on, write_json
 from hf_qlora.trainer.checkpoint import checkpoints
 
 
-# The best of three for each method, by a validation split: `hf-qlora bench results-generation` tries them.
+# The best of those tried for each method, by a validation split: `hf-qlora bench results-generation` tries them.
 LEARNING_RATES = {"full": 1e-4, "lora": 2e-3, "qlora": 2e-3}
 # One has 94 % of all rows; the others have a single answer to whatever is asked.
 LEFT_OUT = (
@@ -71,17 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = read_options(arguments)
     try:
         tokenizer, model = load(options)
-        train_set, held_out = choose_rows(options, tokenizer)
+        train_set, held_out = choose_rows(options, tokenizer, say=print)
+        options.data_sha256 = rows_sha256([train_set, held_out])
+        check(options)  # that it goes on with the same data, too
         begin_run(options.output, settings_of(options), options.json)
     except (DataError, ImportError, OSError, ValueError) as error:
         stop(first_line(error))
     except KeyboardInterrupt:
-        stop("stopped before training; nothing was saved.", 130)
+        stop("stopped before training; nothing was saved.", INTERRUPTED)
     print(f"{len(train_set)} pairs to train on, {len(held_out)} {options.split} pairs held out")
     try:
         found = run(options, tokenizer, model, train_set, held_out)
     except KeyboardInterrupt:
-        stop(way_on(options.output), 130)
+        stop(way_on(options.output), INTERRUPTED)
     for checkpoint in checkpoints(options.output):
         shutil.rmtree(checkpoint)
     if options.json is not None:
@@ -124,43 +126,66 @@ def run(options: Any, tokenizer: Any, model: Any, train_set: list[Row], held_out
 
 
 def load(options: Any) -> tuple[Any, Any]:
-    base = options.model or assets.smollm2_135m_instruct()
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    if tokenizer.chat_template is None:
-        raise ValueError(f"--model {base} has no chat template; choose a model made for chat, often called -Instruct.")
+    with loading(options.model or "SmolLM2-135M-Instruct"):
+        base = options.model or str(assets.smollm2_135m_instruct())
+        tokenizer = readable_tokenizer(base)
+        if tokenizer.chat_template is None:
+            raise DataError(f"--model {base} has no chat template; choose one made for chat, often called -Instruct.")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(options.device)  # quantized later
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(options.device)  # not quantized yet
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return tokenizer, model.eval()
 
 
-def choose_rows(options: Any, tokenizer: Any) -> tuple[list[Row], list[Row]]:
-    """To train on and held out, no question in both; the split does not depend on the seed."""
+def choose_rows(
+    options: Any, tokenizer: Any, say: Callable[[str], None] = lambda said: None
+) -> tuple[list[Row], list[Row]]:
+    """To train on and held out, no question in both; the split does not depend on the seed.
+
+    Args:
+        say: told how many rows were left out, and why.
+    """
     if options.dataset is None:
-        train, test = default_chats("train"), default_chats("test")
+        train, test, twice = default_chats("train"), default_chats("test"), 0
     else:
-        train, test = distinct(own_chats(options.dataset)), []
+        chats, test = own_chats(options.dataset, say), []
+        train = distinct(chats)
+        twice = len(chats) - len(train)
         random.Random(SPLIT_SEED).shuffle(train)
+    read = len(train) + len(test)
     train, test = ([row for chat in chats if fits(row := encode(tokenizer, chat), options)] for chats in (train, test))
+    fitting = len(train) + len(test)
     if not test:
         test, train = train[: options.held_out], train[options.held_out :]
     validation, train = train[: options.held_out], train[options.held_out :]
+    limits = f"longer than --max-length {options.max_length} or with answers of over --answer-tokens "
+    limits += f"{options.answer_tokens}"
+    say(
+        f"{read + twice:,} chats read: {read - fitting:,} left out as {limits}, {twice:,} asked twice, "
+        f"{len(validation):,} for validation"
+    )
     if len(train) < options.batch_size or len(test) < options.held_out:
         raise DataError(
-            f"{options.dataset or 'The default data'} has too few chats of at most {options.max_length} tokens with "
-            f"answers of at most {options.answer_tokens}; lower --held-out or --batch-size, or raise --max-length."
+            f"{options.dataset or 'The default data'} has too few chats: without those {limits}, {fitting} are left, "
+            f"{len(test)} to test, {len(validation)} for validation and {len(train)} to train on; needed are "
+            f"{options.held_out}, {options.held_out} and {options.batch_size}. Lower --held-out or --batch-size, or "
+            "raise --max-length or --answer-tokens."
         )
     return train, (test if options.split == "test" else validation)[: options.held_out]
 
 
-def own_chats(dataset: str) -> list[Messages]:
+def own_chats(dataset: str, say: Callable[[str], None] = lambda said: None) -> list[Messages]:
     documents, name = read_documents(dataset, SPLIT_SEED)
+    if not documents:
+        raise DataError(f"{dataset} has no rows.")
     chats = [
         document for document in documents if isinstance(document, list) and document and isinstance(document[0], dict)
     ]
     if not chats:
         raise DataError(f"{name} was read as texts; name the column that has the chats, as {dataset}#messages.")
+    if others := len(documents) - len(chats):
+        say(f"{others:,} rows of {name} are no chats, and left out")
     return [as_messages({"messages": chat}) for chat in chats]
 
 
@@ -369,43 +394,32 @@ def show(model: Any, tokenizer: Any, rows: list[Row]) -> None:
 # Arguments
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        stop(message)
-
-
-def stop(message: str, code: int = 2) -> NoReturn:
-    print(f"{'Error: ' if code == 2 else ''}{message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
 def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments, checked before any work."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", help="Hub id or folder of a chat model; SmolLM2-135M-Instruct by default")
     parser.add_argument("--dataset", help="Hub id, folder or .jsonl of chats; 35 small tasks by default")
     parser.add_argument("--method", choices=(*LEARNING_RATES, "base"), default="qlora", help="base: only measure it")
     parser.add_argument("--trainer", choices=("transformers", "trl"), default="transformers")
-    parser.add_argument("--steps", type=positive(int), default=64)
-    parser.add_argument("--batch-size", type=positive(int), default=8)
-    parser.add_argument("--learning-rate", type=positive(float), help=f"by default {LEARNING_RATES}")
-    parser.add_argument("--rank", type=positive(int), default=16)
-    parser.add_argument("--max-length", type=positive(int), default=160, help="tokens of a chat that is not left out")
-    parser.add_argument("--answer-tokens", type=positive(int), default=24, help="likewise, of its answer")
-    parser.add_argument(
-        "--held-out", type=positive(int), default=284, help="pairs to measure on; default: all of test"
-    )
+    parser.add_argument("--steps", type=positive, default=64)
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--learning-rate", type=learning_rate, help=f"by default {LEARNING_RATES}")
+    parser.add_argument("--rank", type=positive, help="of LoRA; 16 by default")
+    parser.add_argument("--max-length", type=positive, default=160, help="tokens of a chat that is not left out")
+    parser.add_argument("--answer-tokens", type=positive, default=24, help="likewise, of its answer")
+    parser.add_argument("--held-out", type=positive, default=284, help="pairs to measure on; default: all of test")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="to measure on")
     parser.add_argument("--measure", choices=MEASURED, default="all", help=MEASURED_HELP)
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--save-steps", type=positive(int), help="between checkpoints; half of --steps by default")
+    parser.add_argument("--save-steps", type=positive, help="between checkpoints; half of --steps by default")
     parser.add_argument("--no-checkpoints", action="store_true", help="but after a Ctrl-C")
     parser.add_argument("--output", type=Path, help="folder; text-generation-METHOD by default")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     parser.add_argument("--json", type=Path, help="write what was found into this file")
     options = parser.parse_args(arguments)
     options.learning_rate = options.learning_rate or LEARNING_RATES.get(options.method)
+    options.rank = own_rank(options.rank, options.method, 16)
     options.output = options.output or Path(f"text-generation-{options.method}")
     options.save_steps = options.save_steps or max(1, options.steps // 2)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -413,26 +427,19 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.trainer == "trl" and importlib.util.find_spec("trl") is None:
         stop("--trainer trl needs TRL: pip install 'trl>=1.16'.")
     try:
-        options.checkpoint = check_run(options.output, settings_of(options), options.resume)
-    except RunError as error:
+        if options.model:
+            check_model(options.model)
+        options.model_sha256 = folder_sha256(options.model)
+        options.checkpoint = check(options)
+    except (DataError, RunError) as error:
         stop(str(error))
     return options
 
 
-def positive(kind: type) -> Any:
-    def number(text: str) -> Any:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    return number
-
-
-def seed(text: str) -> int:
-    if not 0 <= (number := int(text)) < 2**31:
-        raise argparse.ArgumentTypeError(f"{number} is not from 0 to 2³¹ − 1")
-    return number
+def check(options: Any) -> str | None:
+    """The checkpoint to go on from."""
+    saves = options.method != "base" and options.measure != "perplexity"
+    return check_run(options.output, settings_of(options), options.resume, saves=saves)
 
 
 def settings_of(options: Any) -> dict[str, Any]:

@@ -5,5 +5,6 @@ files.py      .txt, .jsonl and .json files, folders of them, and data sets of th
 chats.py      rows in the usual layouts, as chats
 documents.py  rows as documents: a text, a chat, or token ids
 labelled.py   texts with a class, and their names
+models.py     what is named as a model: whether it is one, and what its weights are
 tokenizer.py  the tokenizer that lies with a model
 """

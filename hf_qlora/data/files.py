@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from collections.abc import Iterator, Mapping
@@ -56,9 +57,19 @@ def json_rows(file: Path) -> list[Any]:
     try:
         found: list[Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+            raise DataError(
+                f"{file} begins with a JSON list, and line {error.lineno} has more behind it; write one list, or one "
+                "object on each line."
+            ) from error
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{file}{line} is not JSON{_why(error)}") from error
     return found
+
+
+def rows_sha256(rows: Any) -> str:
+    """Of rows as they were read, of JSON's types: by it a run that goes on knows its data."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def _why(error: Exception) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_qlora.data.documents import is_path
 from hf_qlora.data.errors import DataError, short
 from hf_qlora.data.files import hub_rows, json_rows
 
@@ -47,8 +48,10 @@ def rows_in(source: str, seed: int = 0) -> list[Any]:
         if not files:
             raise DataError(f"The folder {path} has no files that end in {' or '.join(SUFFIXES)}.")
         return [row for file in files for row in json_rows(file)]
-    if path.exists() or path.suffix in SUFFIXES:
+    if path.exists():
         return json_rows(path)
+    if is_path(source):
+        raise DataError(f"The file {source} is not there.")
     return list(hub_rows(source, "train", seed, f"a {' or '.join(SUFFIXES)} file nor a folder with some"))
 
 

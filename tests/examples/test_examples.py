@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,83 @@ def run(name: str, folder: Path, *arguments: str, **variables: str) -> str:
     environment = {"OMP_NUM_THREADS": "2", **os.environ, "HF_HUB_OFFLINE": "1", **variables}
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def refused(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one sentence that is said."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Error: ")
+    assert said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("adaptive_depth", ("--learning-rate", "nan"), "nan is not between 0 and 1"),
+        ("adaptive_depth", ("--steps", "0"), "0 is less than 1"),
+        ("adaptive_depth", ("--output", "file"), "file is or lies in a file"),
+        ("adaptive_depth", ("--resume",), "no whole checkpoint"),
+        ("adaptive_depth", ("--output", "foreign"), "a README.md of another origin"),
+        ("merge_and_serve", ("--steps", "0"), "0 is less than 1"),
+        ("merge_and_serve", ("--output", "file"), "is or lies in a file"),
+        ("merge_and_serve", ("--repo", "a/b/c"), "--repo a/b/c is no name"),
+        ("merge_and_serve", ("--resume",), "no whole checkpoint"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(
+    name: str,
+    arguments: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("foreign").mkdir()
+    Path("foreign/README.md").write_text("mine", encoding="utf-8")
+    assert said in refused(name, monkeypatch, capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "below"), [("adaptive_depth", "adaptive-depth"), ("merge_and_serve", "merge-and-serve/adapter")]
+)
+def test_the_result_of_another_script_stays(
+    name: str, below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(below).mkdir(parents=True)
+    Path(below, "adapter_model.safetensors").touch()
+    assert "holds another result" in refused(name, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adaptive_depth", "merge_and_serve"])
+def test_ctrl_c_leaves_a_checkpoint_that_the_run_goes_on_from(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--steps", "10"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "'loss'" in line:  # it trains
+            break
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, said
+    assert "--resume goes on from it" in said.splitlines()[-1]
+    (checkpoint,) = tmp_path.rglob("checkpoint-*")
+    step = checkpoint.name.rpartition("-")[2]
+    output = run(f"{name}.py", tmp_path, "--steps", "10", "--resume")
+    assert f"going on from step {step}\n" in output
+    assert list(checkpoint.parent.glob("adapter_model.safetensors"))
+    assert not list(tmp_path.rglob("checkpoint-*"))
 
 
 @pytest.mark.slow

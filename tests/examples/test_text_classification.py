@@ -94,12 +94,23 @@ def test_what_is_not_there_is_refused(
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--steps", "0"), ("--method", "magic"), ("--seed", "x"), ("--patience", "-1"), ("--learning-rate", "-1")],
+    [
+        ("--steps", "0"),
+        ("--method", "magic"),
+        ("--seed", "x"),
+        ("--patience", "-1"),
+        ("--learning-rate", "-1"),
+        ("--learning-rate", "inf"),
+        ("--rank", "4", "--method", "full"),
+    ],
 )
-def test_arguments_that_are_none_end_with_2(arguments: tuple[str, ...]) -> None:
+def test_arguments_that_are_none_end_with_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         example.parse(list(arguments))
     assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert arguments[0] in said
+    assert said.count("\n") == 1
 
 
 def test_each_method_has_its_learning_rate() -> None:
@@ -206,6 +217,93 @@ def test_the_documented_commands_run_in_their_order(
         assert found["resumed_at_step"] is None
     into_another = ["--method", "full", "--output", "text-classification-qlora"]
     assert example.main([*shared, *into_another]) == 2
+
+
+@pytest.fixture
+def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options that name a tiny model and two hundred texts, in a folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    HEADLESS["bert"]().save_pretrained("base")
+    byte_tokenizer(pair=True).save_pretrained("base")
+    written(Path("rows.jsonl"), reviews(200))
+    few = ["--steps", "2", "--batch-size", "4", "--method", "lora", "--device", "cpu"]
+    return ["--model", "base", "--dataset", "rows.jsonl", "--output", "out", *few]
+
+
+def cut_off(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def without_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}', encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (cut_off, "cut off or damaged"),
+        (without_tokenizer, "has no tokenizer"),
+        (adapter, "is an adapter of me/base"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: folder.rename("away"), "--model ./base is not there"),
+    ],
+)
+def test_a_model_that_is_not_whole_is_one_sentence(
+    spoil: Any, said: str, given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(Path("base"))
+    assert example.main([*given, "--model", "./base"]) == 2
+    found = capsys.readouterr().err
+    assert said in found
+    assert found.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_a_card_and_settings_of_somebody_else_stay(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    for name in ("README.md", "settings.json"):
+        Path("out", name).write_text("mine", encoding="utf-8")
+    assert example.main([*given, "--method", "full"]) == 2
+    assert "out has a settings.json and a README.md of another origin" in capsys.readouterr().err
+    assert {file.read_text(encoding="utf-8") for file in Path("out").iterdir()} == {"mine"}
+
+
+def test_a_run_does_not_go_on_with_other_data_or_weights(
+    given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(example, "finish", stopped)
+        assert example.main(given) == 130
+    rows, weights = Path("rows.jsonl"), Path("base/model.safetensors")
+    for file, said in ((rows, "the data of the run in out changed"), (weights, "the model of the run in out changed")):
+        before = file.read_bytes()
+        file.write_bytes(before.replace(b"text 7", b"text x") if file is rows else before[:-1] + b"?")
+        capsys.readouterr()
+        assert example.main([*given, "--resume"]) == 2
+        assert said in capsys.readouterr().err
+        file.write_bytes(before)
+    assert example.main([*given, "--resume"]) == 0
+    assert example.main([*given, "--resume"]) == 2
+    assert "is finished" in capsys.readouterr().err
+    rows.rename("others.jsonl")
+    assert example.main([*given, "--dataset", "others.jsonl"]) == 2
+    assert "another result (dataset='rows.jsonl')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_is_made_again_in_its_own_folder(method: str, given: list[str]) -> None:
+    """Its card and settings are known as its own."""
+    for _ in range(2):
+        assert example.main([*given, "--method", method]) == 0
 
 
 # ---- whole runs, on MiniLM

@@ -69,7 +69,11 @@ def test_each_method_has_its_rate_and_folder(method: str) -> None:
         (("--resume", "--output", "nowhere"), "--resume"),
         (("--output", f"{__file__}/below"), "--output"),
         (("--dataset", "not/there.jsonl"), "not/there.jsonl"),
-        (("--model", "not/there/at/all"), "not/there/at/all"),
+        (("--model", "not/there/at/all"), "--model not/there/at/all is not there"),
+        (("--learning-rate", "inf"), "inf is not between 0 and 1"),
+        (("--learning-rate", "1"), "1 is not between 0 and 1"),
+        (("--method", "full", "--rank", "4"), "--rank 4 is of LoRA"),
+        (("--answer-tokens", "2"), "or raise --max-length or --answer-tokens"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -99,6 +103,66 @@ def test_texts_beside_chats(given: tuple[str, ...], tmp_path: Path, capsys: pyte
     file.write_text("\n".join([line] * 3), encoding="utf-8")
     assert f"{file}#messages" in refused(capsys, *given, "--dataset", str(file))
     assert example.own_chats(f"{file}#messages") == [chat("1 + 1 =", "2")] * 3
+
+
+def test_what_is_left_out_is_said(given: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "data.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    rows = [{"messages": chat("?" * 300, "long")}, {"messages": chat("long", "!" * 50)}, {"text": "alone"}]
+    file.write_text("\n".join([*lines, *lines[:6], *map(json.dumps, rows)]), encoding="utf-8")
+    options = example.read_options([*given, "--output", str(tmp_path / "out")])
+    said: list[str] = []
+    train, test = example.choose_rows(options, byte_tokenizer(chat=True), say=said.append)
+    assert (len(train), len(test)) == (84, 8)
+    assert said == [
+        "1 rows of data.jsonl are no chats, and left out",
+        "108 chats read: 2 left out as longer than --max-length 200 or with answers of over --answer-tokens 24, "
+        "6 asked twice, 8 for validation",
+    ]
+    assert 108 == 84 + 8 + 2 + 6 + 8
+    few = refused(capsys, *given, "--held-out", "49", "--output", str(tmp_path / "out"))
+    assert "100 are left, 49 to test, 49 for validation and 2 to train on; needed are 49, 49 and 4" in few
+    file.write_text("", encoding="utf-8")
+    assert "has no rows" in refused(capsys, *given, "--output", str(tmp_path / "out"))
+
+
+def test_what_is_no_whole_chat_model_is_refused(
+    given: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, where = tmp_path / "model" / "model.safetensors", (*given, "--output", str(tmp_path / "out"))
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-100])
+    assert "cut off or damaged" in refused(capsys, *where)
+    weights.write_bytes(before)
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    assert "has no tokenizer" in refused(capsys, *where)
+    (tmp_path / "model" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert "is an adapter of another model" in refused(capsys, *where)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_run_does_not_go_on_with_other_data(
+    given: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    own = ("--method", "lora", "--steps", "2", "--device", "cpu", "--output", str(tmp_path / "out"))
+    where, file = (*given, *own, "--measure", "trained"), tmp_path / "data.jsonl"
+    with monkeypatch.context() as patched:
+        patched.setattr(example.Measuring, "__call__", stopped)
+        with pytest.raises(SystemExit):
+            example.main(where)
+    before = file.read_text(encoding="utf-8")
+    file.write_text(before.replace("7 + 1", "7 + I"), encoding="utf-8")
+    assert "the data of the run in" in refused(capsys, *where, "--resume")
+    file.write_text(before, encoding="utf-8")
+    example.main([*where, "--resume"])
+    settings = (tmp_path / "out" / "settings.json").read_bytes()
+    assert "would save none" in refused(capsys, *where, "--measure", "perplexity")
+    assert (tmp_path / "out" / "settings.json").read_bytes() == settings
 
 
 def test_no_question_is_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:

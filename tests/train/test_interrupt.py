@@ -144,7 +144,9 @@ class Losses(TrainerCallback):
 
 @pytest.mark.parametrize("early", [False, True], ids=["last step", "early stopping"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "qlora"])
-def test_a_run_that_had_ended_is_not_trained_on(adapted: bool, early: bool, tmp_path: Path) -> None:
+def test_a_run_that_had_ended_is_not_trained_on(
+    adapted: bool, early: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As one that is stopped while it is tested: what is loaded is the best, not the last."""
     options = {
         "max_steps": 8 if early else 3,
@@ -166,6 +168,7 @@ def test_a_run_that_had_ended_is_not_trained_on(adapted: bool, early: bool, tmp_
     assert last is not None
     assert last.endswith("checkpoint-3")
     train(again, last)
+    assert "had ended at step 3\n" in capsys.readouterr().out
     assert again.state.global_step == whole.state.global_step == 3
     assert again.state.best_global_step == 1
     runs.assert_identical(runs.adapters(again.model), runs.adapters(whole.model))
@@ -186,6 +189,31 @@ def test_a_run_goes_on_under_its_own_settings_only(tmp_path: Path) -> None:
         check_run(folder, {**SETTINGS, "steps": 5}, resume=True)
     with pytest.raises(RunError, match="another seed=None"):
         check_run(folder, {**SETTINGS, "seed": 1}, resume=True)
+    (folder / NOTE).unlink()
+    with pytest.raises(RunError, match=r"has no settings\.json any more"):
+        check_run(folder, SETTINGS, resume=True)
+
+
+def test_a_run_goes_on_with_the_same_data_and_weights_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hashes = {"data_sha256": "1", "model_sha256": "2"}
+    begin_run(tmp_path, SETTINGS | hashes)
+    runs.trainer(runs.qlora(), tmp_path, StopOnCtrlC(), Interrupt(1), max_steps=2).train()
+    last = check_run(tmp_path, SETTINGS, resume=True)  # the data are not read yet
+    assert check_run(tmp_path, SETTINGS | hashes, resume=True) == last
+    for name, said in (("data_sha256", "the data of the run"), ("model_sha256", "the model of the run")):
+        with pytest.raises(RunError, match=f"{said} in .* changed since it began"):
+            check_run(tmp_path, SETTINGS | hashes | {name: "3"}, resume=True)
+    with pytest.raises(RunError, match=r"made with another steps=4; repeat"):
+        check_run(tmp_path, SETTINGS | {"steps": 5, "data_sha256": "3"}, resume=True)
+    train(runs.trainer(runs.qlora(), tmp_path, max_steps=2), last)
+    assert "going on from step 1\n" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    begin_run(tmp_path, SETTINGS)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(RunError, match="is finished; without --resume it is made again, and written over"):
+        check_run(tmp_path, SETTINGS, resume=True)
 
 
 @pytest.mark.parametrize("noted", [SETTINGS, None])
@@ -198,6 +226,55 @@ def test_another_result_is_not_written_over(noted: dict[str, Any] | None, tmp_pa
         check_run(tmp_path, {**SETTINGS, "method": "full"}, resume=False)
 
 
+def test_the_result_of_other_data_is_not_written_over(tmp_path: Path) -> None:
+    begin_run(tmp_path, {**SETTINGS, "dataset": "a.jsonl"})
+    assert check_run(tmp_path, {**SETTINGS, "dataset": "b.jsonl"}, resume=False) is None  # nothing is there yet
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(RunError, match=r"another result \(dataset='a\.jsonl'\)"):
+        check_run(tmp_path, {**SETTINGS, "dataset": "b.jsonl"}, resume=False)
+
+
+def test_a_run_that_saves_nothing_leaves_a_result_its_settings(tmp_path: Path) -> None:
+    begin_run(tmp_path, SETTINGS)
+    assert check_run(tmp_path, SETTINGS, resume=False, saves=False) is None
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(RunError, match="would save none in its place"):
+        check_run(tmp_path, SETTINGS, resume=False, saves=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "ours"),
+    [
+        ("README.md", "# Mine", False),
+        ("README.md", "<!-- hf_qlora adapter 1f2e3d4c -->", True),
+        ("README.md", "<!-- This model card has been generated automatically according to the information", True),
+        ("settings.json", '{"editor.fontSize": 12}', False),
+        ("settings.json", "// none", False),
+        ("settings.json", json.dumps(SETTINGS), True),
+        ("pyproject.toml", "", False),
+        ("README.md", b"\xff\xfe", False),
+    ],
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_somebody_else_is_refused(
+    resume: bool, file: str, content: str | bytes, ours: bool, tmp_path: Path
+) -> None:
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if ours and not resume:
+        assert check_run(tmp_path, SETTINGS, resume=False) is None
+        return
+    said = "no whole checkpoint" if ours else f"has a {file} of another origin"
+    with pytest.raises(RunError, match=said):
+        check_run(tmp_path, SETTINGS, resume=resume)
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_the_folder_that_one_is_in_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="that you are in, or above it"):
+        check_run(Path(name), SETTINGS, resume=False)
+
+
 def test_what_cannot_be_written_is_found_before_training(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
@@ -206,7 +283,7 @@ def test_what_cannot_be_written_is_found_before_training(tmp_path: Path) -> None
             check_run(folder, SETTINGS, resume=False)
     with pytest.raises(RunError, match="cannot be written"):
         begin_run(tmp_path / "run", SETTINGS, tmp_path)
-    with pytest.raises(RunError, match="cannot be written"):
+    with pytest.raises(RunError, match=r"found\.json cannot be written: it lies in a file"):
         begin_run(tmp_path / "run", SETTINGS, file / "found.json")
     begin_run(tmp_path / "run", SETTINGS, tmp_path / "new" / "found.json")
     assert not (tmp_path / "new" / "found.json").exists()
