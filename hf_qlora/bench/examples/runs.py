@@ -39,8 +39,8 @@ from hf_qlora.bench.measure import environment
 from hf_qlora.bench.results import append_line, check_once, read_lines
 
 
-# Sources of an example, by `fingerprint`, that compute what an earlier one does: what changed is checked or said before
-# and after. Each was seen to give recorded rows again, bit for bit, and goes on with them.
+# Sources of an example, by `fingerprint`, that compute what an earlier one does: what changed is what they check and
+# say. Each was seen to give recorded rows again, bit for bit, and goes on with them.
 SAME = {
     "a36ec0dcf8c2": "21530a609803",  # text_classification.py
     "09a78ff547b7": "4798554d56ed",  # text_generation.py
