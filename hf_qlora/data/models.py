@@ -94,21 +94,29 @@ def loading(name: str) -> Iterator[None]:
 
 
 def folder_sha256(name: str | None) -> str | None:
-    """Of the names, sizes and bytes of what a model is loaded from; None of what is no folder.
-
-    Of a file above 4 MiB the bytes are 64 pieces, evenly spread: training changes all of them.
-    """
+    """Of the names, sizes and `sampled_sha256` of what a model is loaded from; None of what is no folder."""
     if name is None or not Path(name).is_dir():
         return None
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(name).iterdir() if path.suffix in LOADED and path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for number in range(PIECES):
-                file.seek(max(0, size - PIECE_BYTES) * number // (PIECES - 1))  # from its beginning to its end
-                digest.update(file.read(PIECE_BYTES))
+        digest.update(f"{path.name} {path.stat().st_size} {sampled_sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def sampled_sha256(path: Path) -> str:
+    """Of 64 pieces that are spread evenly over a file, the first and the last among them; of less than 4 MiB, of all.
+
+    Training changes all of a model's weights.
+    """
+    last = path.stat().st_size - PIECE_BYTES
+    with path.open("rb") as file:
+        if last < (PIECES - 1) * PIECE_BYTES:
+            return hashlib.sha256(file.read()).hexdigest()
+        found = hashlib.sha256()
+        for number in range(PIECES):
+            file.seek(last * number // (PIECES - 1))
+            found.update(file.read(PIECE_BYTES))
+    return found.hexdigest()
 
 
 def _may_be_on_hub(name: str) -> bool:

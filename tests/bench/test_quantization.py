@@ -269,19 +269,6 @@ def test_a_model_that_was_trained_on_is_another(tmp_path: Path) -> None:
     assert fingerprint(tmp_path) != before
 
 
-@pytest.mark.parametrize("place", [0, 100, 50_000, 99_999])
-def test_pieces_are_spread_over_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
-    """5 pieces of 101 bytes of 100,000: at 0, 24,974, 49,949, …, and the last ends with the file."""
-    monkeypatch.setattr(settings, "PIECES", 5)
-    monkeypatch.setattr(settings, "PIECE", 101)
-    data = bytearray(100_000)
-    (tmp_path / "a").write_bytes(data)
-    before = settings._sampled(tmp_path / "a")
-    data[place] = 1
-    (tmp_path / "b").write_bytes(data)
-    assert (settings._sampled(tmp_path / "b") != before) == (place != 50_000 + 50)
-
-
 def test_other_texts_of_the_same_name_are_others(tmp_path: Path) -> None:
     file = tmp_path / "prose.txt"
     file.write_text("It was the best of times.")

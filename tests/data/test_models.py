@@ -11,6 +11,7 @@ import transformers as tf
 from architectures import llama
 from byte_tokenizer import byte_tokenizer
 
+from hf_qlora.data import models
 from hf_qlora.data.errors import DataError
 from hf_qlora.data.models import PIECE_BYTES, PIECES, check_model, folder_sha256, loading, readable_tokenizer
 
@@ -100,3 +101,16 @@ def test_both_ends_of_a_large_file_are_in_its_hash(size: int, tmp_path: Path) ->
         (tmp_path / "model.safetensors").write_bytes(content)
         found.add(folder_sha256(str(tmp_path)))
     assert len(found) == 4
+
+
+@pytest.mark.parametrize("place", [0, 100, 50_000, 99_999])
+def test_pieces_are_spread_over_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """5 pieces of 101 bytes of 100,000: at 0, 24,974, 49,949, …, and the last ends with the file."""
+    monkeypatch.setattr(models, "PIECES", 5)
+    monkeypatch.setattr(models, "PIECE_BYTES", 101)
+    data = bytearray(100_000)
+    (tmp_path / "a").write_bytes(data)
+    before = models.sampled_sha256(tmp_path / "a")
+    data[place] = 1
+    (tmp_path / "b").write_bytes(data)
+    assert (models.sampled_sha256(tmp_path / "b") != before) == (place != 50_000 + 50)

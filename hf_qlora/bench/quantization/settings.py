@@ -25,6 +25,7 @@ from hf_qlora.bench.train_step.arms import SHAPES
 from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.config.nf4 import COMPUTE_DTYPES
 from hf_qlora.data.documents import read_documents
+from hf_qlora.data.models import sampled_sha256
 from hf_qlora.merge.load import checked_device, load_model, without_weights
 from hf_qlora.merge.sources import base_source
 from hf_qlora.quant.base import quantize_model
@@ -36,7 +37,6 @@ from hf_qlora.validation import ConfigError
 
 DEFAULT_ROUNDS = 10  # from 8 on, `bench compare` can tell a difference in any of some forty timings
 SMOKE_ROUNDS = 2
-PIECES, PIECE = 64, 2**16  # of a file of weights: how many are hashed, and their bytes
 DEFAULT_NAME, TINY_NAME = "SmolLM2-135M-Instruct", "a tiny random Llama"
 
 
@@ -219,21 +219,10 @@ def described(folder: Path, settings: Settings) -> tuple[nn.Module, Sizes, dict[
 
 def _fingerprint(folder: Path) -> str:
     """Of the config, and of the files of weights by name, size and pieces: a model that was trained on has another."""
-    files = [(path.name, path.stat().st_size, _sampled(path)) for path in sorted(folder.glob("*.safetensors"))]
+    files = [
+        (path.name, path.stat().st_size, sampled_sha256(path)[:12]) for path in sorted(folder.glob("*.safetensors"))
+    ]
     return _digest(((folder / CONFIG_NAME).read_text(encoding="utf-8") + json.dumps(files)).encode())
-
-
-def _sampled(path: Path) -> str:
-    """A hash of pieces that are spread evenly over a file, the first and the last among them; of a small one, all."""
-    last = path.stat().st_size - PIECE
-    with path.open("rb") as file:
-        if last < (PIECES - 1) * PIECE:
-            return _digest(file.read())
-        found = hashlib.sha256()
-        for number in range(PIECES):
-            file.seek(last * number // (PIECES - 1))
-            found.update(file.read(PIECE))
-    return found.hexdigest()[:12]
 
 
 def _digest(data: bytes) -> str:
