@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,12 @@ import torch
 import transformers as tf
 from byte_tokenizer import byte_tokenizer
 
+from hf_qlora.bench.measure import environment as device_and_versions
+from hf_qlora.bench.results import read_lines
+
 
 SCRIPT = Path(example.__file__)
+RESULTS = SCRIPT.parents[1] / "results" / "text_classification.jsonl"
 SMALL = ("--rows", "300", "--device", "cpu")
 
 
@@ -371,3 +376,21 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_run_goes_on_to_the_same_end(tmp_path
     found = [json.loads((folder / "found.json").read_text()) for folder in (whole, parts)]
     assert found[0]["correct"] == found[1]["correct"]
     assert found[0]["test"]["loss"] == pytest.approx(found[1]["test"]["loss"], abs=1e-6)  # float32, on one thread
+
+
+@pytest.mark.slow
+def test_a_recorded_run_is_made_again(tmp_path: Path) -> None:
+    """Its log and every answer, bit for bit, on the processor that it was recorded on; elsewhere within the seeds'."""
+    rows = [row for row in read_lines(RESULTS) if row["part"] == "runs"]
+    recorded = {row["seed"]: row for row in rows if row["arm"] == "qlora"}
+    row, where = recorded[1], ("--output", str(tmp_path / "output"), "--json", str(tmp_path / "found.json"))
+    given = [sys.executable, str(SCRIPT), *row["arguments"], "--seed", "1", "--device", "cpu", *where]
+    run = subprocess.run(given, env=environment(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    accuracies = [one["found"]["test"]["accuracy"] for one in recorded.values()]
+    assert abs(found["test"]["accuracy"] - row["found"]["test"]["accuracy"]) <= 2 * statistics.stdev(accuracies)
+    here = device_and_versions("cpu")
+    if all(row["with"][name] == here[name] for name in ("device", "capability", "torch", "bitsandbytes")):
+        assert found["log"] == row["found"]["log"]
+        assert found["correct"] == row["found"]["correct"]
