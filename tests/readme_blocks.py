@@ -2,8 +2,9 @@
 
     python tests/readme_blocks.py README.md docs
 
-The files of a folder go on from the first one: each begins with the names that it left. A block fenced with anything
-more, such as ```python notest, is shown and not run: what needs a hub or a GPU.
+The files of a folder go on from the first one: each begins with the names that it left. A block fenced with
+```python alone leaves no names behind. One with anything else more, such as ```python notest, is shown and not run:
+what needs a hub, a GPU or a certain processor.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 
-BLOCK = re.compile(r"^```python[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```python( alone)?[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
 
 def run(path: Path, namespace: dict[str, Any]) -> int:
@@ -24,8 +25,9 @@ def run(path: Path, namespace: dict[str, Any]) -> int:
     text = path.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
     for block in blocks:
-        first_line = text.count("\n", 0, block.start(1))
-        exec(compile("\n" * first_line + block[1], path, "exec"), namespace)
+        first_line = text.count("\n", 0, block.start(2))
+        names = dict(namespace) if block[1] else namespace
+        exec(compile("\n" * first_line + block[2], path, "exec"), names)
     return len(blocks)
 
 
