@@ -119,9 +119,11 @@ class ChunkedHead(Subclassed):
         apply: Any = super().forward
         learns = self._active and self.training and torch.is_grad_enabled()
         if args or kwargs or torch.compiler.is_compiling() or not learns:
-            # `generate` asks for the last position: of a batch, a slice with gaps. Over those torch multiplies by a
-            # frozen weight sequence by sequence, with a copy of the weight for each.
-            result: Tensor = apply(hidden.contiguous(), *args, **kwargs)
+            # `generate` asks for the last position: a slice with gaps, of one sequence too, by its strides. Over those
+            # torch multiplies by a frozen weight sequence by sequence, with a copy of the weight for each.
+            K = hidden.shape[-1]
+            whole = hidden.contiguous().view(hidden.numel() // K, K).view(hidden.shape)
+            result: Tensor = apply(whole, *args, **kwargs)
             return result
         parameters = tuple(parameter for parameter in self.parameters() if parameter.requires_grad)
         if not (hidden.requires_grad or parameters) or _is_bound(self):

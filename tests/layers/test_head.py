@@ -326,22 +326,29 @@ def test_in_eval_without_gradients_and_in_generation_nothing_is_lazy() -> None:
     assert torch.equal(model.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False), found)
 
 
-def test_the_last_position_of_a_batch_costs_no_copy_of_the_weight_for_each_sequence() -> None:
-    """torch makes those where a frozen weight meets an input with gaps, which a slice of a batch has."""
-    model, ids = adapted(), batch()["input_ids"].repeat(8, 1)
-    largest = 0
+@pytest.mark.parametrize("sequences", [1, 8])
+def test_the_last_position_costs_no_copy_of_the_weight(sequences: int) -> None:
+    """torch multiplies sequence by sequence where a frozen weight meets an input with gaps, which such a slice has.
 
-    class Sizes(TorchDispatchMode):
+    That is a bmm, which copies the weight for several sequences, and within itself in bfloat16 for one.
+    """
+    model, ids = adapted(), batch()["input_ids"][:1].repeat(sequences, 1)
+    weight, largest, batched = model.lm_head.weight, 0, []
+
+    class Products(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal largest
             result = function(*args, **(kwargs or {}))
             if isinstance(result, Tensor):
                 largest = max(largest, result.numel())
+            if function is torch.ops.aten.bmm.default:
+                batched.extend(arg for arg in args if arg.data_ptr() == weight.data_ptr())
             return result
 
-    with torch.no_grad(), Sizes():
+    with torch.no_grad(), Products():
         found = model.eval()(input_ids=ids, logits_to_keep=1).logits
-    assert largest < len(ids) * model.lm_head.weight.numel()
+    assert not batched
+    assert largest <= weight.numel()
     assert torch.allclose(found, model(input_ids=ids).logits[:, -1:], atol=1e-5)  # products of another shape
 
 

@@ -85,12 +85,12 @@ def _memory(rows: list[Row]) -> Any:
         start = [a + b for a, b in zip(start, values, strict=True)]
     left.set_yticks(range(len(arms)), arms)
     left.set_xlabel("weights, MiB")
-    left.legend(**LEGEND, loc="lower right")
+    left.legend(**LEGEND, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     for metric, label, color in (("peak_bytes", "peak", COLORS[5]), ("resident_bytes", "resident", COLORS[4])):
         right.barh(range(len(arms)), [found[arm, metric] for arm in arms], height=0.6, color=color, label=label)
     right.invert_yaxis()
     right.set_xlabel("of the process, MiB")
-    right.legend(**LEGEND, loc="lower right")
+    right.legend(**LEGEND, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     return figure
 
 
