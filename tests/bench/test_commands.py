@@ -32,7 +32,7 @@ WITH_RESULTS = [
     if command.callback is not None and "results" in inspect.signature(command.callback).parameters
 ]
 COMMITTED = Path(__file__).parents[2] / "results"
-FILES = sorted(path for path in COMMITTED.rglob("*.json*"))
+FILES = sorted(path for path in COMMITTED.rglob("[!.]*.json*"))
 OF_A_STUDY = {"text_classification.jsonl": "results-classification", "text_generation.jsonl": "results-generation"}
 
 
