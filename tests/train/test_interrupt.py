@@ -28,6 +28,16 @@ from hf_qlora.train.interrupt import (
 SETTINGS = {"method": "qlora", "model": None, "steps": 4}
 
 
+EACH_STEP: dict[str, Any] = {  # evaluated and saved, and the best loaded at the end
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+}
+
+
 class Interrupt(TrainerCallback):
     """Presses Ctrl-C in a step."""
 
@@ -110,15 +120,7 @@ def test_a_handler_that_was_not_set_from_python_becomes_the_default(monkeypatch:
 
 
 def test_early_stopping_goes_on_counting(tmp_path: Path) -> None:
-    options: dict[str, Any] = {
-        "max_steps": 12,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "loss",
-    }
+    options = {"max_steps": 12, **EACH_STEP}
 
     def made(folder: Path, *callbacks: TrainerCallback) -> Any:
         trainer = runs.trainer(runs.qlora(), folder, NoGain(), EarlyStopping(3), *callbacks, **options)
@@ -148,15 +150,7 @@ def test_a_run_that_had_ended_is_not_trained_on(
     adapted: bool, early: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As one that is stopped while it is tested: what is loaded is the best, not the last."""
-    options = {
-        "max_steps": 8 if early else 3,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "loss",
-    }
+    options = {"max_steps": 8 if early else 3, **EACH_STEP}
 
     def made() -> Any:
         stopping = EarlyStopping(2 if early else 9)
