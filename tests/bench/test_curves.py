@@ -57,6 +57,14 @@ def test_rows_of_another_device_are_refused(tmp_path: Path) -> None:
     assert "has rows of NVIDIA H200" in found.output.replace("\n", " ")
 
 
+def test_a_run_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    results = tmp_path / "curves.jsonl"
+    for losses in ([1.0, 1.0], [2.0, 2.0]):
+        append_line(results, {"arm": TUNED, "seed": 1, "steps": 2, "losses": losses, "with": {"device": "cpu"}})
+    with pytest.raises(ValueError, match="2 lines of"):
+        curves.markdown(results)
+
+
 def test_the_table_is_of_paired_differences(tmp_path: Path) -> None:
     results = tmp_path / "curves.jsonl"
     for seed in (1, 2, 3):

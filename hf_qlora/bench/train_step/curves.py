@@ -24,7 +24,7 @@ from hf_qlora import assets
 from hf_qlora.bench.depth.tasks import Answers
 from hf_qlora.bench.measure import environment
 from hf_qlora.bench.processes import side_by_side
-from hf_qlora.bench.results import append_line, check_same_device, read_lines
+from hf_qlora.bench.results import append_line, check_once, check_same_device, read_lines
 from hf_qlora.bench.train_step.arms import ARMS, CHUNKED, DOCUMENTED, TUNED, Case
 
 
@@ -58,10 +58,10 @@ def perform(
         workers: processes side by side.
 
     Raises:
-        ValueError: the file has rows of another kind of device.
+        ValueError: the file has rows of another kind of device, or a run twice.
     """
     check_same_device(results, environment(device)["device"])
-    done = {(row["arm"], row["seed"], row["steps"]) for row in read_lines(results)}
+    done = {(row["arm"], row["seed"], row["steps"]) for row in _read(results)}
     todo = [(arm, seed) for seed in seeds for arm in COMPARED if (arm, seed, steps) not in done]
     jobs = [(job, (*job, steps, device, workers == 1)) for job in todo]
     for (arm, seed), found in tqdm(side_by_side(_run, jobs, workers), total=len(jobs), desc="curves", unit="run"):
@@ -82,7 +82,7 @@ def _run(arm: str, seed: int, steps: int, device: str, shown: bool) -> dict[str,
 
 def markdown(results: Path, last: int = LAST) -> str:
     """For each pair of arms: the difference of the mean losses, and how far curves are apart step by step."""
-    rows = read_lines(results)
+    rows = _read(results)
     steps = max((row["steps"] for row in rows), default=0)
     curves = {(row["arm"], row["seed"]): row["losses"] for row in rows if row["steps"] == steps}
     lines = [
@@ -94,6 +94,12 @@ def markdown(results: Path, last: int = LAST) -> str:
         if seeds:
             lines.append(_line(f"{arm} − {other}", [(curves[arm, s], curves[other, s]) for s in seeds], last))
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _read(results: Path) -> list[dict[str, Any]]:
+    rows = read_lines(results)
+    check_once(results, ((row["arm"], row["seed"], row["steps"]) for row in rows))
+    return rows
 
 
 def _line(title: str, pairs: list[tuple[list[float], list[float]]], last: int) -> str:
