@@ -45,7 +45,8 @@ class Turn:
             self._started = True
             self._thread.start()
         self._mine.release()
-        self._others.acquire()
+        while not self._others.acquire(timeout=1):  # a signal that comes just before it waits is only seen after
+            pass
         if self._error is not None:
             raise self._error
 
