@@ -19,8 +19,9 @@ from hf_qlora.quant.calibrate.run import calibration_report
 ROWS, HELD_OUT, LENGTH = 10, 2, 32
 
 
-def text(rows: int = ROWS, length: int = LENGTH, padded: bool = False) -> dict[str, Tensor]:
-    ids, mask = torch.randint(1, VOCAB, (rows, length)), torch.ones(rows, length, dtype=torch.long)
+def text(rows: int = ROWS, length: int = LENGTH, padded: bool = False, words: int = VOCAB) -> dict[str, Tensor]:
+    """Random tokens; of few words, the inputs of layers lie in few directions, where calibration gains most."""
+    ids, mask = torch.randint(1, words, (rows, length)), torch.ones(rows, length, dtype=torch.long)
     if padded:
         mask = (torch.arange(length)[None] < torch.randint(length // 2, length + 1, (rows, 1))).long()
     return {"input_ids": ids * mask, "attention_mask": mask}

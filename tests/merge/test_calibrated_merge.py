@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import transformers as tf
 from architectures import ARCHITECTURES, bert, gpt2, llama, tokens
 from byte_tokenizer import byte_tokenizer
 from calibrating import HELD_OUT, codes, flat, heard, rows_of, text
-from merging import adapted, logits, state_bytes
+from merging import adapted, logits, state_bytes, trained
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -35,18 +34,6 @@ def pattern(rows: int = 34, length: int = 32) -> dict[str, Tensor]:
     start, step = torch.randint(1, 400, (rows, 1)), torch.randint(1, 4, (rows, 1))
     ids = start + step * torch.arange(length)[None]
     return {"input_ids": ids % 499 + 1, "attention_mask": torch.ones(rows, length, dtype=torch.long)}
-
-
-def trained(model: PeftModel, inputs: dict[str, Tensor], steps: int = 25, lr: float = 5e-3) -> PeftModel:
-    """The active adapters, trained to a clear gain."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr)
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(**inputs, labels=inputs["input_ids"]).loss.backward()
-        optimizer.step()
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -209,34 +196,6 @@ def test_families(family: Any) -> None:
     report = merge(model, onto="nf4", calibration=rows_of(text(padded=True)), force=True)
     first = report.calibration.layers[0]
     assert first.error < first.dropped
-
-
-def test_several_adapters_are_merged_and_each_is_kept() -> None:
-    """Two patterns, learnt one after the other on one base; then both at once, and weighted into one."""
-    torch.set_num_threads(1)
-    up = pattern()
-    down = {**up, "input_ids": up["input_ids"].flip(1)}
-    config = QLoRAConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"])
-    model = trained(get_peft_model(llama(), config), up)
-    model.add_adapter("down", dataclasses.replace(config))
-    model.set_adapter("down")
-    trained(model, down)
-    both = {key: torch.cat([down[key][:-HELD_OUT], up[key]]) for key in up}
-    rows = rows_of({key: both[key] for key in both})
-    model.base_model.set_adapter(["default", "down"])
-    together = merge(model, onto="nf4", calibration=rows, force=True)
-    assert together.adapters == ["default", "down"]
-    model.add_weighted_adapter(["default", "down"], [0.7, 0.7], "mixed", combination_type="cat")
-    model.set_adapter("mixed")
-    weighted = merge(model, onto="nf4", calibration=rows, force=True)
-    for report, active in ((together, ["default", "down"]), (weighted, ["mixed"])):
-        model.base_model.set_adapter(active)
-        for task in (up, down):
-            with model.disable_adapter():
-                base = mean_loss(model, task)
-            gain = base - mean_loss(model, task)
-            assert gain > CLEAR_GAIN
-            assert (base - mean_loss(report.model, task)) / gain > 0.9
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import os
 import signal
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+from tqdm import tqdm
 
 from hf_qlora import NF4Config, quantize_model
-from hf_qlora.quant.calibrate import kept, streams
+from hf_qlora.quant import base
+from hf_qlora.quant.calibrate import kept, run, streams
 from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.group import Method
 from hf_qlora.quant.calibrate.loss import mean_loss
@@ -114,6 +118,22 @@ def test_on_layer_hears_of_every_layer() -> None:
     quantize_model(dense, calibration=rows_of(text()), on_layer=on_layer)
     assert seen.keys() == weights.keys()
     assert all(torch.equal(seen[name].t(), weights[name]) for name in weights)
+
+
+def test_the_progress_bar_says_of_which_layer_and_its_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer by layer, in the report's order and with its figures; in the end it is wiped away."""
+    shown = io.StringIO()
+    monkeypatch.setattr(base, "PROGRESS_DELAY_S", 0)
+    monkeypatch.setattr(run, "tqdm", partial(tqdm, file=shown, mininterval=0, miniters=1))
+    _, report = calibrated(llama(), rows_of(text()))
+    bars = [bar for bar in shown.getvalue().split("\r") if "layer" in bar]
+    assert len(report.layers) == 14
+    assert [bar for bar in bars if not bar.startswith("Calibrating NF4: ")] == []
+    assert [bar.partition("/14 [")[0].rpartition(" ")[2] for bar in bars] == [str(n) for n in range(15)]
+    for layer, bar in zip(report.layers, bars[1:], strict=True):
+        assert bar.rstrip().endswith(f", {layer.name}: {layer.error:.2%}, nearest {layer.nearest:.2%}]")
+    assert shown.getvalue().endswith("\r")
+    assert shown.getvalue().rpartition("\r")[0].rpartition("\r")[2].strip() == ""
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

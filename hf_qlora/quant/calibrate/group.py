@@ -147,7 +147,7 @@ def _correct(target: Tensor, slabs: Sequence[slice], gram: Tensor, cross: Tensor
 def _refine(
     codes: Tensor, target: Tensor, states: Sequence[QuantState], slabs: Sequence[slice], H: Tensor, dtype: torch.dtype
 ) -> None:
-    """Codes that are no worse, in place."""
+    """Codes that are no worse, up to roundings, in place."""
     for slab in slabs:
         codes[:, slab] = refine(codes[:, slab], target[:, slab], _spread(states, slab), H, dtype)
 
