@@ -88,12 +88,14 @@ class _Sums:
 
     Attributes:
         gram, cross (`torch.Tensor`, (K, K), float32): H = Xᵀ X and D = Xᵀ X₀; D where it is wanted.
+        cap: of `Method`.
         one_stream: whether X₀ = X.
         finite: whether the model itself gave finite inputs.
     """
 
     gram: Tensor
     cross: Tensor | None
+    cap: float | None
     one_stream: bool = True
     finite: bool = True
 
@@ -104,9 +106,12 @@ class _Sums:
         with torch.autocast(X.device.type, enabled=False):
             for part, part0 in zip(X.split(TOKENS_AT_A_TIME), X0.split(TOKENS_AT_A_TIME), strict=True):
                 part = part.float()
+                weights = None if self.cap is None else _weights(part, self.cap)
+                part = part if weights is None else part * weights
                 self.gram.addmm_(part.t(), part)
                 if self.cross is not None:
-                    self.cross.addmm_(part.t(), part0.float())
+                    part0 = part0.float()
+                    self.cross.addmm_(part.t(), part0 if weights is None else part0 * weights)
 
 
 @dataclass
@@ -262,7 +267,8 @@ class Streams:
                 self._use(names, known)
                 return
             gram = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
-            self.sums[first] = _Sums(gram, torch.zeros_like(gram) if self.calibration.correction else None)
+            cross = torch.zeros_like(gram) if self.calibration.correction else None
+            self.sums[first] = _Sums(gram, cross, self.calibration.cap)
         if not batch.held_out:
             tokens = partial(self._unpadded, first, batch)
             self.sums[first].add(tokens(teacher), tokens(student))
@@ -375,6 +381,13 @@ class Streams:
         if self.progress is not None:
             self.progress.set_postfix_str(f"{name}: {error:.2%}, nearest {nearest:.2%}", refresh=False)
             self.progress.update()
+
+
+def _weights(x: Tensor, cap: float) -> Tensor:
+    """(tokens, 1): what makes the norms of x's rows at most `cap` times their median."""
+    norms = x.norm(dim=1, keepdim=True)
+    weights: Tensor = (cap * norms.median() / norms).clamp(max=1).nan_to_num(1.0)
+    return weights
 
 
 def _forward(model: Callable[..., Any], batch: _Batch) -> None:
