@@ -181,10 +181,10 @@ def quantize_files(
 def _refuse_worse(report: CalibrationReport | None, force: bool) -> None:
     """Raise CalibrationRefused for a calibration that is worse than none."""
     if report is not None and report.is_worse and not force:
-        losses = f"{report.losses['calibrated']:.4f} nats a token, and rounded to nearest {report.losses['nearest']:.4f}"
+        own, nearest = (report.losses[name] for name in ("calibrated", "nearest"))
         raise CalibrationRefused(
-            f"Calibrated, the model's loss on the held-out rows is {losses}. Give more rows, or others, or leave the "
-            "calibration out; force writes it all the same.",
+            f"Calibrated, the model's loss on the held-out rows is {own:.4f} nats a token, and rounded to nearest "
+            f"{nearest:.4f}. Give more rows, or others, or leave the calibration out; force writes it all the same.",
             report,
         )
 

@@ -102,8 +102,9 @@ class MergeReport:
         """The share of the adapter that is kept: of logits 1 − KL / KL without it, or else of weights, as signal.
 
         Calibrated, it is measured on the held-out rows: as the share of the loss that the adapter gains there, where
-        that is over `CLEAR_GAIN`, or else of outputs, 1 − (error / error without it)². Onto the original always of weights: its logits differ because the base does, which has no share in the
-        adapter. An adapter that changes nothing is kept.
+        that is over `CLEAR_GAIN`, or else of outputs, 1 − (error / error without it)². Onto the original always of
+        weights: its logits differ because the base does, which has no share in the adapter. An adapter that changes
+        nothing is kept.
         """
         if self.kept_by == "loss":
             return (self.losses["base"] - self.losses["merged"]) / (self.losses["base"] - self.losses["unmerged"])

@@ -305,18 +305,20 @@ def test_a_regression_s_one_output_is_judged_too() -> None:
     assert report.kept == pytest.approx(share(report, model, rows.measured), abs=ROUNDED_SHARE)
 
 
-def test_a_decoder_beside_an_encoder_reads_what_it_was_calibrated_on() -> None:
+def test_a_decoder_beside_an_encoder_reads_the_labels_and_none_of_their_padding_counts() -> None:
     model, _ = family("t5")
     model.config.decoder_start_token_id = 0
     inputs = text(padded=True)
     labels = torch.randint(1, 400, (len(inputs["input_ids"]), 9))
+    labels[::2, 5:] = -100
     rows = rows_of({**inputs, "labels": labels})
     report = merge(model, onto="nf4", calibration=rows, force=True)
     start = model.config.decoder_start_token_id
-    decoded = torch.cat([torch.full((len(labels), 1), start), labels[:, :-1]], 1)
+    decoded = torch.cat([torch.full((len(labels), 1), start), labels[:, :-1].clamp(min=0)], 1)
     read = {**inputs, "decoder_input_ids": decoded}
     measured = {name: value[-HELD_OUT:] for name, value in read.items()}
-    assert report.kept == pytest.approx(share(report, model, measured), abs=ROUNDED_SHARE)
+    there = labels[-HELD_OUT:] != -100
+    assert report.kept == pytest.approx(share(report, model, measured, there), abs=ROUNDED_SHARE)
 
 
 def test_an_adapter_without_a_clear_gain_is_judged_by_outputs() -> None:
@@ -358,7 +360,9 @@ def test_what_keeps_little_is_refused_and_says_why(
 ) -> None:
     model, rows = learnt
     monkeypatch.setattr(in_memory, "LEAST_KEPT", 1.5)
-    with pytest.raises(MergeRefused, match=r"by loss on held-out rows: the rows may be too few.*force merges all the same") as caught:
+    with pytest.raises(
+        MergeRefused, match=r"by loss on held-out rows: the rows may be too few.*force merges all the same"
+    ) as caught:
         merge(model, onto="nf4", calibration=rows)
     assert caught.value.report.calibration is not None
     with pytest.raises(MergeRefused, match="Calibrate the rounding"):

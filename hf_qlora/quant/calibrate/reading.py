@@ -151,9 +151,7 @@ def _reader(documents: list[Document], model: nn.Module | None, tokenizer: Any) 
     return Reader(tokenizer, eos, bos, texts)
 
 
-def _as_rows(
-    packed: Packed, name: str, reader: Reader, model: Any, size: Size
-) -> tuple[dict[str, Tensor], int, str]:
+def _as_rows(packed: Packed, name: str, reader: Reader, model: Any, size: Size) -> tuple[dict[str, Tensor], int, str]:
     every = [*packed.rows, *packed.held_out]
     if len(packed.rows) < LEAST_ROWS:
         raise CalibrationError(

@@ -82,7 +82,7 @@ class CalibrationReport:
 
     @property
     def is_worse(self) -> bool:
-        """Whether rounding to nearest loses less on the held-out rows, by more than `CLEAR_GAP`, or the loss is NaN."""
+        """Whether rounding to nearest has less loss on the held-out rows, by over `CLEAR_GAP`, or the loss is NaN."""
         loss = self.losses.get("calibrated", -math.inf)
         return math.isnan(loss) or loss > self.losses.get("nearest", math.inf) + CLEAR_GAP
 
