@@ -41,7 +41,8 @@ KINDS = (
 READY_SHARE = 4  # of rows that are given ready, one in so many is held out at most
 LEAST_DISTINCT = 8  # tokens in a text: transformers makes an empty tokenizer where there is none
 
-Read = tuple[dict[str, Tensor], int, str]  # inputs, how many rows are held out, and words for reports
+# inputs, how many rows are held out, and, for reports, words for the rows and what else is to be known of them
+Read = tuple[dict[str, Tensor], int, str, tuple[str, ...]]
 
 
 def read(data: Any, model: nn.Module | None, tokenizer: Any, size: Size) -> Read:
@@ -122,14 +123,14 @@ def _of_documents(documents: list[Document], name: str, model: nn.Module | None,
     reader = _reader(ordered, model, tokenizer)
     joined = model is None or is_causal_lm(model)
     packed = (pack if joined else one_a_row)(ordered, reader, size)
+    notes: tuple[str, ...] = ()
     if packed.cut:
-        logger.warning(
-            "The held-out rows are the end of the longest document: %s has %d documents, too few or too short to keep "
-            "whole ones from calibration.",
-            name,
-            len(ordered),
+        notes = (
+            "The held-out rows are the end of the longest document, whose rest is calibrated on, and flatter what is "
+            f"measured: there are too few documents, or too short ones, in {name} ({len(ordered)}).",
         )
-    return _as_rows(packed, name, reader, model, size)
+        logger.warning("%s", *notes)
+    return *_as_rows(packed, name, reader, model, size), notes
 
 
 def _reader(documents: list[Document], model: nn.Module | None, tokenizer: Any) -> Reader:
@@ -150,7 +151,7 @@ def _reader(documents: list[Document], model: nn.Module | None, tokenizer: Any) 
     return Reader(tokenizer, eos, bos, texts)
 
 
-def _as_rows(packed: Packed, name: str, reader: Reader, model: Any, size: Size) -> Read:
+def _as_rows(packed: Packed, name: str, reader: Reader, model: Any, size: Size) -> tuple[dict[str, Tensor], int, str]:
     every = [*packed.rows, *packed.held_out]
     if len(packed.rows) < LEAST_ROWS:
         raise CalibrationError(
@@ -198,7 +199,7 @@ def _ready(batches: Iterable[Any], model: Any, size: Size, name: str) -> Read:
     held_out = min(size.held_out, max(count // READY_SHARE, 1))
     kept = f", the last {held_out} held out" if held_out else ""
     width = f" of {inputs['input_ids'].shape[1]} tokens" if "input_ids" in inputs else ""
-    return inputs, held_out, f"{count} rows{width} from {name}{kept}"
+    return inputs, held_out, f"{count} rows{width} from {name}{kept}", ()
 
 
 def _without_padding_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

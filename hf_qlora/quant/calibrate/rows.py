@@ -50,6 +50,7 @@ class CalibrationRows:
             `attention_mask`, int64, (rows, length).
         held_out: so many of the rows, the last ones, are kept from calibration, to measure on.
         source: words for reports.
+        notes: what else a reader of results on them must know.
 
     Raises:
         CalibrationError: not all inputs have as many rows, or all rows are held out.
@@ -58,6 +59,7 @@ class CalibrationRows:
     inputs: dict[str, Tensor]
     held_out: int
     source: str
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = {name: len(value) for name, value in self.inputs.items()}
