@@ -18,7 +18,13 @@ class Calibration(Method):
         rows: whatever `calibration_rows` takes: documents, token ids, a file, a dataset, batches.
         tokenizer: for text; by default the one beside the model.
         scales: "own", of the weight that is rounded; "base", in merges: those of the base, as they are.
-        correction, damping, correction_damping, order, refits, passes: see `Method`; by keyword.
+        correction: make up in each layer for what earlier layers got wrong; this and those below by keyword.
+        damping: how far what the rows say of a layer's inputs is mixed with "all weigh the same", as a share of their
+            mean square: more for fewer rows.
+        correction_damping: likewise, for the correction.
+        order: "activation", a layer's largest inputs are rounded first, or "given".
+        refits: how often scales are fitted to the codes, where rows of a weight are whole blocks.
+        passes: how often codes are gone through again, after each fit of the scales and at least once.
         resume: a folder to keep rounded layers in, from which an interrupted run goes on. It is not removed.
     """
 

@@ -155,22 +155,23 @@ class Streams:
         weights = {name: dense_weight(self.layers[name]) for name in names}
         if len(self._tokens(names[0], student)) < student.shape[-1]:
             self.singular.append(names[0])
-        packed = self.kept.get(names, student.device) if self.kept else None
+        nearest = {name: quantize_weight(weights[name], self.config) for name in names}
+        like = {name: self.base[name] for name in names} if self.calibration.scales == "base" else nearest
+        packed = self.kept.get(like, student.device) if self.kept else None
         self.resumed += packed is not None
         if packed is None:
             packed = self._packed(names, weights, teacher, student)
             if self.kept:
                 self.kept.put(names, packed)
         for name, own in zip(names, packed, strict=True):
-            nearest = quantize_weight(weights[name], self.config)
-            before = self.base.get(name, nearest)
+            before = self.base.get(name, nearest[name])
             self.rounded[name] = _Rounded(
-                own, nearest, torch.zeros(4, dtype=torch.float64), _changed(own[0], before[0])
+                own, nearest[name], torch.zeros(4, dtype=torch.float64), _changed(own[0], before[0])
             )
             weight = self.layers[name].weight
             if self.holders[id(weight)] > 1:
                 self.shared.setdefault(id(weight), (weight, own))
-            self.nearest[name] = nearest
+            self.nearest[name] = nearest[name]
 
     def _packed(
         self, names: list[str], weights: Mapping[str, Tensor], teacher: Tensor, student: Tensor
