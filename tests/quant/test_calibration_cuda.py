@@ -10,6 +10,7 @@ from architectures import llama
 from calibrating import rows_of, text
 
 from hf_qlora import Calibration, calibration_report, quantize_model
+from hf_qlora.quant.calibrate.kept import key_of
 from hf_qlora.quant.calibrate.loss import mean_loss
 
 
@@ -32,6 +33,11 @@ def test_a_gpu_rounds_as_a_cpu_does(dtype: torch.dtype) -> None:
     loss, other = mean_loss(here, rows.measured), mean_loss(there, rows.measured)
     assert loss is not None
     assert other == pytest.approx(loss, abs=0.02)
+
+
+def test_what_a_cpu_rounded_is_another_run() -> None:
+    model = llama()
+    assert key_of(model, "rows", 1) != key_of(copy.deepcopy(model).cuda(), "rows", 1)
 
 
 def test_a_gpu_goes_on_where_it_stopped(tmp_path: object) -> None:
