@@ -297,9 +297,23 @@ def test_inference_mode_changes_nothing() -> None:
     assert report is not None
     assert report.losses == straight.losses
     assert codes(model) == codes(expected)
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
     peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     peft_model(**rows.inputs, labels=rows.inputs["input_ids"]).loss.backward()
     assert all(p.grad is not None for p in peft_model.parameters() if p.requires_grad)
+
+
+class Changing(nn.Module):
+    """Layers that read one tensor, which is written to in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = pixel_values + 1
+        y: Tensor = self.first(x)
+        return y + self.second(x.relu_())
 
 
 class Latents(nn.Module):
@@ -315,7 +329,7 @@ class Latents(nn.Module):
         return self.first(latents) + self.second(pixel_values)
 
 
-@pytest.mark.parametrize("make", [llama, Latents])
+@pytest.mark.parametrize("make", [llama, Changing, Latents])
 def test_models_made_in_inference_mode_are_calibrated(make: Any) -> None:
     rows = rows_of(text() if make is llama else {"pixel_values": torch.randn(10, 200, 64)})
     with torch.inference_mode():

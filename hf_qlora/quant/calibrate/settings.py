@@ -19,8 +19,8 @@ class Calibration(Method):
         tokenizer: for text; by default the one beside the model.
         scales: "own", of the weight that is rounded; "base", in merges: those of the base, as they are.
         correction: make up in each layer for what earlier layers got wrong; this and those below by keyword.
-        damping: how much each of a layer's inputs is taken to weigh beside what the rows say of it, as a share of their
-            mean square. The fewer the rows, the more it decides.
+        damping: how much each of a layer's inputs is taken to weigh beside what the rows say of it, as a share of the
+            mean. The fewer the rows, the more it decides.
         correction_damping: likewise, for the correction.
         order: "activation", a layer's largest inputs are rounded first, or "given".
         refits: how often scales are fitted to the codes, where rows of a weight are whole blocks.
