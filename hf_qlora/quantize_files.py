@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ def quantize_files(
     loaded = load_model(model, dtype).to(where)
     before = footprint(loaded)
     config = replace(config, compute_dtype=config.compute_dtype or loaded.dtype)
-    with resumable(target):
+    with nullcontext() if asked is None else resumable(target, CalibrationRefused):
         quantize_model(loaded, config, calibration=asked)
         _refuse_worse(calibration_report(loaded), force)
         found = QuantizedFiles(

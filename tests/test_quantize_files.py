@@ -38,6 +38,7 @@ from hf_qlora.config.fingerprint import Fingerprint
 from hf_qlora.console import INTERRUPTED
 from hf_qlora.merge import sources
 from hf_qlora.quant.calibrate import group, run, streams
+from hf_qlora.quant.calibrate.kept import beside
 from hf_qlora.quant.calibrate.report import CLEAR_GAP, CalibrationReport
 from hf_qlora.quant.fingerprint import take_fingerprint
 
@@ -344,6 +345,15 @@ def test_a_calibration_that_was_stopped_goes_on(
     invoke(folder, "--output", straight, "--calibrate", speeches, *CALIBRATED)
     one, other = (load_file(place / "model.safetensors") for place in (target, straight))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_rounding_to_nearest_leaves_what_a_stopped_calibration_kept(folder: Path, target: Path) -> None:
+    kept = beside(target)
+    kept.mkdir(parents=True)
+    (kept / "layers").write_text("of hours")
+    result = invoke(folder, "--output", target)
+    assert result.exit_code == 0, result.output
+    assert (kept / "layers").read_text() == "of hours"
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,8 @@ def merge_adapter(
                 overwrite=overwrite,
             )
     except MergeRefused as error:
-        typer.echo(str(error.report))
+        if error.report.layers:  # else it was refused before anything was measured
+            typer.echo(str(error.report))
         raise misused(str(error)) from None
     except (ImportError, OSError, ValueError) as error:
         raise misused(str(error)) from None

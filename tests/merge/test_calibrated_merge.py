@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,20 @@ import torch
 import transformers as tf
 from architectures import ARCHITECTURES, bert, gpt2, llama, tokens
 from byte_tokenizer import byte_tokenizer
-from calibrating import HELD_OUT, codes, flat, heard, rows_of, text
-from merging import adapted, logits, state_bytes, trained
+from calibrating import HELD_OUT, codes, flat, heard, rows_of, stock_logits, text
+from merging import adapted, logits, relative, state_bytes, trained
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from hf_qlora import NF4Config, QLoRAConfig, merge, quantize_model
+from hf_qlora.cli import app
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge import in_memory
 from hf_qlora.merge.held_out import OutputError
 from hf_qlora.merge.report import CLEAR_GAIN, MergeRefused, MergeReport
 from hf_qlora.merge.stream import merge_files
+from hf_qlora.quant.calibrate import streams
 from hf_qlora.quant.calibrate.loss import mean_loss
 from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows
 from hf_qlora.quant.calibrate.run import calibration_report
@@ -363,8 +367,6 @@ def test_the_loss_decides_only_where_the_gain_is_clear(base: float, unmerged: fl
 def test_interrupted_merges_go_on(
     learnt: tuple[PeftModel, CalibrationRows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_qlora.quant.calibrate import streams
-
     model, rows = learnt
     expected = merge(model, onto="nf4", calibration=rows, force=True)
     round_group, count = streams.round_group, itertools.count()
@@ -382,6 +384,22 @@ def test_interrupted_merges_go_on(
     found = merge(model, onto="nf4", calibration=calibration, force=True)
     assert codes(found.model) == codes(expected.model)
     assert next(count) == 4 + 5
+
+
+def test_a_merge_onto_other_scales_does_not_go_on(tmp_path: Path) -> None:
+    """A layer of zeros has the same dense weights by any scales."""
+    model = get_peft_model(llama(), QLoRAConfig(r=4, target_modules="all-linear")).eval()  # ΔW = 0
+    layer = model.get_base_model().model.layers[0].mlp.up_proj.get_base_layer()
+    layer.weight.data.fill_(0x77)
+    calibration = Calibration(rows_of(text()), scales="base", resume=tmp_path)
+    for again in (False, True):
+        layer.state.absmax.copy_(layer.state.absmax.flip(0))
+        report = merge(model, onto="nf4", calibration=calibration, force=True)
+        assert torch.equal(block_scales(report.model.model.layers[0].mlp.up_proj.state), block_scales(layer.state))
+        assert not any("of an earlier run" in note for note in report.notes)
+        if again:
+            taken_over = merge(model, onto="nf4", calibration=calibration, force=True)
+            assert any("of an earlier run" in note for note in taken_over.notes)
 
 
 def test_what_a_calibrated_base_reported_is_not_the_merged_model_s() -> None:
@@ -438,28 +456,42 @@ def test_a_merge_whose_loss_is_nan_is_refused() -> None:
 # --- from files ------------------------------------------------------------------------------------------------------
 
 
-def test_from_files_it_is_the_same_merge(tmp_path: Path) -> None:
+SIZE = {"rows": 6, "length": 32, "held_out": 2, "seed": 3}
+
+
+def files(folder: Path, **settings: Any) -> tuple[Path, Path, str]:
+    """A base, an adapter that was trained on it, and text, in files."""
     torch.manual_seed(0)
-    base, adapter, output = (tmp_path / name for name in ("base", "adapter", "merged"))
+    base, adapter, speeches = (folder / name for name in ("base", "adapter", "speeches.txt"))
     llama().save_pretrained(base)
     byte_tokenizer().save_pretrained(base)
     fresh = tf.AutoModelForCausalLM.from_pretrained(base)
-    config = QLoRAConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = trained(get_peft_model(fresh, config), pattern())
-    model.save_pretrained(adapter)
-    (tmp_path / "speeches.txt").write_text(" ".join(f"Word {number}." for number in range(2000)))
-    size = {"rows": 6, "length": 32, "held_out": 2, "seed": 3}
+    config = QLoRAConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+    trained(get_peft_model(fresh, config), pattern()).save_pretrained(adapter)
+    speeches.write_text(" ".join(f"Word {number}." for number in range(2000)))
+    return base, adapter, str(speeches)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each group that is rounded from now on."""
+    round_group, done = streams.round_group, []
+
+    def counting(*args: Any, **options: Any) -> Any:
+        done.append(1)
+        return round_group(*args, **options)
+
+    monkeypatch.setattr(streams, "round_group", counting)
+    return done
+
+
+def test_from_files_it_is_the_same_merge(tmp_path: Path) -> None:
+    base, adapter, speeches = files(tmp_path)
+    output = tmp_path / "merged"
     report = merge_files(
-        str(adapter),
-        output,
-        "nf4",
-        str(base),
-        calibration=str(tmp_path / "speeches.txt"),
-        device="cpu",
-        force=True,
-        **size,
+        str(adapter), output, "nf4", str(base), calibration=speeches, device="cpu", force=True, **SIZE
     )
-    rows = calibration_rows(str(tmp_path / "speeches.txt"), model, byte_tokenizer(), **size)
+    model = PeftModel.from_pretrained(tf.AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    rows = calibration_rows(speeches, model, byte_tokenizer(), **SIZE)
     expected = merge(model, "nf4", calibration=rows, force=True)
     found = tf.AutoModelForCausalLM.from_pretrained(output)
     assert codes(found) == codes(expected.model)
@@ -484,3 +516,58 @@ def test_from_files_it_is_the_same_merge(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
     with pytest.raises(MergeError, match="Only rounding is calibrated"):
         merge_files(str(adapter), tmp_path / "other", "dequantized", str(base), calibration="speeches.txt")
+
+
+def test_stock_transformers_computes_the_same(learnt: tuple[PeftModel, CalibrationRows], tmp_path: Path) -> None:
+    """In a process that cannot import this package."""
+    model, rows = learnt
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    report.save_pretrained(tmp_path / "merged")
+    found = stock_logits(tmp_path / "merged", rows.measured, tmp_path)
+    with torch.no_grad():
+        expected = report.model(**rows.measured).logits
+    # As in tests/interop/test_stock_peft.py: float32 products, of the largest logit.
+    assert relative(found, expected) <= 1e-5
+
+
+def test_another_base_is_refused_before_anything_is_calibrated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, adapter, speeches = files(tmp_path, on_base_mismatch="error")
+    torch.manual_seed(9)
+    llama().save_pretrained(base)
+    done = counted(monkeypatch)
+    arguments = ("merge", adapter, "--output", tmp_path / "out", "--onto", "nf4", "--calibrate", speeches)
+    size = ("--rows", "6", "--length", "32", "--held-out", "2", "--device", "cpu")
+    result = CliRunner().invoke(app, [str(argument) for argument in (*arguments, *size)])
+    assert result.exit_code == 2
+    assert re.search(r"Error: \S+base is another base than the adapter was trained on", result.output)
+    assert "kept" not in result.output  # a report of what was not merged
+    assert not done
+    assert "goes on there" not in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "speeches.txt"}
+    forced = CliRunner().invoke(app, [str(argument) for argument in (*arguments, *size, "--force")])
+    assert forced.exit_code == 0
+    assert "another base than the adapter was trained on" in forced.output
+
+
+def test_what_is_refused_when_it_is_done_goes_on_with_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, adapter, speeches = files(tmp_path)
+    done = counted(monkeypatch)
+    options: dict[str, Any] = {"calibration": speeches, "device": "cpu", **SIZE}
+    with monkeypatch.context() as patch:
+        patch.setattr(in_memory, "refuse_lost", lambda report, force: refused(report))
+        with pytest.raises(MergeRefused):
+            merge_files(str(adapter), tmp_path / "out", "nf4", str(base), **options)
+    groups = len(done)
+    assert groups
+    assert "the same call with force goes on there" in caplog.text
+    merge_files(str(adapter), tmp_path / "out", "nf4", str(base), force=True, **options)
+    assert len(done) == groups
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "speeches.txt", "out"}
+
+
+def refused(report: MergeReport) -> None:
+    raise MergeRefused("Little is left.", report)

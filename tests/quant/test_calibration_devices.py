@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_qlora import Calibration, NF4Config, calibration_report, quantize_model
 from hf_qlora.quant.calibrate import group, streams
+from hf_qlora.quant.calibrate.kept import key_of
 from hf_qlora.quant.calibrate.report import CalibrationReport
 from hf_qlora.quant.calibrate.rows import CalibrationRows
 from hf_qlora.quant.calibrate.streams import Streams
@@ -218,3 +219,9 @@ def test_a_gpu_goes_on_where_it_stopped(tmp_path: object) -> None:
     quantize_model(second, calibration=Calibration(rows, resume=str(tmp_path)))
     for (name, one), other in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+@pytest.mark.gpu
+def test_what_a_cpu_rounded_is_another_run() -> None:
+    model = llama()
+    assert key_of(model, "rows", 1) != key_of(copy.deepcopy(model).cuda(), "rows", 1)

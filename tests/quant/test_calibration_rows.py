@@ -381,6 +381,13 @@ def test_enough_rows_are_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None
     assert found.notes == ()
 
 
+def test_a_mask_that_is_not_of_tokens_is_refused_with_the_form_that_is_read() -> None:
+    causal = torch.ones(32, 32).tril().bool().expand(10, 1, 32, 32)
+    inputs = {"input_ids": torch.randint(1, VOCAB, (10, 32)), "attention_mask": causal}
+    with pytest.raises(CalibrationError, match=r"\(10, 1, 32, 32\) and .* give a 2-D mask, \(rows, tokens\)"):
+        calibration_rows(CalibrationRows(inputs, 2, ""), llama())
+
+
 # ── Plausible ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -7,8 +7,6 @@ import dataclasses
 import io
 import os
 import signal
-import subprocess
-import sys
 import weakref
 from functools import partial
 from pathlib import Path
@@ -17,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from architectures import bert, gpt2, llama
-from calibrating import HELD_OUT, LENGTH, calibrated, codes, rows_of, text
+from calibrating import HELD_OUT, LENGTH, calibrated, codes, rows_of, stock_logits, text
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -338,40 +336,13 @@ def test_tied_layers_are_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 # --- saved -----------------------------------------------------------------------------------------------------------
 
-STOCK = """
-import sys
-from importlib.abc import MetaPathFinder
-
-
-class NotThisPackage(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_qlora":
-            raise ModuleNotFoundError(name)
-
-
-sys.meta_path.insert(0, NotThisPackage())
-import bitsandbytes, torch, transformers
-from safetensors.torch import load_file, save_file
-
-folder = sys.argv[1]
-model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32).eval()
-for module in model.modules():
-    if isinstance(module, bitsandbytes.nn.Linear4bit):
-        module.support_avx512bf16_for_cpu = False
-with torch.no_grad():
-    save_file({"logits": model(**load_file(f"{folder}/inputs.safetensors")).logits}, f"{folder}/out.safetensors")
-assert "hf_qlora" not in sys.modules
-"""
-
 
 def test_stock_transformers_computes_the_same(tmp_path: Path) -> None:
     """In a process that cannot import this package."""
     inputs = text(rows=2)
     model, _ = calibrated(llama(), rows_of(text()))
     model.save_pretrained(tmp_path / "model")
-    save_file(inputs, tmp_path / "inputs.safetensors")
-    subprocess.run([sys.executable, "-c", STOCK, str(tmp_path)], check=True)
-    found = load_file(tmp_path / "out.safetensors")["logits"]
+    found = stock_logits(tmp_path / "model", inputs, tmp_path)
     with torch.no_grad():
         expected = model(**inputs).logits
     # As in tests/interop/test_stock_peft.py: float32 products, of the largest logit.

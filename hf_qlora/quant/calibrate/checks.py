@@ -44,7 +44,8 @@ def _check_text(rows: CalibrationRows) -> None:
         )
     if mask is not None and mask.shape != ids.shape:
         raise CalibrationError(
-            f"attention_mask is of shape {tuple(mask.shape)} and input_ids of {tuple(ids.shape)}; they must be alike."
+            f"attention_mask is of shape {tuple(mask.shape)} and input_ids of {tuple(ids.shape)}; give a 2-D mask, "
+            "(rows, tokens), with a 1 for each token that is no padding."
         )
 
 

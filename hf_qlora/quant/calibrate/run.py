@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +82,8 @@ def forget_calibration(model: nn.Module) -> None:
     model.__dict__.pop(_REPORT, None)
 
 
+@torch.inference_mode(False)  # whose tensors know no gradients; the layers that are made here are trained through
+@torch.no_grad()
 def calibrate(
     model: nn.Module,
     layers: Mapping[str, nn.Linear | Conv1D],
@@ -120,8 +121,9 @@ def calibrate(
         heard = listen(run, layers, few)
         kept = None
         if calibration.resume is not None:
-            settings = (config, asdict(calibration), list(layers), version("hf-qlora"))
-            kept = Kept(calibration.resume, key_of(model, rows.fingerprint, settings))
+            settings = (config, asdict(calibration), list(layers))
+            scales = base if calibration.scales == "base" else None
+            kept = Kept(calibration.resume, key_of(model, rows.fingerprint, settings, scales))
         with tqdm(total=len(layers), desc="Calibrating NF4", unit="layer", delay=delay, leave=False) as bar:
             streams = Streams(
                 layers,

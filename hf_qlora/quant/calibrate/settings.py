@@ -19,7 +19,14 @@ class Calibration(Method):
         tokenizer: for text; by default the one beside the model.
         scales: "own", of the weight that is rounded, fitted to its codes; "base", in merges: those of the base, as
             they are. Both kept the same of an adapter (docs/calibrated_nf4.md); it is never chosen by itself.
-        correction, damping, correction_damping, order, refits, passes: see `Method`; by keyword.
+        cap: a token whose inputs' norm is above so many times the median counts as if it were that; None: never.
+        correction: make up in each layer for what earlier layers got wrong; this and those below by keyword.
+        damping: how much each of a layer's inputs is taken to weigh beside what the rows say of it, as a share of the
+            mean. The fewer the rows, the more it decides.
+        correction_damping: likewise, for the correction.
+        order: "activation", a layer's largest inputs are rounded first, or "given".
+        refits: how often scales are fitted to the codes, where rows of a weight are whole blocks.
+        passes: how often codes are gone through again, after each fit of the scales and at least once.
         resume: a folder to keep rounded layers in, from which an interrupted run goes on. It is not removed.
     """
 

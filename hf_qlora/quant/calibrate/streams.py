@@ -281,12 +281,18 @@ class Streams:
 
     def _known(self, names: list[str], device: torch.device) -> list[Packed] | None:
         """The group as an earlier run rounded it, or layers that hold the same weights."""
-        packed: list[Packed] | None = self.kept.get(names, device) if self.kept else None
+        packed: list[Packed] | None = self.kept.get(self._like(names), device) if self.kept else None
         self.resumed += packed is not None
         if packed is not None:
             return packed
         shared = [self.shared[key][1] for name in names if (key := id(self.layers[name].weight)) in self.shared]
         return shared if len(shared) == len(names) else None
+
+    def _like(self, names: list[str]) -> dict[str, Packed]:
+        """What is packed as the group will be."""
+        if self.calibration.scales == "base":
+            return {name: self.base[name] for name in names}
+        return {name: quantize_weight(dense_weight(self.layers[name]), self.config) for name in names}
 
     def _round(self, first: str) -> None:
         names, sums = self._names(first), self.sums.pop(first)
