@@ -22,7 +22,6 @@ from hf_qlora.quant.calibrate import group, streams
 from hf_qlora.quant.calibrate.kept import key_of
 from hf_qlora.quant.calibrate.report import CalibrationReport
 from hf_qlora.quant.calibrate.rows import CalibrationRows
-from hf_qlora.quant.calibrate.streams import Streams
 from hf_qlora.quant.dequantize import dequantize_weight
 from hf_qlora.quant.packing import quantize_weight
 
@@ -99,7 +98,7 @@ def run(
     with monkeypatch.context() as patch:
         patch.setattr(streams, "round_group", recorder)
         if other and device == "cpu":
-            patch.setattr(streams, "TOKENS_AT_A_TIME", 50)
+            patch.setattr(streams._Sums, "add", _backwards(streams._Sums.add))
             patch.setattr(group, "SLAB_BYTES", 2**14)
             copied.set_attn_implementation("eager")
         quantize_model(copied, calibration=rows)
@@ -110,6 +109,10 @@ def run(
         ids = rows.measured["input_ids"]
         found, dense = copied(ids.to(device)).logits.float().cpu(), model(ids).logits.float()
     return Run(recorder.groups, report, float((found - dense).norm() / dense.norm())), recorder.packed
+
+
+def _backwards(add: Any) -> Any:
+    return lambda sums, X0, X: add(sums, X0.flip(0), X.flip(0))
 
 
 def off(found: Tensor | None, expected: Tensor | None) -> float:
@@ -191,12 +194,12 @@ def test_gram_matrices_in_tf32_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> N
     """As a GPU makes them where `torch.backends.cuda.matmul.allow_tf32` is on: factors of eleven bits."""
     model, rows = problem(torch.float32)
     expected, packed = run(model, rows, monkeypatch)
-    tokens = Streams._tokens
+    add = streams._Sums.add
 
-    def short(self: Streams, name: str, x: Tensor) -> Tensor:
-        return ((tokens(self, name, x).view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
+    def short(x: Tensor) -> Tensor:
+        return ((x.view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
 
-    monkeypatch.setattr(Streams, "_tokens", short)
+    monkeypatch.setattr(streams._Sums, "add", lambda sums, X0, X: add(sums, short(X0), short(X)))
     found, _ = run(model, rows, monkeypatch, earlier=packed)
     assert group_differences(found, expected, torch.float32) >= {"gram", "cross", "target"}
 
