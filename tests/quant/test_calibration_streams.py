@@ -14,7 +14,7 @@ from architectures import ARCHITECTURES, SIZES, VOCAB, Architecture, bert, gpt2,
 from calibrating import HELD_OUT, LENGTH, ROWS, calibrated, codes, flat, heard, rows_of, text
 from torch import Tensor, nn
 
-from hf_qlora import Calibration, NF4Config, quantize_model
+from hf_qlora import NF4Config, quantize_model
 from hf_qlora.quant.calibrate import streams
 from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.group import Method, round_group
@@ -110,7 +110,7 @@ def test_the_streams_are_two_models(case: str, monkeypatch: pytest.MonkeyPatch) 
 
     round_group = streams.round_group
     monkeypatch.setattr(streams, "round_group", spy)
-    finished, report = calibrated(dense, Calibration(rows_of(inputs), cap=None))
+    finished, report = calibrated(dense, rows_of(inputs))
     names = [layer.name for layer in report.layers]
     assert {name for name, module in finished.named_modules() if isinstance(module, Linear4bit)} == set(names)
     assert not any("rounded to nearest" in note for note in report.notes)
@@ -207,10 +207,10 @@ def test_held_out_rows_have_no_say() -> None:
 
 def test_rows_at_once_and_in_parts_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit but for sums in another order, which in the last layers turn a few codes."""
-    dense, calibration = llama(), Calibration(rows_of(text(padded=True)), cap=None)  # whose median is a part's
-    _, in_parts = calibrated(dense, calibration)
+    dense, rows = llama(), rows_of(text(padded=True))
+    _, in_parts = calibrated(dense, rows)
     monkeypatch.setattr(streams, "ROWS_AT_A_TIME", 100)
-    _, at_once = calibrated(dense, calibration)
+    _, at_once = calibrated(dense, rows)
     for layer, whole in zip(in_parts.layers, at_once.layers, strict=True):
         assert (layer.name, layer.error) == (whole.name, pytest.approx(whole.error, rel=0.03))
         assert layer.nearest == pytest.approx(whole.nearest, rel=0.03)

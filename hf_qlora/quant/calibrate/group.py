@@ -40,8 +40,8 @@ class Method:
     """How weights are rounded. `hf-qlora bench calibrated-nf4 --part methods` compares others.
 
     Attributes:
-        cap: a token whose inputs' norm is above so many times the median counts as if it were that; None: never. Of
-            the first tokens of a text models make inputs some hundred times as large, which are all that H knows then.
+        cap: a token whose inputs' norm is above so many times the median counts as if it were that; None: never.
+            (Models make inputs of a text's first tokens in some layers that are hundreds of times as large.)
         correction: make up for what earlier layers got wrong; without it T' = T.
         damping: λ of H + λI, which codes are sought for, as a share of H's mean diagonal.
         correction_damping: μ, likewise.
@@ -50,7 +50,7 @@ class Method:
         passes: how often codes are gone through again, after each fit of the scales and at least once.
     """
 
-    cap: float | None = 3.0
+    cap: float | None = None
     correction: bool = True
     damping: float = 0.01
     correction_damping: float = 0.1
