@@ -20,17 +20,21 @@ class Calibration(Method):
         scales: "own", of the weight that is rounded; "base", in merges: those of the base, as they are.
         correction, damping, correction_damping, order, refits, passes: see `Method`; by keyword.
         resume: a folder to keep rounded layers in, from which an interrupted run goes on. It is not removed.
+        force: calibrate on token ids of which the model knows less than one that guesses.
     """
 
     rows: Any
     tokenizer: Any = None
     scales: Literal["own", "base"] = "own"
     resume: str | os.PathLike[str] | None = None
+    force: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scales not in ("own", "base"):
             raise ConfigError(f"scales={self.scales!r} is not known; choose 'own' or 'base'.")
+        if not isinstance(self.resume, str | os.PathLike | None):
+            raise ConfigError(f"resume={self.resume!r} must be the path of a folder, or None.")
 
 
 def asdict(calibration: Calibration) -> dict[str, Any]:
