@@ -97,7 +97,7 @@ def _of_file(file: Path, column: str | None) -> list[Document]:
         return [read_text(file)]
     if file.suffix not in SUFFIXES:
         raise DataError(f"{file} is not read; name a file that ends in {', '.join(SUFFIXES)}, or a folder of them.")
-    return [_placed(f"{file}, {place}", row, column, file.name) for place, row in placed_rows(file)]
+    return [_placed(f"{file}, {place}", row, column, str(file)) for place, row in placed_rows(file)]
 
 
 def _of_hub(source: str, column: str | None, seed: int) -> list[Document]:

@@ -66,7 +66,7 @@ def merge(
         calibration: for `onto="nf4"`: rows to calibrate the rounding on, like those that the adapter was trained on;
             whatever `calibration_rows` takes, or a `Calibration`. Takes minutes.
         force: merge although less than half of the adapter is left in NF4, or although the original is not what the
-            base was made of.
+            base was made of, or the token ids to calibrate on may be another tokenizer's.
 
     Returns:
         the report; `report.model` is the merged model.

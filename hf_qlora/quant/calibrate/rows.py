@@ -176,6 +176,8 @@ def plausible(model: nn.Module, rows: CalibrationRows, force: bool = False) -> f
             "model is hardly trained, force calibrates all the same: Calibration(rows, force=True)."
         )
     if loss > NEAR_GUESSING * guessing:
-        why = "it is hardly trained on such text" if rows.own_tokens else "is the text tokenized by its own tokenizer?"
+        why = "it is hardly trained on such text, or broken."
+        if not rows.own_tokens:
+            why = "is the text tokenized by its own tokenizer?"
         logger.warning("The model has a loss of %s: %s", said, why)
     return loss
