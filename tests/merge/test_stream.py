@@ -7,6 +7,7 @@ unmerged model's logits.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable

@@ -184,11 +184,12 @@ def test_where_a_loss_gets_nan_is_named_and_nothing_changed(row: str) -> None:
     quantize_model(model, calibration=rows)
 
 
-def test_a_head_that_gives_nan_is_told_from_the_layers() -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_head_that_gives_nan_is_told_from_the_layers(value: float) -> None:
     model = llama()
-    model.lm_head.weight.data[7] = float("nan")
+    model.lm_head.weight.data[7, 0] = value
     with pytest.raises(
-        CalibrationError, match="loss on the rows to measure on is nan, though the inputs of all layers"
+        CalibrationError, match="loss on the rows to measure on is (nan|inf), though the inputs of all layers"
     ):
         quantize_model(model, calibration=rows_of(text()))
 
