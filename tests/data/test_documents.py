@@ -84,7 +84,7 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
             "{}/a.jsonl",
             "{}/a.jsonl, line 3: A row has the columns a, b; understood are text; messages",
         ),
-        ("a.jsonl", '{"a": 1, "b": 2}', "{}/a.jsonl", "; or input_ids; or name another, as a.jsonl#a."),
+        ("a.jsonl", '{"a": 1, "b": 2}', "{}/a.jsonl", "; or input_ids; or name another, as {}/a.jsonl#a."),
         ("a.jsonl", "{}", "{}/a.jsonl", "has the columns none; understood are text"),
         (
             "a.jsonl",
