@@ -27,6 +27,7 @@ from hf_qlora.merge.folder import check_folder, whole_folder
 from hf_qlora.merge.in_memory import Onto, check_onto, merge, refuse_lost
 from hf_qlora.merge.layerwise import Stream
 from hf_qlora.merge.load import checked_device
+from hf_qlora.merge.record import write_record
 from hf_qlora.merge.report import MergeReport
 from hf_qlora.merge.seen import SeenBase, trained_base
 from hf_qlora.merge.skeleton import NotStreamable, build, labels, make_base, modules_to_save
@@ -178,6 +179,7 @@ class _Job:
         with whole_folder(target, overwrite) as stage:
             report.model.save_pretrained(stage, max_shard_size=max_shard_bytes)
             self.finish(stage, report)
+            write_record(stage, report)
         report.model, report.output = None, str(target)
 
     def in_memory(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from hf_qlora import NF4Config, QLoRAConfig, merge, quantize_model
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge import in_memory
+from hf_qlora.merge.held_out import OutputError
 from hf_qlora.merge.report import CLEAR_GAIN, MergeRefused, MergeReport
 from hf_qlora.merge.stream import merge_files
 from hf_qlora.quant.calibrate.loss import mean_loss
@@ -82,7 +84,7 @@ def test_it_keeps_more_of_what_was_learnt_than_nearest(learnt: tuple[PeftModel, 
     assert gain > CLEAR_GAIN
     assert report.kept == pytest.approx((expected["base"] - expected["merged"]) / gain)
     assert expected["merged"] < expected["nearest"]
-    assert f"{report.kept:.1%} of the adapter, by loss" in str(report)
+    assert f"{report.kept:.1%} of the adapter, by loss on held-out rows\n" in str(report)
     assert "calibrated on rows" in str(report)
     assert report.to_dict()["losses"] == expected
     assert report.to_dict()["calibration"]["layers"]
@@ -198,7 +200,7 @@ def test_modules_to_save_stay_dense() -> None:
         report.model.classifier.weight, model.base_model.model.classifier.modules_to_save["default"].weight
     )
     assert report.losses == {}
-    assert report.kept_by == "logits"
+    assert report.kept_by == "outputs"
 
 
 @pytest.mark.parametrize(
@@ -239,6 +241,111 @@ def test_several_adapters_are_merged_and_each_is_kept() -> None:
             assert (base - mean_loss(report.model, task)) / gain > 0.9
 
 
+# --- what it is judged by --------------------------------------------------------------------------------------------
+
+
+def family(name: str) -> tuple[PeftModel, Any]:
+    found = next(one for one in ARCHITECTURES if one.name == name)
+    return adapted(found.make(), task_type=found.task_type, **found.options), found
+
+
+def first_output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(**inputs)[0].double()
+
+
+def share(report: MergeReport, model: PeftModel, inputs: dict[str, Tensor], there: Any = ...) -> float:
+    """1 − ‖ŷ − y‖² / ‖y₀ − y‖², all rows in one batch and in float64; `there` takes the outputs that count."""
+    expected = first_output(model, inputs)[there]
+    with model.disable_adapter():
+        plain = first_output(model, inputs)[there]
+    wrong, without = ((y - expected).square().sum() for y in (first_output(report.model, inputs)[there], plain))
+    assert report.outputs is not None
+    assert report.outputs.merged == pytest.approx(float((wrong / expected.square().sum()).sqrt()), rel=1e-3)
+    return 1 - float(wrong / without)
+
+
+ROUNDED_SHARE = 1e-3  # float32 outputs of rows alone and in a batch: 1e-6 of y, which the adapter moves by some 1e-2
+
+
+def test_images_are_judged_by_their_outputs_and_not_by_weights() -> None:
+    model, _ = family("vit")
+    size = model.config.image_size
+    rows = CalibrationRows({"pixel_values": torch.randn(40, 3, size, size)}, 8, "images")
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    assert report.kept_by == "outputs"
+    assert report.outputs.rows == 8
+    assert report.kept == pytest.approx(share(report, model, rows.measured), abs=ROUNDED_SHARE)
+    assert f"{report.kept:.1%} of the adapter, by outputs on held-out rows\n" in str(report)
+    of_weights = dataclasses.replace(report, outputs=None)
+    assert of_weights.kept_by == "weights"
+    assert abs(of_weights.kept - report.kept) > 0.02
+
+
+def test_text_is_judged_on_the_rows_and_not_on_prose_without_padding() -> None:
+    """BERT's hidden states: neither a loss nor a distribution; what padding gives counts for nothing."""
+    model = adapted(tf.BertModel(bert().config).eval(), task_type="FEATURE_EXTRACTION")
+    rows = rows_of(text(padded=True))
+    report = merge(model, onto="nf4", calibration=rows, force=True, texts=[[1, 2, 3]])
+    there = rows.measured["attention_mask"].bool()
+    assert not there.all()
+    assert report.kept_by == "outputs"
+    assert report.kept == pytest.approx(share(report, model, rows.measured, there), abs=ROUNDED_SHARE)
+    assert report.logits.positions == 3
+
+
+def test_a_regression_s_one_output_is_judged_too() -> None:
+    """The KL of one class is zero, whatever the merge does."""
+    config = bert().config
+    config.num_labels = 1
+    model = adapted(tf.BertForSequenceClassification(config).eval(), task_type="SEQ_CLS")
+    rows = rows_of(text(padded=True))
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    assert report.logits.merged == 0
+    assert report.kept == pytest.approx(share(report, model, rows.measured), abs=ROUNDED_SHARE)
+
+
+def test_a_decoder_beside_an_encoder_reads_the_labels_and_none_of_their_padding_counts() -> None:
+    model, _ = family("t5")
+    model.config.decoder_start_token_id = 0
+    inputs = text(padded=True)
+    labels = torch.randint(1, 400, (len(inputs["input_ids"]), 9))
+    labels[::2, 5:] = -100
+    rows = rows_of({**inputs, "labels": labels})
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    start = model.config.decoder_start_token_id
+    decoded = torch.cat([torch.full((len(labels), 1), start), labels[:, :-1].clamp(min=0)], 1)
+    read = {**inputs, "decoder_input_ids": decoded}
+    measured = {name: value[-HELD_OUT:] for name, value in read.items()}
+    there = labels[-HELD_OUT:] != -100
+    assert report.kept == pytest.approx(share(report, model, measured, there), abs=ROUNDED_SHARE)
+
+
+def test_an_adapter_without_a_clear_gain_is_judged_by_outputs() -> None:
+    model, rows = adapted(llama()), rows_of(text())
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    assert report.losses["base"] - report.losses["unmerged"] <= CLEAR_GAIN
+    assert report.kept_by == "outputs"
+    assert report.kept == pytest.approx(share(report, model, rows.measured), abs=ROUNDED_SHARE)
+
+
+def test_where_no_rows_are_held_out_all_are_measured_and_it_is_said() -> None:
+    model, rows = adapted(llama()), rows_of(text(), held_out=0)
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    assert report.outputs.rows == rows.count
+    assert report.kept == pytest.approx(share(report, model, rows.inputs), abs=ROUNDED_SHARE)
+    assert "by outputs on the rows calibrated on\n" in str(report)
+
+
+def test_outputs_that_are_lost_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = family("vit")
+    size = model.config.image_size
+    rows = CalibrationRows({"pixel_values": torch.randn(10, 3, size, size)}, 2, "images")
+    monkeypatch.setattr(in_memory.held_out, "output_error", lambda *_: OutputError(0.08, 0.1, 2))
+    with pytest.raises(MergeRefused, match=r"36.0% of the adapter is left, by outputs on held-out rows: the rows may"):
+        merge(model, onto="nf4", calibration=rows)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +360,9 @@ def test_what_keeps_little_is_refused_and_says_why(
 ) -> None:
     model, rows = learnt
     monkeypatch.setattr(in_memory, "LEAST_KEPT", 1.5)
-    with pytest.raises(MergeRefused, match=r"by loss: the rows may be too few.*force merges all the same") as caught:
+    with pytest.raises(
+        MergeRefused, match=r"by loss on held-out rows: the rows may be too few.*force merges all the same"
+    ) as caught:
         merge(model, onto="nf4", calibration=rows)
     assert caught.value.report.calibration is not None
     with pytest.raises(MergeRefused, match="Calibrate the rounding"):
@@ -282,23 +391,24 @@ def test_rows_that_do_not_fit_are_refused_before_anything_is_merged(monkeypatch:
 
 
 def report_of(losses: dict[str, float]) -> MergeReport:
-    return MergeReport("nf4", "b", ["default"], "float32", [], "none", losses=losses)
+    outputs = OutputError(merged=0.1, without=0.2, rows=4)
+    return MergeReport("nf4", "b", ["default"], "float32", [], "none", losses=losses, outputs=outputs)
 
 
 @pytest.mark.parametrize(
     ("base", "unmerged", "kept_by"),
     [
         (3.0, 2.0, "loss"),
-        (3.0, 3.0 - CLEAR_GAIN / 2, "weights"),
-        (3.0, 3.5, "weights"),
-        (3.0, float("nan"), "weights"),
+        (3.0, 3.0 - CLEAR_GAIN / 2, "outputs"),
+        (3.0, 3.5, "outputs"),
+        (3.0, float("nan"), "outputs"),
     ],
     ids=["gain", "no clear gain", "harm", "nan"],
 )
 def test_the_loss_decides_only_where_the_gain_is_clear(base: float, unmerged: float, kept_by: str) -> None:
-    report = report_of({"base": base, "unmerged": unmerged, "nearest": 3.0, "merged": 2.25})
+    report = report_of({"base": base, "unmerged": unmerged, "nearest": 3.0, "merged": 2.1})
     assert report.kept_by == kept_by
-    assert report.kept == (0.75 if kept_by == "loss" else 1.0)
+    assert report.kept == pytest.approx(0.9 if kept_by == "loss" else 0.75)  # 1 − (0.1 / 0.2)²
 
 
 def test_interrupted_merges_go_on(
@@ -407,6 +517,21 @@ def test_from_files_it_is_the_same_merge(tmp_path: Path) -> None:
     assert report.losses == expected.losses
     assert report.output == str(output)
     assert report.model is None
+    record = json.loads((output / "hf_qlora_merge.json").read_text())
+    assert record["calibration"] == {
+        "source": "6 rows of 32 tokens from speeches.txt, and 2 held out",
+        "rows": 6,
+        "tokens": 6 * 32,
+        "held_out": 2,
+        "fingerprint": rows.fingerprint,
+    }
+    assert (record["kept"], record["kept_by"], record["losses"]) == (report.kept, report.kept_by, report.losses)
+    assert str(tmp_path) not in (output / "hf_qlora_merge.json").read_text()
+    expected.save_pretrained(output, overwrite=True)  # a folder that has a record can be replaced
+    again = json.loads((output / "hf_qlora_merge.json").read_text())
+    assert again["calibration"] == {**record["calibration"], "source": rows.source}
+    merge(model).save_pretrained(output, overwrite=True)
+    assert not (output / "hf_qlora_merge.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
     with pytest.raises(MergeError, match="Only rounding is calibrated"):
         merge_files(str(adapter), tmp_path / "other", "dequantized", str(base), calibration="speeches.txt")

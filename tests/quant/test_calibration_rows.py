@@ -117,7 +117,9 @@ def test_a_single_document_is_cut_and_its_end_held_out(caplog: pytest.LogCapture
     rows = found.inputs["input_ids"]
     assert rows[:-2].flatten().tolist() == text[: (400 - 2 * 16) // 16 * 16]
     assert rows[-2:].flatten().tolist() == text[-32:]  # 8 of 72 rows, where there are 25
-    assert "The held-out rows are the end of the longest document" in caplog.text
+    (note,) = found.notes  # which reports repeat
+    assert "The held-out rows are the end of the longest document" in note
+    assert note in caplog.text
     assert "gives 23 rows to calibrate on and 2 to hold out, where 64 and 8 were asked for." in caplog.text
 
 
@@ -420,8 +422,9 @@ def test_what_is_no_tokenizer_is_refused(given: Any) -> None:
 
 def test_enough_rows_are_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        calibration_rows(documents(), tokenizer=byte_tokenizer(), rows=16, length=16, held_out=4)
+        found = calibration_rows(documents(), tokenizer=byte_tokenizer(), rows=16, length=16, held_out=4)
     assert not caplog.records
+    assert found.notes == ()
 
 
 # ── Plausible ────────────────────────────────────────────────────────────────────────────────────────────────────────

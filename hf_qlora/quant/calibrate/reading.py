@@ -42,8 +42,9 @@ READY_SHARE = 4  # of rows that are given ready, one in so many is held out at m
 MANY = 0.1  # of the documents: so many that are left out are spoken of
 LEAST_DISTINCT = 8  # tokens in a text: transformers makes an empty tokenizer where there is none
 
-# inputs, how many rows are held out, words for reports, and whether the tokens are of the model's own tokenizer
-Read = tuple[dict[str, Tensor], int, str, bool]
+# inputs, how many rows are held out; for reports, words for the rows and what else is to be known of them; and whether
+# the tokens are of the model's own tokenizer
+Read = tuple[dict[str, Tensor], int, str, tuple[str, ...], bool]
 
 
 def read(data: Any, model: nn.Module | None, tokenizer: Any, size: Size) -> Read:
@@ -130,14 +131,14 @@ def _of_documents(documents: list[Document], name: str, model: nn.Module | None,
     reader = _reader(ordered, model, tokenizer)
     joined = model is None or is_causal_lm(model)
     packed = (pack if joined else one_a_row)(ordered, reader, size)
+    notes: tuple[str, ...] = ()
     if packed.cut:
-        logger.warning(
-            "The held-out rows are the end of the longest document: %s has %d documents, too few or too short to keep "
-            "whole ones from calibration.",
-            name,
-            len(ordered),
+        notes = (
+            "The held-out rows are the end of the longest document, whose rest is calibrated on, and flatter what is "
+            f"measured: there are too few documents, or too short ones, in {name} ({len(ordered)}).",
         )
-    return _as_rows(packed, name, reader, model, size)
+        logger.warning("%s", *notes)
+    return *_as_rows(packed, name, reader, model, size), notes, reader.is_own
 
 
 def _reader(documents: list[Document], model: nn.Module | None, tokenizer: Any) -> Reader:
@@ -159,7 +160,7 @@ def _reader(documents: list[Document], model: nn.Module | None, tokenizer: Any) 
     return Reader(tokenizer, eos, bos, texts, is_own)
 
 
-def _as_rows(packed: Packed, name: str, reader: Reader, model: Any, size: Size) -> Read:
+def _as_rows(packed: Packed, name: str, reader: Reader, model: Any, size: Size) -> tuple[dict[str, Tensor], int, str]:
     every = [*packed.rows, *packed.held_out]
     if len(packed.rows) < LEAST_ROWS:
         raise CalibrationError(
@@ -191,7 +192,7 @@ def _as_rows(packed: Packed, name: str, reader: Reader, model: Any, size: Size) 
         )
     held = f", and {kept} held out" if kept else ""
     long = "" if all(len(row) == longest for row in every) else "up to "
-    return inputs, kept, f"{len(packed.rows)} rows of {long}{longest} tokens from {name}{held}", reader.is_own
+    return inputs, kept, f"{len(packed.rows)} rows of {long}{longest} tokens from {name}{held}"
 
 
 def _ready(batches: Iterable[Any], model: Any, size: Size, name: str) -> Read:
@@ -207,7 +208,7 @@ def _ready(batches: Iterable[Any], model: Any, size: Size, name: str) -> Read:
     held_out = min(size.held_out, max(count // READY_SHARE, 1))
     kept = f", the last {held_out} held out" if held_out else ""
     width = f" of {inputs['input_ids'].shape[1]} tokens" if "input_ids" in inputs else ""
-    return inputs, held_out, f"{count} rows{width} from {name}{kept}", False
+    return inputs, held_out, f"{count} rows{width} from {name}{kept}", (), False
 
 
 def _without_padding_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -50,6 +50,7 @@ class CalibrationRows:
             `attention_mask`, int64, (rows, length).
         held_out: so many of the rows, the last ones, are kept from calibration, to measure on.
         source: words for reports.
+        notes: what else a reader of results on them must know.
         own_tokens: whether they are texts as the model's own tokenizer reads them.
 
     Raises:
@@ -59,6 +60,7 @@ class CalibrationRows:
     inputs: dict[str, Tensor]
     held_out: int
     source: str
+    notes: tuple[str, ...] = ()
     own_tokens: bool = False
 
     def __post_init__(self) -> None:
@@ -173,7 +175,7 @@ def plausible(model: nn.Module, rows: CalibrationRows, force: bool = False) -> f
         raise CalibrationError(
             f"The model has a loss of {said}: the ids are probably another tokenizer's ({rows.source}). Give text as "
             "the model's own tokenizer reads it; texts without tokenizer= are read so. If the ids are right, and the "
-            "model is hardly trained, force calibrates all the same: Calibration(rows, force=True)."
+            "model is hardly trained, force calibrates all the same: Calibration(rows, force=True), or --force."
         )
     if loss > NEAR_GUESSING * guessing:
         why = "it is hardly trained on such text, or broken."

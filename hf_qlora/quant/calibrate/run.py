@@ -25,7 +25,7 @@ from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.group import Packed
 from hf_qlora.quant.calibrate.kept import Kept, key_of
 from hf_qlora.quant.calibrate.loss import evaluating, mean_loss
-from hf_qlora.quant.calibrate.report import CLEAR_GAP, CalibrationReport
+from hf_qlora.quant.calibrate.report import CalibrationReport
 from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows, plausible
 from hf_qlora.quant.calibrate.settings import Calibration, asdict
 from hf_qlora.quant.calibrate.siblings import Heard, listen
@@ -114,7 +114,7 @@ def calibrate(
         raise ConfigError(
             f"scales='base' keeps the scales of an NF4 base, which {alone[0]} has none of; take scales='own'."
         )
-    inputs = _inputs(model, rows)
+    inputs = forward_inputs(model, rows)
     losses = {"dense": mean_loss(model, measured_inputs(rows))}
     run = partial(model, use_cache=False) if "use_cache" in inspect.signature(model.forward).parameters else model
     with evaluating(model), torch.compiler.set_stance("force_eager"):
@@ -151,13 +151,16 @@ def calibrate(
     report = CalibrationReport(
         rows=rows.source,
         tokens=rows.tokens,
+        count=rows.count - rows.held_out,
+        held_out=rows.held_out,
+        fingerprint=rows.fingerprint,
         method=asdict(calibration),
         layers=streams.found,
         losses={name: loss for name, loss in losses.items() if loss is not None},
         seconds=seconds,
         notes=_notes(rows, streams, heard, uncalibrated),
     )
-    if report.losses and report.losses["calibrated"] > report.losses["nearest"] + CLEAR_GAP:
+    if report.is_worse:
         report.notes.append("Rounding to nearest loses less on the held-out rows: give more rows, or others.")
     setattr(model, _REPORT, report)
     for note in report.notes:
@@ -170,8 +173,8 @@ def measured_inputs(rows: CalibrationRows) -> dict[str, Tensor]:
     return rows.measured if rows.held_out else rows.inputs
 
 
-def _inputs(model: Any, rows: CalibrationRows) -> dict[str, Tensor]:
-    """What the forward takes; a decoder beside an encoder reads the labels, or else the same text."""
+def forward_inputs(model: Any, rows: CalibrationRows) -> dict[str, Tensor]:
+    """What the forward takes, all rows; a decoder beside an encoder reads the labels, or else the same text."""
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in rows.inputs.items()}
     labels = inputs.pop(LABELS, None)
@@ -258,7 +261,7 @@ def _nearest_loss(
 
 
 def _notes(rows: CalibrationRows, streams: Streams, heard: Heard, uncalibrated: list[str]) -> list[str]:
-    notes = []
+    notes = list(rows.notes)
     if not rows.held_out:
         notes.append("No rows were held out: the errors are of the rows calibrated on, and say too little.")
     if streams.singular:

@@ -17,7 +17,8 @@ class Calibration(Method):
     Attributes:
         rows: whatever `calibration_rows` takes: documents, token ids, a file, a dataset, batches.
         tokenizer: for text; by default the one beside the model.
-        scales: "own", of the weight that is rounded; "base", in merges: those of the base, as they are.
+        scales: "own", of the weight that is rounded, fitted to its codes; "base", in merges: those of the base, as
+            they are. Both kept the same of an adapter (docs/calibrated_nf4.md); it is never chosen by itself.
         correction, damping, correction_damping, order, refits, passes: see `Method`; by keyword.
         resume: a folder to keep rounded layers in, from which an interrupted run goes on. It is not removed.
         force: calibrate on token ids of which the model knows less than one that guesses.

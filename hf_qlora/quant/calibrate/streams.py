@@ -4,8 +4,10 @@ Every row goes in twice. A layer multiplies the first half of what it gets, X₀
 X, by the rounded one; everything between the layers treats rows apart, so that the halves stay what two models would
 make of them. When the first of the layers that read the same inputs is called, all of these are rounded, from exactly
 the inputs that the quantized model produces; then the forward goes on. So one forward calibrates any architecture
-whose layers see the rows of a batch in their order, and the memory is that of the model, of one layer's Gram matrices,
-and of the activations of all rows at once.
+whose layers see the rows of a batch in their order. The memory is that of the model, of one group's Gram matrices, and
+of the activations of all rows at once, so that it grows with rows × length. The codes rounded to nearest are kept
+beside the calibrated ones to the end, for the loss with them: a second model in 4 bits. Since dense weights go as
+their layers are rounded, it makes no higher peak than the dense model did.
 
 The last rows are held out: they go through the layers too and are in no Gram matrix, and the errors are theirs.
 
