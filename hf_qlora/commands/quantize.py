@@ -68,8 +68,8 @@ def quantize(
         bool,
         typer.Option(
             "--force",
-            help="Calibrate although the model knows less of the token ids than one that guesses, and write it although "
-            "it loses more, calibrated, than rounded to nearest.",
+            help="Calibrate although the model knows less of the token ids than one that guesses, and write it "
+            "although it loses more, calibrated, than rounded to nearest.",
         ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a saved model in OUTPUT.")] = False,
