@@ -132,7 +132,8 @@ def quantize_files(
         dtype: "float32", "bfloat16" or "float16": what the weights are loaded in, and the dense ones saved in; by
             default what the model's config says.
         device: where it is done; CUDA where there is one, by default.
-        force: write a calibrated model that loses more on the held-out rows than one rounded to nearest.
+        force: calibrate on token ids that may be another tokenizer's, and write a calibrated model that loses more on
+            the held-out rows than one rounded to nearest.
         overwrite: replace a saved model that is in `output`; of its card, what a user wrote is kept.
         max_shard_bytes: of one file of weights.
 
@@ -155,6 +156,8 @@ def quantize_files(
     skeleton = without_weights(model)
     size = {"rows": rows, "length": length, "held_out": held_out, "seed": seed}
     asked = None if calibration is None else planned(calibration, skeleton, None, kept_beside(target), **size)
+    if asked is not None:
+        asked = replace(asked, force=asked.force or force)
     loaded = load_model(model, dtype).to(where)
     before = footprint(loaded)
     config = replace(config, compute_dtype=config.compute_dtype or loaded.dtype)

@@ -315,6 +315,23 @@ def test_worse_is_worse_than_nearest_by_a_clear_gap(calibrated: float | None, wo
     assert CalibrationReport("", 0, 8, 2, "", {}, [], losses).is_worse == worse
 
 
+def test_ids_that_may_be_another_tokenizers_are_calibrated_on_by_force(
+    folder: Path, target: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": 40 * tensors["lm_head.weight"]}, folder / "model.safetensors", {"format": "pt"}
+    )
+    rows = [{"input_ids": torch.randint(1, VOCAB, (300,)).tolist()} for _ in range(4)]
+    (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = (folder, "--output", target, "--device", "cpu", "--calibrate", tmp_path / "ids.jsonl", *CALIBRATED)
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    assert "the ids are probably another tokenizer's" in refused.output
+    forced = invoke(*arguments, "--force")
+    assert forced.exit_code == 0, forced.output
+
+
 def test_a_calibration_that_was_stopped_goes_on(
     folder: Path,
     target: Path,

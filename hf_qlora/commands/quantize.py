@@ -65,7 +65,12 @@ def quantize(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; CUDA where there is one.")] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Write it although it loses more, calibrated, than rounded to nearest.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Calibrate although the model knows less of the token ids than one that guesses, and write it "
+            "although it loses more, calibrated, than rounded to nearest.",
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a saved model in OUTPUT.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write the whole report into this .json file.")] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -63,7 +64,7 @@ def merge(
             whatever `calibration_rows` takes, or a `Calibration`. Takes minutes. What is kept is then measured on its
             held-out rows, and not on `texts`.
         force: merge although less than half of the adapter is left in NF4, or although the original is not what the
-            base was made of.
+            base was made of, or the token ids to calibrate on may be another tokenizer's.
 
     Returns:
         the report; `report.model` is the merged model.
@@ -91,6 +92,7 @@ def merge(
         )
     if calibration is not None:  # read before anything long
         calibration = planned(calibration, base, tokenizer)
+        calibration = replace(calibration, force=calibration.force or force)
     merged, notes = _merged(model, names, dense)
     if other:
         notes.append(f"The original is not what the base was made of: {other}.")
@@ -152,10 +154,15 @@ def refuse_lost(report: MergeReport, force: bool) -> None:
         if report.calibration is not None:
             why = "the rows may be too few, or too far from what the adapter was trained on. Give others, merge"
         raise MergeRefused(
-            f"{left}: {why} with onto='dequantized', which keeps all of it; or serve the adapter unmerged on the NF4 "
-            "base; force merges all the same.",
+            f"{left}{_unlike_logits(report)}: {why} with onto='dequantized', which keeps all of it; or serve the "
+            "adapter unmerged on the NF4 base; force merges all the same.",
             report,
         )
+
+
+def _unlike_logits(report: MergeReport) -> str:
+    """Why it is the weights that the share is of: `merge` and `merge_files` measure different ones of one adapter."""
+    return f" (the logits were {report.text})" if report.kept_by == "weights" else ""
 
 
 def _check_model(model: Any) -> list[str]:

@@ -334,6 +334,17 @@ def test_what_keeps_little_is_refused_and_says_why(
     assert merge(model, onto="nf4", calibration=rows, force=True).model is not None
 
 
+def test_force_calibrates_on_ids_that_may_be_another_tokenizers() -> None:
+    dense = llama()
+    dense.lm_head.weight.data *= 40
+    model, rows = adapted(dense), rows_of(text())
+    with pytest.raises(ValueError, match="the ids are probably another tokenizer's"):
+        merge(model, onto="nf4", calibration=rows)
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    assert report.calibration is not None
+    assert report.calibration.losses["dense"] > 7  # and guessing has 6.2
+
+
 def test_rows_that_do_not_fit_are_refused_before_anything_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(llama())
     before = state_bytes(model)

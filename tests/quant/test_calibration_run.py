@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import bert, gpt2, llama
+from architectures import VOCAB, bert, gpt2, llama
 from calibrating import HELD_OUT, LENGTH, calibrated, codes, rows_of, stock_logits, text
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -173,6 +173,53 @@ def test_a_4_bit_model_is_refused() -> None:
 def test_settings_that_are_none_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         Calibration(rows_of(text()), **values)
+
+
+def test_a_folder_to_resume_from_is_a_path() -> None:
+    with pytest.raises(ConfigError, match="resume=5 must be the path of a folder, or None"):
+        Calibration(rows_of(text()), resume=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("row", ["all", "held out"])
+def test_where_a_loss_gets_nan_is_named_and_nothing_changed(row: str) -> None:
+    """In all rows, or in one that is neither calibrated on nor listened to."""
+    model, rows = llama(), rows_of(text())
+    broken = model.model.layers[1].input_layernorm
+    odd = int(rows.inputs["input_ids"][-1, 5])
+    if row == "held out":
+        for other in rows.inputs["input_ids"][:-1]:
+            other[other == odd] = odd % (VOCAB - 1) + 1
+    weight = model.model.embed_tokens.weight if row == "held out" else broken.weight
+    at = odd if row == "held out" else 3
+    kept = weight.data[at].clone()
+    weight.data[at] = float("inf")
+    before = codes(model)
+    name = "layers.0.self_attn.q_proj" if row == "held out" else "layers.1.self_attn.q_proj"
+    with pytest.raises(CalibrationError, match=rf"The inputs of model\.{name} have NaN or infinite values"):
+        quantize_model(model, calibration=rows)
+    assert codes(model) == before
+    weight.data[at] = kept
+    quantize_model(model, calibration=rows)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_head_that_gives_nan_is_told_from_the_layers(value: float) -> None:
+    model, rows = llama(), rows_of(text())
+    seen = torch.arange(VOCAB) == rows.measured["input_ids"][0, 5]
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits.masked_fill(seen, value))
+    message = (
+        r"The model's loss on the rows to measure on is (nan|inf), though the inputs of all layers to round are fin"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        quantize_model(model, calibration=rows)
+
+
+def test_a_forced_calibration_is_of_any_ids() -> None:
+    model = llama()
+    model.lm_head.weight.data *= 40
+    with pytest.raises(CalibrationError, match="force=True"):
+        quantize_model(model, calibration=rows_of(text()))
+    quantize_model(model, calibration=Calibration(rows_of(text()), force=True))
 
 
 # --- going on after an interruption ----------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.config import NF4Config
+from hf_qlora.data.errors import counted
 from hf_qlora.quant.calibrate.batches import LABELS, NO_LABEL
 from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.group import Packed
@@ -49,7 +51,7 @@ def checked_calibration(given: Any, model: nn.Module, config: NF4Config) -> Cali
     if config.quant_type != "nf4":
         raise ConfigError(f"calibration= rounds to NF4 alone; quant_type is {config.quant_type!r}. Leave it out.")
     calibration = planned(given, model)
-    plausible(model, calibration.rows)
+    plausible(model, calibration.rows, calibration.force)
     return calibration
 
 
@@ -104,7 +106,7 @@ def calibrate(
         delay: seconds before a progress bar is shown.
 
     Raises:
-        CalibrationError: inputs that are not finite.
+        CalibrationError: inputs, or a loss, that are not finite.
         ConfigError: scales of a base that is not in NF4.
     """
     rows, started = calibration.rows, time.monotonic()
@@ -119,6 +121,7 @@ def calibrate(
     with evaluating(model), torch.compiler.set_stance("force_eager"):
         few = _few(inputs)
         heard = listen(run, layers, few)
+        _refuse_broken(run, layers, inputs, rows, losses["dense"])
         kept = None
         if calibration.resume is not None:
             settings = (config, asdict(calibration), list(layers))
@@ -194,6 +197,29 @@ def forward_inputs(model: Any, rows: CalibrationRows) -> dict[str, Tensor]:
     return inputs | found
 
 
+def _refuse_broken(
+    run: Callable[..., Any],
+    layers: Mapping[str, nn.Module],
+    inputs: Mapping[str, Tensor],
+    rows: CalibrationRows,
+    loss: float | None,
+) -> None:
+    """Where the loss on the held-out rows is no number, name the first layer that it comes by.
+
+    Raises:
+        CalibrationError: whenever it is none.
+    """
+    if loss is None or math.isfinite(loss):
+        return
+    for row in range(rows.count - rows.held_out if rows.held_out else 0, rows.count):
+        listen(run, layers, {name: tensor[row : row + 1] for name, tensor in inputs.items()})
+    raise CalibrationError(
+        f"The model's loss on the rows to measure on is {loss}, though the inputs of all layers to round are finite: "
+        "its head, or what else comes after them, gives NaN or infinite values, or no row has two tokens that are no "
+        "padding. Check the checkpoint, its dtype and the rows."
+    )
+
+
 def _few(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A few rows; those of a decoder are of other lengths than its encoder's, so that what reads which can be told."""
     few = {name: tensor[:LISTENED_ROWS] for name, tensor in inputs.items()}
@@ -242,18 +268,19 @@ def _notes(rows: CalibrationRows, streams: Streams, heard: Heard, uncalibrated: 
         notes.append("No rows were held out: the errors are of the rows calibrated on, and say too little.")
     if streams.singular:
         notes.append(
-            f"{len(streams.singular)} groups of layers have more inputs than there are tokens ({streams.singular[0]}, "
-            "…): what the tokens say nothing of was left to damping. More rows are better."
+            f"There are more inputs than there are tokens in {counted(len(streams.singular), 'group')} of layers "
+            f"({streams.singular[0]}, …): what the tokens say nothing of was left to damping. More rows are better."
         )
     scattered = [name for name in uncalibrated if name in streams.scattered]
     unreached = [name for name in uncalibrated if name not in streams.scattered]
-    for names, why in ((scattered, "do not see the rows in their order"), (unreached, "were not reached by the rows")):
+    for names, why in ((scattered, "not seeing the rows in their order"), (unreached, "not reached by the rows")):
         if names:
-            notes.append(f"{len(names)} layers were rounded to nearest, since they {why} ({names[0]}, …).")
+            notes.append(f"{counted(len(names), 'layer')} rounded to nearest, {why} ({names[0]}, …).")
     if streams.resumed:
-        notes.append(f"{streams.resumed} groups of layers are of an earlier run; the seconds are of this one alone.")
+        groups = counted(streams.resumed, "group")
+        notes.append(f"{groups} of layers of an earlier run taken over; the seconds are of this one alone.")
     again = [name for name in streams.nearest if heard.calls[name] > 1]
     if again:
-        what = "layers are called more than once, and were calibrated on the first call"
-        notes.append(f"{len(again)} {what} ({again[0]}, …).")
+        layers = f"{counted(len(again), 'layer')} {'is' if len(again) == 1 else 'are'}"
+        notes.append(f"{layers} called more than once, and calibrated on the first call ({again[0]}, …).")
     return notes
