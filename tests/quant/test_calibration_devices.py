@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_qlora import Calibration, NF4Config, calibration_report, quantize_model
 from hf_qlora.quant.calibrate import group, streams
+from hf_qlora.quant.calibrate.grams import Grams
 from hf_qlora.quant.calibrate.kept import key_of
 from hf_qlora.quant.calibrate.report import CalibrationReport
 from hf_qlora.quant.calibrate.rows import CalibrationRows
@@ -98,7 +99,7 @@ def run(
     with monkeypatch.context() as patch:
         patch.setattr(streams, "round_group", recorder)
         if other and device == "cpu":
-            patch.setattr(streams._Sums, "add", _backwards(streams._Sums.add))
+            patch.setattr(Grams, "add", _backwards(Grams.add))
             patch.setattr(group, "SLAB_BYTES", 2**14)
             copied.set_attn_implementation("eager")
         quantize_model(copied, calibration=rows)
@@ -194,12 +195,12 @@ def test_gram_matrices_in_tf32_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> N
     """As a GPU makes them where `torch.backends.cuda.matmul.allow_tf32` is on: factors of eleven bits."""
     model, rows = problem(torch.float32)
     expected, packed = run(model, rows, monkeypatch)
-    add = streams._Sums.add
+    add = Grams.add
 
     def short(x: Tensor) -> Tensor:
         return ((x.view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
 
-    monkeypatch.setattr(streams._Sums, "add", lambda sums, X0, X: add(sums, short(X0), short(X)))
+    monkeypatch.setattr(Grams, "add", lambda sums, X0, X: add(sums, short(X0), short(X)))
     found, _ = run(model, rows, monkeypatch, earlier=packed)
     assert group_differences(found, expected, torch.float32) >= {"gram", "cross", "target"}
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_qlora import NF4Config, quantize_model
 from hf_qlora.quant.calibrate import streams
 from hf_qlora.quant.calibrate.errors import CalibrationError
+from hf_qlora.quant.calibrate.grams import Grams
 from hf_qlora.quant.calibrate.group import Method, round_group
 from hf_qlora.quant.calibrate.run import calibration_report
 from hf_qlora.quant.dequantize import dequantize_weight
@@ -226,8 +227,8 @@ def _with_sinks(tokens: int) -> tuple[Tensor, Tensor]:
     return X, ~sinks
 
 
-def _sums(X: Tensor, X0: Tensor, cap: float | None) -> streams._Sums:
-    sums = streams._Sums(torch.zeros(128, 128), torch.zeros(128, 128), cap)
+def _sums(X: Tensor, X0: Tensor, cap: float | None) -> Grams:
+    sums = Grams(torch.zeros(128, 128), torch.zeros(128, 128), cap)
     sums.add(X0, X)
     return sums
 

@@ -34,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.config import NF4Config
 from hf_qlora.quant.calibrate.errors import CalibrationError
+from hf_qlora.quant.calibrate.grams import TOKENS_AT_A_TIME, Grams
 from hf_qlora.quant.calibrate.group import Packed, round_group
 from hf_qlora.quant.calibrate.report import LayerCalibration
 from hf_qlora.quant.calibrate.rows import CalibrationRows
@@ -47,9 +48,8 @@ from hf_qlora.quant.packing import quantize_weight
 
 OnLayer = Callable[[str, Tensor, Linear4bit], None]
 
-# Of the calibration in one forward; each is there twice.
+# Of the calibration in one forward, where they have no more than TOKENS_AT_A_TIME; each is there twice.
 ROWS_AT_A_TIME = 16
-TOKENS_AT_A_TIME = 4096
 MOST_FORWARDS = 32  # each has threads of its own
 
 
@@ -81,38 +81,6 @@ class _Batch:
     def count(self) -> int:
         """Of rows, as the forward has them."""
         return len(next(iter(self.inputs.values())))
-
-
-@dataclass
-class _Sums:
-    """Of a group of layers, over the rows that have come so far.
-
-    Attributes:
-        gram, cross (`torch.Tensor`, (K, K), float32): H = Xᵀ X and D = Xᵀ X₀; D where it is wanted.
-        cap: of `Method`.
-        one_stream: whether X₀ = X.
-        finite: whether the model itself gave finite inputs.
-    """
-
-    gram: Tensor
-    cross: Tensor | None
-    cap: float | None
-    one_stream: bool = True
-    finite: bool = True
-
-    def add(self, X0: Tensor, X: Tensor) -> None:
-        """Take in inputs of both streams, (tokens, K)."""
-        self.one_stream &= torch.equal(X0, X)
-        self.finite &= bool(X0.isfinite().all())
-        with torch.autocast(X.device.type, enabled=False):
-            for part, part0 in zip(X.split(TOKENS_AT_A_TIME), X0.split(TOKENS_AT_A_TIME), strict=True):
-                part = part.float()
-                weights = None if self.cap is None else _weights(part, self.cap)
-                part = part if weights is None else part * weights
-                self.gram.addmm_(part.t(), part)
-                if self.cross is not None:
-                    part0 = part0.float()
-                    self.cross.addmm_(part.t(), part0 if weights is None else part0 * weights)
 
 
 @dataclass
@@ -158,7 +126,7 @@ class Streams:
         self.calls = Counter({name: n for name, n in heard.calls.items() if name not in heard.scattered})
         self.names = [name for group in heard.groups for name in group if name in self.calls]
         self.batches: list[_Batch] = []
-        self.sums: dict[str, _Sums] = {}  # by the name of the group's first layer
+        self.grams: dict[str, Grams] = {}  # by the name of the group's first layer
         self.rounded: dict[str, _Rounded] = {}
         self.holders = Counter(id(layer.weight) for layer in layers.values())
         self.shared: dict[int, tuple[Tensor, Packed]] = {}  # by the parameter's id, which is kept for it
@@ -259,7 +227,7 @@ class Streams:
     def _wait_for(self, first: str, batch: _Batch, x: Tensor) -> None:
         """Until the group of this first layer is rounded, by what all batches feed it."""
         teacher, student = x.chunk(2)
-        if first not in self.sums:
+        if first not in self.grams:
             names = self._names(first)
             if self._tokens_in_all(names[0], batch, student) < x.shape[-1]:
                 self.singular.append(names[0])
@@ -269,10 +237,10 @@ class Streams:
                 return
             gram = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
             cross = torch.zeros_like(gram) if self.calibration.correction else None
-            self.sums[first] = _Sums(gram, cross, self.calibration.cap)
+            self.grams[first] = Grams(gram, cross, self.calibration.cap)
         if not batch.held_out:
             tokens = partial(self._unpadded, first, batch)
-            self.sums[first].add(tokens(teacher), tokens(student))
+            self.grams[first].add(tokens(teacher), tokens(student))
         batch.waits_for = first
         batch.turn.wait()
 
@@ -295,9 +263,9 @@ class Streams:
         return {name: quantize_weight(dense_weight(self.layers[name]), self.config) for name in names}
 
     def _round(self, first: str) -> None:
-        names, sums = self._names(first), self.sums.pop(first)
+        names, grams = self._names(first), self.grams.pop(first)
         if names:
-            packed = self._packed(names, {name: dense_weight(self.layers[name]) for name in names}, sums)
+            packed = self._packed(names, {name: dense_weight(self.layers[name]) for name in names}, grams)
             if self.kept:
                 self.kept.put(names, packed)
             self._use(names, packed)
@@ -312,21 +280,21 @@ class Streams:
                 self.shared.setdefault(id(layer.weight), (layer.weight, own))
             self.nearest[name] = nearest
 
-    def _packed(self, names: list[str], weights: Mapping[str, Tensor], sums: _Sums) -> list[Packed]:
+    def _packed(self, names: list[str], weights: Mapping[str, Tensor], grams: Grams) -> list[Packed]:
         found = {name: self.shared.get(id(self.layers[name].weight), (None, None))[1] for name in names}
         new = [name for name in names if found[name] is None]
-        cross = None if sums.one_stream else sums.cross
-        if not (sums.gram.isfinite().all() and (cross is None or cross.isfinite().all())):
-            when = "after the layers before it were rounded" if sums.finite else "in some rows"
+        cross = None if grams.one_stream else grams.cross
+        if not (grams.gram.isfinite().all() and (cross is None or cross.isfinite().all())):
+            when = "after the layers before it were rounded" if grams.finite else "in some rows"
             raise CalibrationError(
                 f"The inputs of {new[0]} have NaN or infinite values {when}. Leave out the rows that do this, or "
                 "load the model in a wider dtype."
             )
         scales = [self.base[name][1] for name in new] if self.calibration.scales == "base" else None
-        with torch.autocast(sums.gram.device.type, enabled=False):
+        with torch.autocast(grams.gram.device.type, enabled=False):
             packed = round_group(
                 [weights[name] for name in new],
-                sums.gram,
+                grams.gram,
                 cross,
                 self.config,
                 self.calibration,
@@ -388,13 +356,6 @@ class Streams:
         if self.progress is not None:
             self.progress.set_postfix_str(f"{name}: {error:.2%}, nearest {nearest:.2%}", refresh=False)
             self.progress.update()
-
-
-def _weights(x: Tensor, cap: float) -> Tensor:
-    """(tokens, 1): what makes the norms of x's rows at most `cap` times their median."""
-    norms = x.norm(dim=1, keepdim=True)
-    weights: Tensor = (cap * norms.median() / norms).clamp(max=1).nan_to_num(1.0)
-    return weights
 
 
 def _forward(model: Callable[..., Any], batch: _Batch) -> None:
