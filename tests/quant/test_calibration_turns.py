@@ -1,12 +1,8 @@
-"""Functions that take turns: one runs at a time, each goes on where it was, and none is left running."""
+"""Functions that take turns: each goes on where it was, and none is left behind."""
 
 from __future__ import annotations
 
 import contextvars
-import os
-import signal
-import threading
-import time
 
 import pytest
 import torch
@@ -34,39 +30,52 @@ def test_each_goes_on_where_it_was() -> None:
     one.go_on()
     assert one.ended
     other.abandon()
+    assert other.ended
 
 
-def test_what_is_raised_within_is_the_callers() -> None:
-    turn = Turn(lambda: 1 / 0, "cpu")
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_what_is_raised_within_is_the_callers(error: type[BaseException]) -> None:
+    def fail() -> None:
+        raise error
+
+    turn = Turn(fail, "cpu")
+    with pytest.raises(error):
         turn.go_on()
     assert turn.ended
+    turn.abandon()
 
 
-def test_torch_s_settings_are_the_makers() -> None:
+def _settings() -> list[object]:
+    return [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")]
+
+
+def test_torch_s_settings_are_each_side_s_own() -> None:
+    """Those of the maker to begin with; and what one changes around its `wait` is not the other's."""
     variable = contextvars.ContextVar("variable", default="none")
     found: list[object] = []
 
-    def look() -> None:
-        found.extend([torch.get_num_threads(), torch.is_grad_enabled(), variable.get()])
-        found.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+    def work() -> None:
+        found.append([*_settings(), variable.get()])
+        with torch.autocast("cpu", enabled=False), torch.enable_grad():
+            turn.wait()
+            found.append(_settings())
+        found.append(_settings())
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    token = variable.set("some")
-    try:
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
-            turn = Turn(look, "cpu")
-        turn.go_on()  # as they were when it was made
-        Turn(look, "cpu").go_on()
-    finally:
-        torch.set_num_threads(before)
-        variable.reset(token)
-    assert found == [3, False, "some", torch.float16, 3, True, "some", None]
+    variable.set("some")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
+        turn = Turn(work, "cpu")
+    turn.go_on()
+    assert _settings() == [True, False, torch.bfloat16]
+    with torch.no_grad():
+        turn.go_on()
+        assert _settings() == [False, False, torch.bfloat16]
+    maker = [False, True, torch.float16]
+    assert found == [[*maker, "some"], [True, False, torch.float16], maker]
+    assert turn.ended
 
 
 @pytest.mark.parametrize("starts", [False, True])
-def test_an_abandoned_one_cleans_up_and_is_gone(starts: bool) -> None:
+def test_an_abandoned_one_cleans_up(starts: bool) -> None:
     done: list[str] = []
 
     def work() -> None:
@@ -78,24 +87,7 @@ def test_an_abandoned_one_cleans_up_and_is_gone(starts: bool) -> None:
             done.append("cleaned up")
 
     turn = Turn(work, "cpu")
-    before = threading.active_count()
     if starts:
         turn.go_on()
     turn.abandon()
     assert done == (["began", "cleaned up"] if starts else [])
-    assert threading.active_count() == before
-
-
-def test_after_an_interrupt_it_ends_at_the_next_check() -> None:
-    def endless() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        while True:
-            turn.check()
-            time.sleep(0.01)
-
-    turn = Turn(endless, "cpu")
-    with pytest.raises(KeyboardInterrupt):
-        turn.go_on()
-    assert not turn.ended
-    turn.abandon()
-    assert turn.ended

@@ -50,7 +50,7 @@ OnLayer = Callable[[str, Tensor, Linear4bit], None]
 
 # Of the calibration in one forward, where they have no more than TOKENS_AT_A_TIME; each is there twice.
 ROWS_AT_A_TIME = 16
-MOST_FORWARDS = 32  # each has threads of its own
+MOST_FORWARDS = 32  # that wait: each has a stack of its own
 
 
 class _Finished(BaseException):
@@ -189,7 +189,6 @@ class Streams:
 
         def both(x: Tensor) -> Tensor:
             batch = self.batch
-            batch.turn.check()
             if not in_rows(x, batch.count, self.lengths):
                 self._give_up(name)
             elif name not in self.rounded:
