@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from hf_qlora.merge.folder import check_folder, whole_folder
 from hf_qlora.merge.load import checked_device, load_model, without_weights
 from hf_qlora.merge.sources import base_source, copy_beside
 from hf_qlora.quant.base import checked_config, quantize_model
+from hf_qlora.quant.calibrate.errors import CalibrationRefused
 from hf_qlora.quant.calibrate.kept import beside as kept_beside
 from hf_qlora.quant.calibrate.kept import resumable
 from hf_qlora.quant.calibrate.report import CalibrationReport
@@ -115,6 +117,7 @@ def quantize_files(
     seed: int = 0,
     dtype: str | None = None,
     device: str | None = None,
+    force: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> QuantizedFiles:
@@ -129,6 +132,8 @@ def quantize_files(
         dtype: "float32", "bfloat16" or "float16": what the weights are loaded in, and the dense ones saved in; by
             default what the model's config says.
         device: where it is done; CUDA where there is one, by default.
+        force: calibrate on token ids that may be another tokenizer's, and write a calibrated model that loses more on
+            the held-out rows than one rounded to nearest.
         overwrite: replace a saved model that is in `output`; of its card, what a user wrote is kept.
         max_shard_bytes: of one file of weights.
 
@@ -137,6 +142,7 @@ def quantize_files(
     Raises:
         MergeError, LoadError: no such model, one that is quantized already, or an output that cannot be used.
         CalibrationError: data that cannot be calibrated on.
+        CalibrationRefused: what `force` allows.
         BaseModelError, ConfigError: see `quantize_model`; an unknown dtype or device.
         OSError: the disk is full or read-only; what was in `output` is unchanged.
     """
@@ -150,11 +156,14 @@ def quantize_files(
     skeleton = without_weights(model)
     size = {"rows": rows, "length": length, "held_out": held_out, "seed": seed}
     asked = None if calibration is None else planned(calibration, skeleton, None, kept_beside(target), **size)
+    if asked is not None:
+        asked = replace(asked, force=asked.force or force)
     loaded = load_model(model, dtype).to(where)
     before = footprint(loaded)
     config = replace(config, compute_dtype=config.compute_dtype or loaded.dtype)
-    with resumable(target):
+    with nullcontext() if asked is None else resumable(target, CalibrationRefused):
         quantize_model(loaded, config, calibration=asked)
+        _refuse_worse(calibration_report(loaded), force)
         found = QuantizedFiles(
             model=model,
             output=str(target),
@@ -171,6 +180,17 @@ def quantize_files(
             copy_beside(folder, folder, stage)
             _describe(found, loaded, folder, target, stage)
     return found
+
+
+def _refuse_worse(report: CalibrationReport | None, force: bool) -> None:
+    """Raise CalibrationRefused for a calibration that is worse than none."""
+    if report is not None and report.is_worse and not force:
+        own, nearest = (report.losses[name] for name in ("calibrated", "nearest"))
+        raise CalibrationRefused(
+            f"Calibrated, the model's loss on the held-out rows is {own:.4f} nats a token, and rounded to nearest "
+            f"{nearest:.4f}. Give more rows, or others, or leave the calibration out; force writes it all the same.",
+            report,
+        )
 
 
 def _describe(found: QuantizedFiles, model: PreTrainedModel, source: Path, before: Path, stage: Path) -> None:

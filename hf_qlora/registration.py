@@ -117,9 +117,14 @@ PRIVATE = {
     "peft.utils.other:get_pattern_key": "layers.fold",
     "peft.utils.hotswap:_update_scaling": "layers.fold",
     "bitsandbytes.functional:_convert_weight_packed_for_cpu_inverse": "quant.packing",
-    "bitsandbytes.functional:QuantState.from_dict": "quant.scales",
-    "bitsandbytes.functional:QuantState.as_dict": "quant.linear4bit",
+    "bitsandbytes.functional:QuantState.from_dict": "quant.scales, quant.calibrate.kept",
+    "bitsandbytes.functional:QuantState.as_dict": "quant.linear4bit, quant.calibrate.kept",
     "torch.nn:Module._load_from_state_dict": "quant.linear4bit",
+    "torch:Tensor._version": (
+        "layers.siblings, layers.logits, layers.forward, layers.offload, quant.fingerprint, quant.repacked, "
+        "quant.calibrate.siblings"
+    ),
+    "transformers:PreTrainedConfig._attn_implementation": "quant.calibrate.kept",
     "bitsandbytes.functional:has_avx512bf16": "quant.repacked",
     "torch:ops.bitsandbytes.gemv_4bit.default": "quant.repacked",
     "transformers.quantizers.base:get_keys_to_not_convert": "quant.selection",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from architectures import VOCAB
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_qlora import NF4Config, quantize_model
@@ -19,8 +23,9 @@ from hf_qlora.quant.calibrate.run import calibration_report
 ROWS, HELD_OUT, LENGTH = 10, 2, 32
 
 
-def text(rows: int = ROWS, length: int = LENGTH, padded: bool = False) -> dict[str, Tensor]:
-    ids, mask = torch.randint(1, VOCAB, (rows, length)), torch.ones(rows, length, dtype=torch.long)
+def text(rows: int = ROWS, length: int = LENGTH, padded: bool = False, words: int = VOCAB) -> dict[str, Tensor]:
+    """Random tokens; of few words, the inputs of layers lie in few directions, where calibration gains most."""
+    ids, mask = torch.randint(1, words, (rows, length)), torch.ones(rows, length, dtype=torch.long)
     if padded:
         mask = (torch.arange(length)[None] < torch.randint(length // 2, length + 1, (rows, 1))).long()
     return {"input_ids": ids * mask, "attention_mask": mask}
@@ -75,3 +80,36 @@ def codes(model: nn.Module) -> dict[str, bytes]:
         for name, tensor in model.state_dict().items()
         if isinstance(tensor, Tensor)
     }
+
+
+STOCK = """
+import sys
+from importlib.abc import MetaPathFinder
+
+
+class NotThisPackage(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hf_qlora":
+            raise ModuleNotFoundError(name)
+
+
+sys.meta_path.insert(0, NotThisPackage())
+import bitsandbytes, torch, transformers
+from safetensors.torch import load_file, save_file
+
+saved, folder = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).eval()
+for module in model.modules():
+    if isinstance(module, bitsandbytes.nn.Linear4bit):
+        module.support_avx512bf16_for_cpu = False
+with torch.no_grad():
+    save_file({"logits": model(**load_file(f"{folder}/inputs.safetensors")).logits}, f"{folder}/out.safetensors")
+assert "hf_qlora" not in sys.modules
+"""
+
+
+def stock_logits(saved: Path, inputs: Mapping[str, Tensor], place: Path) -> Tensor:
+    """The logits of a saved model, by stock transformers and bitsandbytes in a process without this package."""
+    save_file(dict(inputs), place / "inputs.safetensors")
+    subprocess.run([sys.executable, "-c", STOCK, str(saved), str(place)], check=True)
+    return load_file(place / "out.safetensors")["logits"]

@@ -40,3 +40,15 @@ def differences(one: nn.Module, other: nn.Module) -> list[str]:
 
 def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def trained(model: PeftModel, inputs: dict[str, Tensor], steps: int = 25, lr: float = 5e-3) -> PeftModel:
+    """The active adapters, trained to a clear gain."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+    return model.eval()

@@ -37,7 +37,9 @@ from hf_qlora import (
 from hf_qlora.config.fingerprint import Fingerprint
 from hf_qlora.console import INTERRUPTED
 from hf_qlora.merge import sources
-from hf_qlora.quant.calibrate import group, streams
+from hf_qlora.quant.calibrate import group, run, streams
+from hf_qlora.quant.calibrate.kept import beside
+from hf_qlora.quant.calibrate.report import CLEAR_GAP, CalibrationReport
 from hf_qlora.quant.fingerprint import take_fingerprint
 
 
@@ -282,6 +284,54 @@ def test_calibrated_it_is_what_quantize_model_makes_of_the_same_rows(
     assert [path.name for path in target.parent.iterdir()] == ["nf4"]
 
 
+def test_what_is_worse_than_nearest_is_refused_and_forced_with_a_note_in_its_card(
+    folder: Path, target: Path, speeches: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file is one document, of which the held-out rows are the end: that is in the card too."""
+    monkeypatch.setattr(run, "_nearest_loss", lambda *_: 1.0)
+    arguments = (folder, "--output", target, "--calibrate", speeches, *CALIBRATED)
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    assert "nats a token, and rounded to nearest 1.0000. Give more rows" in refused.output
+    assert "note       Rounding to nearest loses less on the held-out rows" in refused.output
+    assert not target.exists()
+    assert "Rounding to nearest loses less" in caplog.text
+    forced = invoke(*arguments, "--force")
+    assert forced.exit_code == 0, forced.output
+    rows = [line for line in (target / "README.md").read_text().splitlines() if line.startswith("| Note ")]
+    report = json.loads((target / "hf_qlora_quantization.json").read_text())["report"]
+    assert [row.partition("`")[2].partition("`")[0] for row in rows] == report["notes"]
+    assert any("are the end of the longest document" in note for note in report["notes"])
+    assert any("Rounding to nearest loses less" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "worse"),
+    [(2.0, False), (2.0 + CLEAR_GAP / 2, False), (2.0 + 2 * CLEAR_GAP, True), (float("nan"), True), (None, False)],
+    ids=["as good", "hardly worse", "worse", "nan", "no loss"],
+)
+def test_worse_is_worse_than_nearest_by_a_clear_gap(calibrated: float | None, worse: bool) -> None:
+    losses = {} if calibrated is None else {"dense": 1.9, "nearest": 2.0, "calibrated": calibrated}
+    assert CalibrationReport("", 0, 8, 2, "", {}, [], losses).is_worse == worse
+
+
+def test_ids_that_may_be_another_tokenizers_are_calibrated_on_by_force(
+    folder: Path, target: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": 40 * tensors["lm_head.weight"]}, folder / "model.safetensors", {"format": "pt"}
+    )
+    rows = [{"input_ids": torch.randint(1, VOCAB, (300,)).tolist()} for _ in range(4)]
+    (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = (folder, "--output", target, "--device", "cpu", "--calibrate", tmp_path / "ids.jsonl", *CALIBRATED)
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    assert "the ids are probably another tokenizer's" in refused.output
+    forced = invoke(*arguments, "--force")
+    assert forced.exit_code == 0, forced.output
+
+
 def test_a_calibration_that_was_stopped_goes_on(
     folder: Path,
     target: Path,
@@ -312,6 +362,15 @@ def test_a_calibration_that_was_stopped_goes_on(
     invoke(folder, "--output", straight, "--calibrate", speeches, *CALIBRATED)
     one, other = (load_file(place / "model.safetensors") for place in (target, straight))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_rounding_to_nearest_leaves_what_a_stopped_calibration_kept(folder: Path, target: Path) -> None:
+    kept = beside(target)
+    kept.mkdir(parents=True)
+    (kept / "layers").write_text("of hours")
+    result = invoke(folder, "--output", target)
+    assert result.exit_code == 0, result.output
+    assert (kept / "layers").read_text() == "of hours"
 
 
 @pytest.mark.parametrize(

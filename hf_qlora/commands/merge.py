@@ -40,7 +40,13 @@ def merge_adapter(
         str, typer.Option(help="nf4 or dense, for adapters of stock PEFT, which do not say; auto: the base as stored.")
     ] = "auto",
     force: Annotated[
-        bool, typer.Option("--force", help="Merge although NF4 loses the adapter, or the base is another one.")
+        bool,
+        typer.Option(
+            "--force",
+            help="--onto nf4: merge although less than half of the adapter is left, or --calibrate has token ids of "
+            "which the model knows less than one that guesses. Any --onto: although the base is another one, and the "
+            "adapter's config says on_base_mismatch='error'.",
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a saved model in OUTPUT.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write the whole report into this .json file.")] = None,
@@ -73,7 +79,8 @@ def merge_adapter(
                 overwrite=overwrite,
             )
     except MergeRefused as error:
-        typer.echo(str(error.report))
+        if error.report.layers:  # else it was refused before anything was measured
+            typer.echo(str(error.report))
         raise misused(str(error)) from None
     except (ImportError, OSError, ValueError) as error:
         raise misused(str(error)) from None

@@ -64,11 +64,20 @@ def quantize(
         str | None, typer.Option(help="float32, bfloat16 or float16; by default what the model's config says.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; CUDA where there is one.")] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Calibrate although the model knows less of the token ids than one that guesses, and write it "
+            "although it loses more, calibrated, than rounded to nearest.",
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a saved model in OUTPUT.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write the whole report into this .json file.")] = None,
 ) -> None:
     """Quantize a saved model to NF4, as bitsandbytes and transformers load it; calibrated on text, if it is given."""
     from hf_qlora import NF4Config
+    from hf_qlora.quant.calibrate.errors import CalibrationRefused
     from hf_qlora.quantize_files import quantize_files
 
     try:
@@ -89,8 +98,12 @@ def quantize(
                 seed=seed,
                 dtype=dtype,
                 device=device,
+                force=force,
                 overwrite=overwrite,
             )
+    except CalibrationRefused as error:
+        typer.echo(str(error.report))
+        raise misused(str(error)) from None
     except (ImportError, OSError, ValueError) as error:
         raise misused(str(error)) from None
     except KeyboardInterrupt:

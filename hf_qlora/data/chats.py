@@ -10,7 +10,8 @@ from jinja2 import TemplateError
 from hf_qlora.data.errors import DataError, first_line, short
 
 
-UNDERSTOOD = "messages; prompt and completion; or instruction and output"
+UNDERSTOOD = "messages or conversations; prompt and completion; or instruction and output"
+ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's "from"
 
 Messages = list[dict[str, str]]
 
@@ -26,16 +27,20 @@ def as_messages(row: Mapping[str, Any], understood: str = UNDERSTOOD) -> Message
     """
     if "messages" in row:
         messages = row["messages"]
+    elif "conversations" in row:
+        messages = row["conversations"]
     elif {"prompt", "completion"} <= row.keys():
         messages = exchange(row["prompt"], row["completion"])
     elif {"instruction", "output"} <= row.keys():
         question = [str(row[name]) for name in ("instruction", "input") if row.get(name)]
         messages = exchange("\n\n".join(question), row["output"])
     else:
-        raise DataError(f"The data set has the columns {', '.join(row) or 'none'}; understood are {understood}.")
+        raise DataError(f"A row has the columns {', '.join(map(str, row)) or 'none'}; understood are {understood}.")
+    messages = [_said(message) for message in messages] if isinstance(messages, list) else messages
     if not _is_chat(messages):
         raise DataError(
-            f"A row is no chat of 'role' and 'content' that ends with the assistant's answer: {short(str(messages))}"
+            "A row is no chat of 'role' and 'content', or 'from' and 'value', that ends with the assistant's answer: "
+            f"{short(str(messages))}"
         )
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
@@ -58,6 +63,13 @@ def render(tokenizer: Any, messages: Messages, **options: Any) -> str:
         raise DataError(
             f"The model's chat template cannot render an example: {first_line(error)} Choose a model made for chat."
         ) from error
+
+
+def _said(message: Any) -> Any:
+    """A message of ShareGPT's, from somebody with a value, as one with a role and content; others as they are."""
+    if not isinstance(message, Mapping) or not {"from", "value"} <= message.keys():
+        return message
+    return {"role": ROLES.get(str(message["from"]), message["from"]), "content": message["value"]}
 
 
 def _is_chat(messages: Any) -> bool:

@@ -14,10 +14,11 @@ from typing import Any
 
 from hf_qlora.data.chats import UNDERSTOOD, Messages, as_messages
 from hf_qlora.data.errors import DataError, short
-from hf_qlora.data.files import hub_rows, json_rows, read_text
+from hf_qlora.data.files import hub_rows, placed_rows, read_text
 
 
 SUFFIXES = (".txt", ".jsonl", ".json")
+AS_TEXT = "give a list of texts, or write it into a .txt file"
 FILES = "a .txt, .jsonl or .json file nor a folder with some"
 COLUMNS = f"text; {UNDERSTOOD}; or input_ids"
 LONGEST_NAME = 300
@@ -36,7 +37,7 @@ def read_documents(source: str, seed: int = 0) -> tuple[list[Document], str]:
     """
     path, column = Path(source), None
     if "\n" in source or len(source) > LONGEST_NAME:
-        raise DataError(f"{short(source)!r} is a text and no name of a file or data set; give a list of texts.")
+        raise _is_text(source)
     if not path.exists() and "#" in source:
         name, _, column = source.rpartition("#")
         source, path = name, Path(name)
@@ -49,15 +50,19 @@ def read_documents(source: str, seed: int = 0) -> tuple[list[Document], str]:
         found = [document for file in files for document in _of_file(file, column)]
     elif is_path(source):
         raise DataError(f"The file {source} is not there.")
+    elif len(source.split()) > 1:
+        raise _is_text(source)
     else:
-        name, _, split = source.partition(":")
-        found = [document_of(row, column) for row in hub_rows(name, split or "train", seed, FILES)]
-        return found, source
+        return _of_hub(source, column, seed), source
     return found, path.absolute().name
 
 
-def document_of(row: Any, column: str | None = None) -> Document:
+def document_of(row: Any, column: str | None = None, source: str | None = None) -> Document:
     """A row as a document.
+
+    Args:
+        column: what is read of it.
+        source: its name, behind which a column could be named.
 
     Raises:
         DataError: columns that are not understood, or not of text.
@@ -65,13 +70,14 @@ def document_of(row: Any, column: str | None = None) -> Document:
     if isinstance(row, str):
         return row
     if not isinstance(row, Mapping):
-        raise DataError(f"A row is neither a text nor has it columns, but {short(repr(row))}")
+        raise DataError(f"A row is neither a text nor an object with columns, but {short(repr(row))}")
     if column is not None and column not in row:
         raise DataError(f"There is no column {column!r}; found are {', '.join(map(str, row)) or 'none'}.")
     for name in (column,) if column is not None else ("text", "input_ids"):
         if name in row:
             return _value(name, row[name])
-    return as_messages(row, COLUMNS)
+    other = "" if source is None else f"; or name another, as {source}#{next(iter(row), 'body')}"
+    return as_messages(row, COLUMNS + other)
 
 
 def _value(name: str, value: Any) -> Document:
@@ -91,7 +97,30 @@ def _of_file(file: Path, column: str | None) -> list[Document]:
         return [read_text(file)]
     if file.suffix not in SUFFIXES:
         raise DataError(f"{file} is not read; name a file that ends in {', '.join(SUFFIXES)}, or a folder of them.")
-    return [document_of(row, column) for row in json_rows(file)]
+    return [_placed(f"{file}, {place}", row, column, str(file)) for place, row in placed_rows(file)]
+
+
+def _of_hub(source: str, column: str | None, seed: int) -> list[Document]:
+    name, _, split = source.partition(":")
+    try:
+        rows = hub_rows(name, split or "train", seed, FILES)
+    except DataError as error:
+        if "/" in name:
+            raise
+        raise DataError(f"{source!r} is no file here; if it is meant as a text, {AS_TEXT}. {error}") from error
+    return [_placed(source, row, column, source) for row in rows]
+
+
+def _placed(place: str, row: Any, column: str | None, source: str) -> Document:
+    """As `document_of`; what is refused is named by its place."""
+    try:
+        return document_of(row, column, source)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
+
+
+def _is_text(source: str) -> DataError:
+    return DataError(f"{short(source)!r} is a text and no name of a file or data set; {AS_TEXT}.")
 
 
 def is_path(source: str) -> bool:

@@ -21,6 +21,11 @@ def offline() -> str:
     return " (HF_HUB_OFFLINE is set, so the Hub is not asked.)" if constants.HF_HUB_OFFLINE else ""
 
 
+def counted(count: int, noun: str) -> str:
+    """So many of something, as "1 row" or "2 rows"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def short(text: str) -> str:
     """A text on one line of at most 240 characters."""
     return textwrap.shorten(text, 240, placeholder=" …") or "(nothing)"

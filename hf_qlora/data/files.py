@@ -33,6 +33,10 @@ def json_lines(file: Path) -> Iterator[Mapping[str, Any]]:
     Raises:
         DataError: a line that is no JSON object, by its number.
     """
+    return (row for _, row in _lines(file, (dict,)))
+
+
+def _lines(file: Path, kinds: tuple[type, ...]) -> Iterator[tuple[int, Any]]:
     # Not `splitlines`, which ends lines at U+2028, U+0085 and others too: they may stand in a JSON string as they are.
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if line.strip():
@@ -40,20 +44,35 @@ def json_lines(file: Path) -> Iterator[Mapping[str, Any]]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:  # no JSON, or past the parser's limits
                 raise DataError(f"{file}, line {number} is not JSON{_why(error)}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{file}, line {number} is no JSON object, but {short(line)}")
-            yield row
+            if not isinstance(row, kinds):
+                raise DataError(
+                    f"{file}, line {number} is no JSON object{' or string' * (str in kinds)}, but {short(line)}"
+                )
+            yield number, row
 
 
 def json_rows(file: Path) -> list[Any]:
-    """The elements of a file that is one JSON list, or the objects of one with an object on each line.
+    """The elements of a file that is one JSON list, or the objects and strings of one with one on each line.
+
+    Raises:
+        DataError: see `json_lines`.
+    """
+    return [row for _, row in placed_rows(file)]
+
+
+def placed_rows(file: Path) -> list[tuple[str, Any]]:
+    """The same, each behind its place in words.
 
     Raises:
         DataError: see `json_lines`.
     """
     text = read_text(file)
     if text.lstrip()[:1] != "[":
-        return list(json_lines(file))
+        return [(f"line {number}", row) for number, row in _lines(file, (dict, str))]
+    return [(f"element {number}", row) for number, row in enumerate(_list(file, text), start=1)]
+
+
+def _list(file: Path, text: str) -> list[Any]:
     try:
         found: list[Any] = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -96,7 +96,7 @@ def labelled(
 
 def _cell(row: Any, number: int, column: str) -> Any:
     if not isinstance(row, Mapping):
-        raise DataError(f"Row {number} has no columns, but is {short(repr(row))}")
+        raise DataError(f"Row {number} must be a JSON object, with a column for each value, but is {short(repr(row))}")
     if row.get(column) is None:
         raise DataError(
             f"Row {number} has nothing in the column {column!r}; its columns are {', '.join(map(str, row))}."

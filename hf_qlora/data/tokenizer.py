@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from hf_qlora.data.errors import DataError, offline
+
 
 def tokenizer_of(model: Any) -> Any:
     """The tokenizer that lies where a model was loaded from; None where there is none, or no whole one."""
@@ -21,6 +23,26 @@ def tokenizer_in(name: str | os.PathLike[str]) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):  # none there, or not a whole one
         return None
+
+
+def as_tokenizer(given: Any) -> Any:
+    """A tokenizer, of one or of the folder or Hub id that it lies in; None of None.
+
+    Raises:
+        DataError: neither of them.
+    """
+    found = tokenizer_in(given) if isinstance(given, str | os.PathLike) else given
+    if given is not None and not callable(found):
+        raise DataError(
+            f"tokenizer={given!r:.100} is neither a tokenizer nor a folder or Hub id with one; pass what "
+            f"AutoTokenizer.from_pretrained returns.{offline()}"
+        )
+    return found
+
+
+def knows_as(tokenizer: Any, other: Any) -> bool:
+    """Whether all tokens of a tokenizer have the same ids in another, which may know more."""
+    return bool(tokenizer.get_vocab().items() <= other.get_vocab().items())
 
 
 def vocabulary_of(model: Any) -> int:

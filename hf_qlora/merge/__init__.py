@@ -10,13 +10,15 @@ to write it into:
 | "nf4" | Q(Q(W) + ΔW) | ΔW where it is below a step of NF4, which is nearly everywhere |
 
 Calibrated on rows of text (`quant/calibrate/`), rounding to NF4 keeps most of ΔW. Each merge is compared with the
-model as it was trained: layer by layer as weights, and on text as logits. The layers' own merge (`layers/linear.py`)
-does the arithmetic. `merge` works on a model in memory and leaves it as it is; `stream.merge_files` works from files
-to files, one layer at a time.
+model as it was trained: layer by layer as weights, and on text as logits; a calibrated one on its calibration's
+held-out rows. The layers' own merge (`layers/linear.py`) does the arithmetic. `merge` works on a model in memory and
+leaves it as it is; `stream.merge_files` works from files to files, one layer at a time.
 
     measure.py   one layer: ‖M − (Q(W) + ΔW)‖, and ΔW in steps of NF4
     probe.py     the whole model: KL between logits, with and without the adapter
+    held_out.py  the whole model on a calibration's held-out rows: loss and outputs
     report.py    what `merge` returns
+    record.py    what lies beside a calibrated merge
     twin.py      a model's second self, which may share its weights
     original.py  the dense model that a base was made of
     in_memory.py merge

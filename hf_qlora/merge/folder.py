@@ -43,7 +43,9 @@ TOKENIZER_FILES = (
     "chat_template*.jinja",
 )
 BESIDE = ("generation_config.json", "*processor_config.json", "LICENSE*", *TOKENIZER_FILES)
-MODEL = (CONFIG_NAME, SAFE_WEIGHTS_NAME, "model-?????-of-?????.safetensors", SAFE_WEIGHTS_INDEX_NAME, *BESIDE)
+WEIGHTS = (SAFE_WEIGHTS_NAME, "model-?????-of-?????.safetensors", SAFE_WEIGHTS_INDEX_NAME)
+RECORD_NAME = "hf_qlora_merge.json"  # of a calibrated merge
+MODEL = (CONFIG_NAME, *WEIGHTS, RECORD_NAME, *BESIDE)
 REPORT_KEYS = {"onto", "base", "adapters", "layers", "kept"}  # of `MergeReport.to_dict`
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_qlora.config import NF4Config
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.layers.linear import Linear4bit
-from hf_qlora.merge import measure, probe
+from hf_qlora.merge import held_out, measure, probe
 from hf_qlora.merge.measure import LayerMerge
 from hf_qlora.merge.names import is_of_adapter, wrapped_name
 from hf_qlora.merge.original import load_original, name_of, other_weights, take_weights
@@ -26,9 +26,7 @@ from hf_qlora.merge.report import MergeRefused, MergeReport
 from hf_qlora.merge.twin import give_own_weights, tied_groups, twin, untie_split
 from hf_qlora.quant.base import PROGRESS_DELAY_S, dequantize_layers, forget_quantization, is_quantized, quantize_model
 from hf_qlora.quant.calibrate.group import Packed
-from hf_qlora.quant.calibrate.loss import mean_loss
-from hf_qlora.quant.calibrate.rows import CalibrationRows
-from hf_qlora.quant.calibrate.run import calibration_report, measured_inputs, planned
+from hf_qlora.quant.calibrate.run import calibration_report, planned
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
 from hf_qlora.quant.linear4bit import dense_weight
 
@@ -63,9 +61,10 @@ def merge(
             prose, or random tokens where the base has no tokenizer.
         tokenizer: for strings; by default the one that lies with the base.
         calibration: for `onto="nf4"`: rows to calibrate the rounding on, like those that the adapter was trained on;
-            whatever `calibration_rows` takes, or a `Calibration`. Takes minutes.
+            whatever `calibration_rows` takes, or a `Calibration`. Takes minutes. What is kept is then measured on its
+            held-out rows, and not on `texts`.
         force: merge although less than half of the adapter is left in NF4, or although the original is not what the
-            base was made of.
+            base was made of, or the token ids to calibrate on may be another tokenizer's.
 
     Returns:
         the report; `report.model` is the merged model.
@@ -93,6 +92,7 @@ def merge(
         )
     if calibration is not None:  # read before anything long
         calibration = planned(calibration, base, tokenizer)
+        calibration = replace(calibration, force=calibration.force or force)
     merged, notes = _merged(model, names, dense)
     if other:
         notes.append(f"The original is not what the base was made of: {other}.")
@@ -117,21 +117,10 @@ def merge(
     )
     if report.calibration is not None:
         report.notes += report.calibration.notes
-        report.losses = _losses(reference, calibration.rows, report.calibration.losses)
+        report.losses = held_out.losses(reference, calibration.rows, report.calibration.losses)
+        report.outputs = held_out.output_error(reference, merged, calibration.rows)
     refuse_lost(report, force)
     return report
-
-
-def _losses(reference: PeftModel, rows: CalibrationRows, found: Mapping[str, float]) -> dict[str, float]:
-    """On the held-out rows: of the base, of the unmerged model, and of what it was merged into."""
-    inputs = measured_inputs(rows)
-    unmerged = mean_loss(reference, inputs)
-    if unmerged is None:
-        return {}
-    with reference.disable_adapter():
-        without = mean_loss(reference, inputs)
-    assert without is not None
-    return {"base": without, "unmerged": unmerged, "nearest": found["nearest"], "merged": found["calibrated"]}
 
 
 def _packed_weights(base: nn.Module) -> dict[str, Packed]:
@@ -159,16 +148,21 @@ def check_onto(onto: str, original: object, calibration: object = None) -> Onto:
 def refuse_lost(report: MergeReport, force: bool) -> None:
     """Raise MergeRefused for a merge into NF4 that leaves little of the adapter."""
     if report.onto == "nf4" and not report.kept >= LEAST_KEPT and not force:
-        left = f"Rounded to NF4, {max(report.kept, 0):.1%} of the adapter is left, by {report.kept_by}"
+        left = f"Rounded to NF4, {max(report.kept, 0):.1%} of the adapter is left, by {report.measure}"
         why = "the steps between NF4's levels are larger than ΔW. Calibrate the rounding, with rows like those it was "
         why += "trained on, which keeps most of it in the same 4 bits; merge"
         if report.calibration is not None:
             why = "the rows may be too few, or too far from what the adapter was trained on. Give others, merge"
         raise MergeRefused(
-            f"{left}: {why} with onto='dequantized', which keeps all of it; or serve the adapter unmerged on the NF4 "
-            "base; force merges all the same.",
+            f"{left}{_unlike_logits(report)}: {why} with onto='dequantized', which keeps all of it; or serve the "
+            "adapter unmerged on the NF4 base; force merges all the same.",
             report,
         )
+
+
+def _unlike_logits(report: MergeReport) -> str:
+    """Why it is the weights that the share is of: `merge` and `merge_files` measure different ones of one adapter."""
+    return f" (the logits were {report.text})" if report.kept_by == "weights" else ""
 
 
 def _check_model(model: Any) -> list[str]:

@@ -39,7 +39,7 @@ NF4_PARTS = (
     *("absmax", "quant_map", "nested_absmax", "nested_quant_map"),
     "quant_state.bitsandbytes__nf4",
 )
-NOT_RUN = "not compared: the model was merged layer by layer and never run"
+NOT_RUN = "not compared: files are merged layer by layer, and the model is not run; merge in Python runs it"
 
 
 class Stream:

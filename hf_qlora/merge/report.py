@@ -16,8 +16,10 @@ from rich.table import Table
 
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge.folder import whole_folder
+from hf_qlora.merge.held_out import OutputError
 from hf_qlora.merge.measure import LayerMerge
 from hf_qlora.merge.probe import Divergence
+from hf_qlora.merge.record import write_record
 from hf_qlora.quant.calibrate.report import CalibrationReport
 
 
@@ -67,7 +69,9 @@ class MergeReport:
         model: the merged model; None if it was written to files alone.
         output: the folder it was written to.
         calibration: what calibrated rounding did, layer by layer; None where there was none.
-        losses: nats a token on the calibration's held-out rows: "base", "unmerged", "nearest", "merged".
+        losses: nats a token on the calibration's held-out rows: "base", "unmerged", "nearest", "merged"; empty for
+            models other than causal language models.
+        outputs: errors of the outputs on the same rows; None where nothing was calibrated.
     """
 
     onto: str
@@ -85,6 +89,7 @@ class MergeReport:
     output: str | None = None
     calibration: CalibrationReport | None = None
     losses: dict[str, float] = field(default_factory=dict)
+    outputs: OutputError | None = None
 
     @property
     def error(self) -> float:
@@ -96,12 +101,15 @@ class MergeReport:
     def kept(self) -> float:
         """The share of the adapter that is kept: of logits 1 − KL / KL without it, or else of weights, as signal.
 
-        Calibrated, it is the share of what the adapter gains on the held-out rows, where that is over `CLEAR_GAIN`.
-        Onto the original always of weights: its logits differ because the base does, which has no share in the
-        adapter. An adapter that changes nothing is kept.
+        Calibrated, it is measured on the held-out rows: as the share of the loss that the adapter gains there, where
+        that is over `CLEAR_GAIN`, or else of outputs, 1 − (error / error without it)². Onto the original always of
+        weights: its logits differ because the base does, which has no share in the adapter. An adapter that changes
+        nothing is kept.
         """
         if self.kept_by == "loss":
             return (self.losses["base"] - self.losses["merged"]) / (self.losses["base"] - self.losses["unmerged"])
+        if self.outputs is not None and self.kept_by == "outputs":
+            return self.outputs.kept
         if self.logits is not None and self.kept_by == "logits":
             return 1 - self.logits.merged / self.logits.without if self.logits.without else 1.0
         found = sum((layer.signal or 0) * layer.delta_norm**2 for layer in self.layers)
@@ -109,9 +117,11 @@ class MergeReport:
 
     @property
     def kept_by(self) -> str:
-        """What `kept` is measured by: "loss", "logits" or "weights"."""
+        """What `kept` is measured by: "loss" or "outputs" on a calibration's rows; else "logits" or "weights"."""
         if self.losses and self.losses["base"] - self.losses["unmerged"] > CLEAR_GAIN:
             return "loss"
+        if self.outputs is not None:
+            return "outputs"
         return "logits" if self.logits is not None and self.onto != "original" else "weights"
 
     @property
@@ -130,7 +140,8 @@ class MergeReport:
         values["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
         values["calibration"] = None if self.calibration is None else self.calibration.to_dict()
         values["logits"] = None if self.logits is None else dataclasses.asdict(self.logits)
-        return {**values, "error": self.error, "kept": self.kept}
+        values["outputs"] = None if self.outputs is None else dataclasses.asdict(self.outputs)
+        return {**values, "error": self.error, "kept": self.kept, "kept_by": self.kept_by}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
@@ -155,6 +166,7 @@ class MergeReport:
             self.model.save_pretrained(stage, **kwargs)
             if tokenizer is not None:
                 tokenizer.save_pretrained(stage)
+            write_record(stage, self)
         self.output = os.fspath(save_directory)
 
     def show(self, console: Console | None = None) -> None:
@@ -178,8 +190,14 @@ class MergeReport:
         return captured.get().rstrip("\n")
 
     @property
-    def _held_out(self) -> str:
-        return f"held-out rows of {self.calibration.rows}" if self.calibration else "held-out rows"
+    def measure(self) -> str:
+        """`kept_by` in words, with the rows that it is of."""
+        return f"{self.kept_by} on {self._rows}" if self.kept_by in ("loss", "outputs") else self.kept_by
+
+    @property
+    def _rows(self) -> str:
+        all_read = self.calibration is not None and not self.calibration.held_out
+        return "the rows calibrated on" if all_read else "held-out rows"
 
     def _lines(self) -> Sequence[tuple[str, str]]:
         where = self.original or self.base
@@ -199,13 +217,17 @@ class MergeReport:
         else:
             lines.append(("logits", self.text))
         if self.calibration is not None:
+            lines.append(("calibrated", f"on {self.calibration.rows}, sha256 {self.calibration.fingerprint[:16]}…"))
             lines += [line for line in self.calibration.lines() if line[0] == "outputs"]
         elif self.layers:
             lines.append(("weights", f"error {self.error:.3g} of ‖ΔW‖ over {len(self.layers)} layers"))
         if self.losses:
             losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self.losses.items())
-            lines.append(("loss", f"{losses} nats a token on {self._held_out}"))
-        lines.append(("kept", f"{self.kept:.1%} of the adapter, by {self.kept_by}"))
+            lines.append(("loss", f"{losses} nats a token on {self._rows}"))
+        if self.outputs is not None:
+            found = f"error {self.outputs.merged:.2%}; without the adapter {self.outputs.without:.2%}"
+            lines.append(("model", f"{found}, of its outputs on {self._rows} ({self.outputs.rows})"))
+        lines.append(("kept", f"{self.kept:.1%} of the adapter, by {self.measure}"))
         lines += [("note", note) for note in self.notes]
         if self.output:
             lines.append(("saved", f"in {self.output}"))

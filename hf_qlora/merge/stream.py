@@ -27,11 +27,13 @@ from hf_qlora.merge.folder import check_folder, whole_folder
 from hf_qlora.merge.in_memory import Onto, check_onto, merge, refuse_lost
 from hf_qlora.merge.layerwise import Stream
 from hf_qlora.merge.load import checked_device
-from hf_qlora.merge.report import MergeReport
+from hf_qlora.merge.record import write_record
+from hf_qlora.merge.report import MergeRefused, MergeReport
 from hf_qlora.merge.seen import SeenBase, trained_base
 from hf_qlora.merge.skeleton import NotStreamable, build, labels, make_base, modules_to_save
 from hf_qlora.merge.tensors import TensorFiles
 from hf_qlora.quant.base import quantize_model
+from hf_qlora.quant.calibrate.kept import beside as kept_beside
 from hf_qlora.quant.calibrate.kept import resumable
 from hf_qlora.quant.calibrate.run import planned
 from hf_qlora.quant.calibrate.settings import Calibration
@@ -99,9 +101,11 @@ def merge_files(
         with suppress(NotStreamable):  # PEFT repeats it on loading
             job.check_initialization()
         size = {"rows": rows, "length": length, "held_out": held_out, "seed": seed}
-        with resumable(target) as kept:
-            asked = planned(calibration, job.skeleton(), job.tokenizer(), kept, **size)
-            report = job.in_memory("", force, asked, where)
+        asked = planned(calibration, job.skeleton(), job.tokenizer(), kept_beside(target), **size)
+        model, notes = job.load(force, where)
+        with resumable(target, MergeRefused):
+            report = job.in_memory(model, notes, force, asked)
+            del model  # the merged one takes its place in memory
             job.write(target, report, overwrite, max_shard_bytes)
         return report
     try:
@@ -112,7 +116,8 @@ def merge_files(
             refuse_lost(report, force)
             job.finish(stage, report)
     except NotStreamable as reason:
-        report = job.in_memory(f"Merged in memory, not layer by layer: {reason}.", force)
+        report = job.in_memory(*job.load(force), force)
+        report.notes.insert(0, f"Merged in memory, not layer by layer: {reason}.")
         job.write(target, report, overwrite, max_shard_bytes)
     report.output = str(target)
     return report
@@ -178,11 +183,15 @@ class _Job:
         with whole_folder(target, overwrite) as stage:
             report.model.save_pretrained(stage, max_shard_size=max_shard_bytes)
             self.finish(stage, report)
+            write_record(stage, report)
         report.model, report.output = None, str(target)
 
-    def in_memory(
-        self, note: str, force: bool, calibration: Calibration | None = None, device: Any = "cpu"
-    ) -> MergeReport:
+    def load(self, force: bool, device: Any = "cpu") -> tuple[PeftModel, list[str]]:
+        """The adapter on its base, in memory, and what is to be said of the base.
+
+        Raises:
+            MergeRefused: it is another base, and the adapter asks for an error; nothing has been measured yet.
+        """
         skeleton = self.skeleton()
         model = (
             type(skeleton).from_pretrained(self.base_folder, dtype=skeleton.dtype, **labels(self.config)).to(device)
@@ -197,17 +206,18 @@ class _Job:
         peft_model = PeftModel.from_pretrained(model, str(self.adapter_folder), config=config)
         if self.nf4 is not None:
             seen.add("", peft_model.get_base_model())
-        report = merge(
-            peft_model,
-            self.onto,
-            self.base_folder if self.onto == "original" else None,
-            calibration=calibration,
-            force=force,
-        )
-        if note:
-            report.notes.insert(0, note)
+        dtype = str(skeleton.dtype).removeprefix("torch.")
+        found = MergeReport(self.onto, self.base, [self.adapter], dtype, [], "not compared: nothing was merged")
+        seen.judge(found, force)
+        return peft_model, found.notes
+
+    def in_memory(
+        self, model: PeftModel, notes: list[str], force: bool, calibration: Calibration | None = None
+    ) -> MergeReport:
+        original = self.base_folder if self.onto == "original" else None
+        report = merge(model, self.onto, original, calibration=calibration, force=force)
         report.base, report.adapters = self.base, [self.adapter]
-        seen.judge(report, force)
+        report.notes += notes
         return report
 
     def finish(self, stage: Path, report: MergeReport) -> None:

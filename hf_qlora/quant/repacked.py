@@ -63,16 +63,17 @@ class _Form:
     """Codes and scales, and what they were made of, which is held so that nothing else can have its address."""
 
     def __init__(self, packed: Tensor, state: QuantState) -> None:
-        self._packed, self._version = packed.detach(), _version(packed)
+        self._packed, self._version = packed.detach(), version_of(packed)
         self._state, self._absmax = state, state.absmax
         self.codes, self.scales = repack_codes(packed, state), flat_scales(state)
 
     def is_of(self, packed: Tensor, state: QuantState) -> bool:
-        same = packed.data_ptr() == self._packed.data_ptr() and _version(packed) == self._version
+        same = packed.data_ptr() == self._packed.data_ptr() and version_of(packed) == self._version
         return same and state is self._state and state.absmax is self._absmax
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """Goes up where a tensor is written to; 0 for one made in inference mode, of which torch does not count it."""
     return 0 if tensor.is_inference() else tensor._version
 
 

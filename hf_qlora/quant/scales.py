@@ -17,14 +17,19 @@ def load_scales(state: QuantState, tensors: dict[str, Any]) -> None:
         ValueError: they are of another shape, block size or format.
     """
     found = QuantState.from_dict(dict(tensors), device=state.absmax.device)
-    _check(found, state, ("shape", "blocksize", "quant_type", "nested", "absmax.shape", "code.shape"))
-    if state.nested:
-        _check(found, state, ("state2.blocksize", "state2.absmax.shape", "state2.code.shape"))
+    check_scales(found, state)
     state.absmax.copy_(found.absmax)
     state.code = found.code.clone()
     if state.nested:
         state.state2.absmax.copy_(found.state2.absmax)
         state.offset, state.state2.code = found.offset, found.state2.code.clone()
+
+
+def check_scales(found: QuantState, state: QuantState) -> None:
+    """Raise ValueError for scales that are not of the shape, block size and format of a layer's own."""
+    _check(found, state, ("shape", "blocksize", "quant_type", "nested", "absmax.shape", "code.shape"))
+    if state.nested:
+        _check(found, state, ("state2.blocksize", "state2.absmax.shape", "state2.code.shape"))
 
 
 def _check(found: QuantState, state: QuantState, names: Sequence[str]) -> None:

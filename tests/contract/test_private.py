@@ -293,6 +293,37 @@ def _() -> None:
     assert given == [("0.", False), ("0.", True)]
 
 
+@contract("torch:Tensor._version")
+def _() -> None:
+    """It goes up with each write, also through a view or what is detached; inference tensors have none."""
+    x = torch.zeros(4)
+    seen = [x._version]
+    for write in (x.add_, x[:2].mul_, x.detach().sub_):
+        write(1)
+        seen.append(x._version)
+    assert seen == sorted(set(seen))
+    before = x._version
+    assert (x + 1).sum() is not None
+    assert x._version == before
+    with torch.inference_mode():
+        made = torch.zeros(4)
+    assert made.is_inference()
+    with pytest.raises(RuntimeError, match="version counter"):
+        assert made._version
+
+
+@contract("transformers:PreTrainedConfig._attn_implementation")
+def _() -> None:
+    """How a model computes attention, which `to_dict` leaves out."""
+    model = llama()
+    model.set_attn_implementation("eager")
+    said = model.config.to_dict()
+    assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("sdpa")
+    assert model.config._attn_implementation == "sdpa"
+    assert model.config.to_dict() == said
+
+
 @contract("torch._C:_current_graph_task_id")
 def _() -> None:
     """A number of its own for each backward pass, -1 outside."""
@@ -1086,8 +1117,25 @@ def test_accelerate_keeps_its_hook_on_the_module_under_this_name() -> None:
     hook = accelerate.hooks.ModelHook()
     accelerate.hooks.add_hook_to_module(module, hook)
     assert module._hf_hook is hook
+    assert "forward" in module.__dict__  # which calibration puts aside, and back
     accelerate.hooks.remove_hook_from_module(module)
     assert not hasattr(module, "_hf_hook")
+
+
+def test_a_module_keeps_its_parameters_and_buffers_under_these_names() -> None:
+    """What is put there is a parameter, whatever patches or refuses setting attributes; and is called and saved."""
+    module = nn.Linear(2, 2)
+    module.register_buffer("own", torch.zeros(1))
+    assert set(module._parameters) == {"weight", "bias"}
+    assert set(module._buffers) == {"own"}
+    weight = nn.Parameter(torch.eye(2), requires_grad=False)
+    module._parameters["weight"], module._parameters["bias"] = weight, None
+    assert module.weight is weight
+    assert module.bias is None
+    assert [name for name, _ in module.named_parameters()] == ["weight"]
+    assert set(module.state_dict()) == {"weight", "own"}
+    x = torch.randn(3, 2)
+    assert torch.equal(module(x), x)
 
 
 def test_transformers_keeps_its_gradient_hooks_under_this_name() -> None:
@@ -1294,6 +1342,7 @@ def test_no_private_name_is_used_that_is_not_listed() -> None:
     own = own_names(trees)
     torch_names = set(dir(nn.Module())) | set(dir(nn.Linear(1, 1))) | set(dir(torch.Tensor)) | set(dir(torch._C))
     torch_names |= {"_C", "_is_replica"}  # the latter is on what nn.DataParallel makes
+    torch_names.add("_exit")  # of os, which documents it
     listed = {part for name in PRIVATE for part in name.replace(":", ".").split(".")}
     unlisted = [
         f"{path}: {source or '…'}.{name}"

@@ -17,6 +17,8 @@ CHAT = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "t
         {"messages": CHAT, "id": 3},
         {"prompt": "one?", "completion": "two."},
         {"prompt": CHAT[:1], "completion": CHAT[1:]},
+        {"conversations": [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "two."}]},
+        {"conversations": CHAT},
         {"instruction": "one?", "output": "two."},
         {"instruction": "one?", "input": "", "output": "two."},
     ],
@@ -31,13 +33,23 @@ def test_an_input_stands_below_its_instruction() -> None:
 
 
 def test_unknown_columns_are_named_with_those_understood() -> None:
-    message = "has the columns text, label; understood are messages; prompt and completion; or instruction and output"
+    message = "^A row has the columns text, label; understood are messages or conversations; prompt and completion; or"
     with pytest.raises(DataError, match=message):
         as_messages({"text": "a", "label": 1})
 
 
 @pytest.mark.parametrize(
-    "messages", [[], CHAT[:1], CHAT[1:], "one?", [{"role": "user"}, CHAT[1]], [None, CHAT[1]], None]
+    "messages",
+    [
+        [],
+        [{"from": "gpt", "value": 3}] * 2,
+        CHAT[:1],
+        CHAT[1:],
+        "one?",
+        [{"role": "user"}, CHAT[1]],
+        [None, CHAT[1]],
+        None,
+    ],
 )
 def test_what_is_no_chat_is_refused(messages: object) -> None:
     with pytest.raises(DataError, match="ends with the assistant's answer"):

@@ -33,6 +33,8 @@ def lines(rows: list[Any]) -> str:
         ("a.json", lines(ROWS), ["a", "b"]),
         ("a.json", json.dumps(ROWS), ["a", "b"]),
         ("a.json", json.dumps(["a", "b"]), ["a", "b"]),
+        ("a.jsonl", lines(["a", "b"]), ["a", "b"]),
+        ("a.jsonl", lines([{"conversations": [{"from": "human", "value": "one?"}, CHAT[1]]}]), [CHAT]),
         ("a.jsonl", lines([{"prompt": "one?", "completion": "two."}]), [CHAT]),
         ("a.jsonl", lines([{"text": "a", "prompt": "one?", "completion": "two."}]), ["a"]),
         ("a.jsonl", lines([{"input_ids": [3, 4], "labels": [3, 4]}]), [[3, 4]]),
@@ -69,12 +71,31 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
         ("a.json", '[{"text": "a"},\n{"te', "{}/a.json", "{}/a.json, line 2 is not JSON"),
         ("a.json", '[{"text": ' + 5_000 * "1" + "}]", "{}/a.json", "{}/a.json is not JSON that can be read"),
         ("a.jsonl", '{"text": ' + 100_000 * "[", "{}/a.jsonl", "{}/a.jsonl, line 1 is not JSON that can be read"),
-        ("a.jsonl", "3", "{}/a.jsonl", "{}/a.jsonl, line 1 is no JSON object, but 3"),
-        ("a.json", "[3]", "{}/a.json", "A row is neither a text nor has it columns, but 3"),
-        ("a.jsonl", '{"a": 1, "b": 2}', "{}/a.jsonl", "has the columns a, b; understood are text; messages; prompt"),
+        ("a.jsonl", "3", "{}/a.jsonl", "{}/a.jsonl, line 1 is no JSON object or string, but 3"),
+        (
+            "a.json",
+            "[3]",
+            "{}/a.json",
+            "{}/a.json, element 1: A row is neither a text nor an object with columns, but 3",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n\n{"a": 1, "b": 2}',
+            "{}/a.jsonl",
+            "{}/a.jsonl, line 3: A row has the columns a, b; understood are text; messages",
+        ),
+        ("a.jsonl", '{"a": 1, "b": 2}', "{}/a.jsonl", "; or input_ids; or name another, as {}/a.jsonl#a."),
+        ("a.jsonl", "{}", "{}/a.jsonl", "has the columns none; understood are text"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": null}',
+            "{}/a.jsonl",
+            "{}/a.jsonl, line 2: The column 'text' has no text",
+        ),
         ("a.jsonl", '{"a": 1, "b": 2}', "{}/a.jsonl#text", "There is no column 'text'; found are a, b."),
         ("a.jsonl", '{"a": 1, "b": 2}', "{}/a.jsonl#a", "The column 'a' has no text, chat or token ids, but 1"),
         ("a.txt", "", "A text.\nAnd more.", "'A text. And more.' is a text and no name of a file"),
+        ("a.txt", "", "A text.", "'A text.' is a text and no name of a file or data set; give a list of texts, or"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: str, source: str, message: str) -> None:
@@ -144,8 +165,16 @@ def test_data_sets_are_left_to_the_datasets_package(monkeypatch: pytest.MonkeyPa
 
 def test_without_the_datasets_package_the_pip_line_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"'me/data' is neither a .txt, .jsonl or .json file .* pip install datasets"):
+    with pytest.raises(DataError, match=r"^'me/data' is neither a .txt, .jsonl or .json file .* pip install datasets"):
         read_documents("me/data")
+
+
+def test_a_word_that_is_no_data_set_may_have_been_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        DataError, match=r"^'hello' is no file here; if it is meant as a text, give a list of texts, or"
+    ):
+        read_documents("hello")
 
 
 def test_token_ids_of_any_kind_are_a_document() -> None:

@@ -23,7 +23,7 @@ def test_a_folder_is_its_jsonl_files_in_order(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ('{"n": 1}\n{"n":', "line 2 is not JSON"),
-        ('{"text": "a"}', "has the columns text; understood are messages; pro"),
+        ('{"text": "a"}', "has the columns text; understood are messages or con"),
     ],
 )
 def test_rows_that_cannot_be_used_are_the_demos_error(tmp_path: Path, text: str, says: str) -> None:

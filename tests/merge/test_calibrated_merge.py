@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,20 @@ import torch
 import transformers as tf
 from architectures import ARCHITECTURES, bert, gpt2, llama, tokens
 from byte_tokenizer import byte_tokenizer
-from calibrating import HELD_OUT, codes, flat, heard, rows_of, text
-from merging import adapted, logits, state_bytes
+from calibrating import HELD_OUT, codes, flat, heard, rows_of, stock_logits, text
+from merging import adapted, logits, relative, state_bytes, trained
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from hf_qlora import NF4Config, QLoRAConfig, merge, quantize_model
+from hf_qlora.cli import app
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge import in_memory
+from hf_qlora.merge.held_out import OutputError
 from hf_qlora.merge.report import CLEAR_GAIN, MergeRefused, MergeReport
 from hf_qlora.merge.stream import merge_files
+from hf_qlora.quant.calibrate import streams
 from hf_qlora.quant.calibrate.loss import mean_loss
 from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows
 from hf_qlora.quant.calibrate.run import calibration_report
@@ -35,18 +41,6 @@ def pattern(rows: int = 34, length: int = 32) -> dict[str, Tensor]:
     start, step = torch.randint(1, 400, (rows, 1)), torch.randint(1, 4, (rows, 1))
     ids = start + step * torch.arange(length)[None]
     return {"input_ids": ids % 499 + 1, "attention_mask": torch.ones(rows, length, dtype=torch.long)}
-
-
-def trained(model: PeftModel, inputs: dict[str, Tensor], steps: int = 25, lr: float = 5e-3) -> PeftModel:
-    """The active adapters, trained to a clear gain."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr)
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(**inputs, labels=inputs["input_ids"]).loss.backward()
-        optimizer.step()
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +76,7 @@ def test_it_keeps_more_of_what_was_learnt_than_nearest(learnt: tuple[PeftModel, 
     assert gain > CLEAR_GAIN
     assert report.kept == pytest.approx((expected["base"] - expected["merged"]) / gain)
     assert expected["merged"] < expected["nearest"]
-    assert f"{report.kept:.1%} of the adapter, by loss" in str(report)
+    assert f"{report.kept:.1%} of the adapter, by loss on held-out rows\n" in str(report)
     assert "calibrated on rows" in str(report)
     assert report.to_dict()["losses"] == expected
     assert report.to_dict()["calibration"]["layers"]
@@ -198,7 +192,7 @@ def test_modules_to_save_stay_dense() -> None:
         report.model.classifier.weight, model.base_model.model.classifier.modules_to_save["default"].weight
     )
     assert report.losses == {}
-    assert report.kept_by == "logits"
+    assert report.kept_by == "outputs"
 
 
 @pytest.mark.parametrize(
@@ -211,32 +205,109 @@ def test_families(family: Any) -> None:
     assert first.error < first.dropped
 
 
-def test_several_adapters_are_merged_and_each_is_kept() -> None:
-    """Two patterns, learnt one after the other on one base; then both at once, and weighted into one."""
-    torch.set_num_threads(1)
-    up = pattern()
-    down = {**up, "input_ids": up["input_ids"].flip(1)}
-    config = QLoRAConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"])
-    model = trained(get_peft_model(llama(), config), up)
-    model.add_adapter("down", dataclasses.replace(config))
-    model.set_adapter("down")
-    trained(model, down)
-    both = {key: torch.cat([down[key][:-HELD_OUT], up[key]]) for key in up}
-    rows = rows_of({key: both[key] for key in both})
-    model.base_model.set_adapter(["default", "down"])
-    together = merge(model, onto="nf4", calibration=rows, force=True)
-    assert together.adapters == ["default", "down"]
-    model.add_weighted_adapter(["default", "down"], [0.7, 0.7], "mixed", combination_type="cat")
-    model.set_adapter("mixed")
-    weighted = merge(model, onto="nf4", calibration=rows, force=True)
-    for report, active in ((together, ["default", "down"]), (weighted, ["mixed"])):
-        model.base_model.set_adapter(active)
-        for task in (up, down):
-            with model.disable_adapter():
-                base = mean_loss(model, task)
-            gain = base - mean_loss(model, task)
-            assert gain > CLEAR_GAIN
-            assert (base - mean_loss(report.model, task)) / gain > 0.9
+# --- what it is judged by --------------------------------------------------------------------------------------------
+
+
+def family(name: str) -> tuple[PeftModel, Any]:
+    found = next(one for one in ARCHITECTURES if one.name == name)
+    return adapted(found.make(), task_type=found.task_type, **found.options), found
+
+
+def first_output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(**inputs)[0].double()
+
+
+def share(report: MergeReport, model: PeftModel, inputs: dict[str, Tensor], there: Any = ...) -> float:
+    """1 − ‖ŷ − y‖² / ‖y₀ − y‖², all rows in one batch and in float64; `there` takes the outputs that count."""
+    expected = first_output(model, inputs)[there]
+    with model.disable_adapter():
+        plain = first_output(model, inputs)[there]
+    wrong, without = ((y - expected).square().sum() for y in (first_output(report.model, inputs)[there], plain))
+    assert report.outputs is not None
+    assert report.outputs.merged == pytest.approx(float((wrong / expected.square().sum()).sqrt()), rel=1e-3)
+    return 1 - float(wrong / without)
+
+
+ROUNDED_SHARE = 1e-3  # float32 outputs of rows alone and in a batch: 1e-6 of y, which the adapter moves by some 1e-2
+
+
+def test_images_are_judged_by_their_outputs_and_not_by_weights() -> None:
+    model, _ = family("vit")
+    size = model.config.image_size
+    rows = CalibrationRows({"pixel_values": torch.randn(40, 3, size, size)}, 8, "images")
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    assert report.kept_by == "outputs"
+    assert report.outputs.rows == 8
+    assert report.kept == pytest.approx(share(report, model, rows.measured), abs=ROUNDED_SHARE)
+    assert f"{report.kept:.1%} of the adapter, by outputs on held-out rows\n" in str(report)
+    of_weights = dataclasses.replace(report, outputs=None)
+    assert of_weights.kept_by == "weights"
+    assert abs(of_weights.kept - report.kept) > 0.02
+
+
+def test_text_is_judged_on_the_rows_and_not_on_prose_without_padding() -> None:
+    """BERT's hidden states: neither a loss nor a distribution; what padding gives counts for nothing."""
+    model = adapted(tf.BertModel(bert().config).eval(), task_type="FEATURE_EXTRACTION")
+    rows = rows_of(text(padded=True))
+    report = merge(model, onto="nf4", calibration=rows, force=True, texts=[[1, 2, 3]])
+    there = rows.measured["attention_mask"].bool()
+    assert not there.all()
+    assert report.kept_by == "outputs"
+    assert report.kept == pytest.approx(share(report, model, rows.measured, there), abs=ROUNDED_SHARE)
+    assert report.logits.positions == 3
+
+
+def test_a_regression_s_one_output_is_judged_too() -> None:
+    """The KL of one class is zero, whatever the merge does."""
+    config = bert().config
+    config.num_labels = 1
+    model = adapted(tf.BertForSequenceClassification(config).eval(), task_type="SEQ_CLS")
+    rows = rows_of(text(padded=True))
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    assert report.logits.merged == 0
+    assert report.kept == pytest.approx(share(report, model, rows.measured), abs=ROUNDED_SHARE)
+
+
+def test_a_decoder_beside_an_encoder_reads_the_labels_and_none_of_their_padding_counts() -> None:
+    model, _ = family("t5")
+    model.config.decoder_start_token_id = 0
+    inputs = text(padded=True)
+    labels = torch.randint(1, 400, (len(inputs["input_ids"]), 9))
+    labels[::2, 5:] = -100
+    rows = rows_of({**inputs, "labels": labels})
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    start = model.config.decoder_start_token_id
+    decoded = torch.cat([torch.full((len(labels), 1), start), labels[:, :-1].clamp(min=0)], 1)
+    read = {**inputs, "decoder_input_ids": decoded}
+    measured = {name: value[-HELD_OUT:] for name, value in read.items()}
+    there = labels[-HELD_OUT:] != -100
+    assert report.kept == pytest.approx(share(report, model, measured, there), abs=ROUNDED_SHARE)
+
+
+def test_an_adapter_without_a_clear_gain_is_judged_by_outputs() -> None:
+    model, rows = adapted(llama()), rows_of(text())
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    assert report.losses["base"] - report.losses["unmerged"] <= CLEAR_GAIN
+    assert report.kept_by == "outputs"
+    assert report.kept == pytest.approx(share(report, model, rows.measured), abs=ROUNDED_SHARE)
+
+
+def test_where_no_rows_are_held_out_all_are_measured_and_it_is_said() -> None:
+    model, rows = adapted(llama()), rows_of(text(), held_out=0)
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    assert report.outputs.rows == rows.count
+    assert report.kept == pytest.approx(share(report, model, rows.inputs), abs=ROUNDED_SHARE)
+    assert "by outputs on the rows calibrated on\n" in str(report)
+
+
+def test_outputs_that_are_lost_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = family("vit")
+    size = model.config.image_size
+    rows = CalibrationRows({"pixel_values": torch.randn(10, 3, size, size)}, 2, "images")
+    monkeypatch.setattr(in_memory.held_out, "output_error", lambda *_: OutputError(0.08, 0.1, 2))
+    with pytest.raises(MergeRefused, match=r"36.0% of the adapter is left, by outputs on held-out rows: the rows may"):
+        merge(model, onto="nf4", calibration=rows)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -253,12 +324,25 @@ def test_what_keeps_little_is_refused_and_says_why(
 ) -> None:
     model, rows = learnt
     monkeypatch.setattr(in_memory, "LEAST_KEPT", 1.5)
-    with pytest.raises(MergeRefused, match=r"by loss: the rows may be too few.*force merges all the same") as caught:
+    with pytest.raises(
+        MergeRefused, match=r"by loss on held-out rows: the rows may be too few.*force merges all the same"
+    ) as caught:
         merge(model, onto="nf4", calibration=rows)
     assert caught.value.report.calibration is not None
     with pytest.raises(MergeRefused, match="Calibrate the rounding"):
         merge(model, onto="nf4")
     assert merge(model, onto="nf4", calibration=rows, force=True).model is not None
+
+
+def test_force_calibrates_on_ids_that_may_be_another_tokenizers() -> None:
+    dense = llama()
+    dense.lm_head.weight.data *= 40
+    model, rows = adapted(dense), rows_of(text())
+    with pytest.raises(ValueError, match="the ids are probably another tokenizer's"):
+        merge(model, onto="nf4", calibration=rows)
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    assert report.calibration is not None
+    assert report.calibration.losses["dense"] > 7  # and guessing has 6.2
 
 
 def test_rows_that_do_not_fit_are_refused_before_anything_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,30 +355,29 @@ def test_rows_that_do_not_fit_are_refused_before_anything_is_merged(monkeypatch:
 
 
 def report_of(losses: dict[str, float]) -> MergeReport:
-    return MergeReport("nf4", "b", ["default"], "float32", [], "none", losses=losses)
+    outputs = OutputError(merged=0.1, without=0.2, rows=4)
+    return MergeReport("nf4", "b", ["default"], "float32", [], "none", losses=losses, outputs=outputs)
 
 
 @pytest.mark.parametrize(
     ("base", "unmerged", "kept_by"),
     [
         (3.0, 2.0, "loss"),
-        (3.0, 3.0 - CLEAR_GAIN / 2, "weights"),
-        (3.0, 3.5, "weights"),
-        (3.0, float("nan"), "weights"),
+        (3.0, 3.0 - CLEAR_GAIN / 2, "outputs"),
+        (3.0, 3.5, "outputs"),
+        (3.0, float("nan"), "outputs"),
     ],
     ids=["gain", "no clear gain", "harm", "nan"],
 )
 def test_the_loss_decides_only_where_the_gain_is_clear(base: float, unmerged: float, kept_by: str) -> None:
-    report = report_of({"base": base, "unmerged": unmerged, "nearest": 3.0, "merged": 2.25})
+    report = report_of({"base": base, "unmerged": unmerged, "nearest": 3.0, "merged": 2.1})
     assert report.kept_by == kept_by
-    assert report.kept == (0.75 if kept_by == "loss" else 1.0)
+    assert report.kept == pytest.approx(0.9 if kept_by == "loss" else 0.75)  # 1 − (0.1 / 0.2)²
 
 
 def test_interrupted_merges_go_on(
     learnt: tuple[PeftModel, CalibrationRows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_qlora.quant.calibrate import streams
-
     model, rows = learnt
     expected = merge(model, onto="nf4", calibration=rows, force=True)
     round_group, count = streams.round_group, itertools.count()
@@ -312,6 +395,22 @@ def test_interrupted_merges_go_on(
     found = merge(model, onto="nf4", calibration=calibration, force=True)
     assert codes(found.model) == codes(expected.model)
     assert next(count) == 4 + 5
+
+
+def test_a_merge_onto_other_scales_does_not_go_on(tmp_path: Path) -> None:
+    """A layer of zeros has the same dense weights by any scales."""
+    model = get_peft_model(llama(), QLoRAConfig(r=4, target_modules="all-linear")).eval()  # ΔW = 0
+    layer = model.get_base_model().model.layers[0].mlp.up_proj.get_base_layer()
+    layer.weight.data.fill_(0x77)
+    calibration = Calibration(rows_of(text()), scales="base", resume=tmp_path)
+    for again in (False, True):
+        layer.state.absmax.copy_(layer.state.absmax.flip(0))
+        report = merge(model, onto="nf4", calibration=calibration, force=True)
+        assert torch.equal(block_scales(report.model.model.layers[0].mlp.up_proj.state), block_scales(layer.state))
+        assert not any("of an earlier run" in note for note in report.notes)
+        if again:
+            taken_over = merge(model, onto="nf4", calibration=calibration, force=True)
+            assert any("of an earlier run" in note for note in taken_over.notes)
 
 
 def test_what_a_calibrated_base_reported_is_not_the_merged_model_s() -> None:
@@ -368,34 +467,118 @@ def test_a_merge_whose_loss_is_nan_is_refused() -> None:
 # --- from files ------------------------------------------------------------------------------------------------------
 
 
-def test_from_files_it_is_the_same_merge(tmp_path: Path) -> None:
+SIZE = {"rows": 6, "length": 32, "held_out": 2, "seed": 3}
+
+
+def files(folder: Path, **settings: Any) -> tuple[Path, Path, str]:
+    """A base, an adapter that was trained on it, and text, in files."""
     torch.manual_seed(0)
-    base, adapter, output = (tmp_path / name for name in ("base", "adapter", "merged"))
+    base, adapter, speeches = (folder / name for name in ("base", "adapter", "speeches.txt"))
     llama().save_pretrained(base)
     byte_tokenizer().save_pretrained(base)
     fresh = tf.AutoModelForCausalLM.from_pretrained(base)
-    config = QLoRAConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = trained(get_peft_model(fresh, config), pattern())
-    model.save_pretrained(adapter)
-    (tmp_path / "speeches.txt").write_text(" ".join(f"Word {number}." for number in range(2000)))
-    size = {"rows": 6, "length": 32, "held_out": 2, "seed": 3}
+    config = QLoRAConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+    trained(get_peft_model(fresh, config), pattern()).save_pretrained(adapter)
+    speeches.write_text(" ".join(f"Word {number}." for number in range(2000)))
+    return base, adapter, str(speeches)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each group that is rounded from now on."""
+    round_group, done = streams.round_group, []
+
+    def counting(*args: Any, **options: Any) -> Any:
+        done.append(1)
+        return round_group(*args, **options)
+
+    monkeypatch.setattr(streams, "round_group", counting)
+    return done
+
+
+def test_from_files_it_is_the_same_merge(tmp_path: Path) -> None:
+    base, adapter, speeches = files(tmp_path)
+    output = tmp_path / "merged"
     report = merge_files(
-        str(adapter),
-        output,
-        "nf4",
-        str(base),
-        calibration=str(tmp_path / "speeches.txt"),
-        device="cpu",
-        force=True,
-        **size,
+        str(adapter), output, "nf4", str(base), calibration=speeches, device="cpu", force=True, **SIZE
     )
-    rows = calibration_rows(str(tmp_path / "speeches.txt"), model, byte_tokenizer(), **size)
+    model = PeftModel.from_pretrained(tf.AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    rows = calibration_rows(speeches, model, byte_tokenizer(), **SIZE)
     expected = merge(model, "nf4", calibration=rows, force=True)
     found = tf.AutoModelForCausalLM.from_pretrained(output)
     assert codes(found) == codes(expected.model)
     assert report.losses == expected.losses
     assert report.output == str(output)
     assert report.model is None
+    record = json.loads((output / "hf_qlora_merge.json").read_text())
+    assert record["calibration"] == {
+        "source": "6 rows of 32 tokens from speeches.txt, and 2 held out",
+        "rows": 6,
+        "tokens": 6 * 32,
+        "held_out": 2,
+        "fingerprint": rows.fingerprint,
+    }
+    assert (record["kept"], record["kept_by"], record["losses"]) == (report.kept, report.kept_by, report.losses)
+    assert str(tmp_path) not in (output / "hf_qlora_merge.json").read_text()
+    expected.save_pretrained(output, overwrite=True)  # a folder that has a record can be replaced
+    again = json.loads((output / "hf_qlora_merge.json").read_text())
+    assert again["calibration"] == {**record["calibration"], "source": rows.source}
+    merge(model).save_pretrained(output, overwrite=True)
+    assert not (output / "hf_qlora_merge.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
     with pytest.raises(MergeError, match="Only rounding is calibrated"):
         merge_files(str(adapter), tmp_path / "other", "dequantized", str(base), calibration="speeches.txt")
+
+
+def test_stock_transformers_computes_the_same(learnt: tuple[PeftModel, CalibrationRows], tmp_path: Path) -> None:
+    """In a process that cannot import this package."""
+    model, rows = learnt
+    report = merge(model, onto="nf4", calibration=rows, force=True)
+    report.save_pretrained(tmp_path / "merged")
+    found = stock_logits(tmp_path / "merged", rows.measured, tmp_path)
+    with torch.no_grad():
+        expected = report.model(**rows.measured).logits
+    # As in tests/interop/test_stock_peft.py: float32 products, of the largest logit.
+    assert relative(found, expected) <= 1e-5
+
+
+def test_another_base_is_refused_before_anything_is_calibrated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, adapter, speeches = files(tmp_path, on_base_mismatch="error")
+    torch.manual_seed(9)
+    llama().save_pretrained(base)
+    done = counted(monkeypatch)
+    arguments = ("merge", adapter, "--output", tmp_path / "out", "--onto", "nf4", "--calibrate", speeches)
+    size = ("--rows", "6", "--length", "32", "--held-out", "2", "--device", "cpu")
+    result = CliRunner().invoke(app, [str(argument) for argument in (*arguments, *size)])
+    assert result.exit_code == 2
+    assert re.search(r"Error: \S+base is another base than the adapter was trained on", result.output)
+    assert "kept" not in result.output  # a report of what was not merged
+    assert not done
+    assert "goes on there" not in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "speeches.txt"}
+    forced = CliRunner().invoke(app, [str(argument) for argument in (*arguments, *size, "--force")])
+    assert forced.exit_code == 0
+    assert "another base than the adapter was trained on" in forced.output
+
+
+def test_what_is_refused_when_it_is_done_goes_on_with_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, adapter, speeches = files(tmp_path)
+    done = counted(monkeypatch)
+    options: dict[str, Any] = {"calibration": speeches, "device": "cpu", **SIZE}
+    with monkeypatch.context() as patch:
+        patch.setattr(in_memory, "refuse_lost", lambda report, force: refused(report))
+        with pytest.raises(MergeRefused):
+            merge_files(str(adapter), tmp_path / "out", "nf4", str(base), **options)
+    groups = len(done)
+    assert groups
+    assert "the same call with force goes on there" in caplog.text
+    merge_files(str(adapter), tmp_path / "out", "nf4", str(base), force=True, **options)
+    assert len(done) == groups
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "speeches.txt", "out"}
+
+
+def refused(report: MergeReport) -> None:
+    raise MergeRefused("Little is left.", report)

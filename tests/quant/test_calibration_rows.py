@@ -17,6 +17,7 @@ from architectures import VOCAB, bert, gpt2, llama
 from byte_tokenizer import byte_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
@@ -116,7 +117,9 @@ def test_a_single_document_is_cut_and_its_end_held_out(caplog: pytest.LogCapture
     rows = found.inputs["input_ids"]
     assert rows[:-2].flatten().tolist() == text[: (400 - 2 * 16) // 16 * 16]
     assert rows[-2:].flatten().tolist() == text[-32:]  # 8 of 72 rows, where there are 25
-    assert "The held-out rows are the end of the longest document" in caplog.text
+    (note,) = found.notes  # which reports repeat
+    assert "The held-out rows are the end of the longest document" in note
+    assert note in caplog.text
     assert "gives 23 rows to calibrate on and 2 to hold out, where 64 and 8 were asked for." in caplog.text
 
 
@@ -288,7 +291,11 @@ def ids(*shape: int) -> Tensor:
         (lambda: ids(10, 32), {"held_out": -1}, "held_out=-1 must be a whole number of at least 0."),
         (lambda: ids(10, 32), {"seed": None}, "seed=None must be a whole number of at least 0."),
         (lambda: ids(1, 32), {}, "held_out=1 of 1 rows leaves none to calibrate on"),
-        (lambda: ids(2, 32), {}, "There are 1 rows with 32 tokens that are no padding to calibrate on and 1 held out"),
+        (
+            lambda: ids(2, 32),
+            {},
+            "1 row with 32 tokens that are no padding to calibrate on, and 1 held out, are too few",
+        ),
         (lambda: ids(3, 32), {}, "at least 2 rows and, of text, 128 tokens are needed"),
         (lambda: ids(320), {}, "A tensor of shape (320,) was given; token ids are (rows, length)."),
         (lambda: torch.ones(16, 32), {}, "input_ids are of shape (16, 32) and torch.float32; they must be whole"),
@@ -312,6 +319,13 @@ def ids(*shape: int) -> Tensor:
         (lambda: ["", " \n"], {}, "given documents has no text to read (documents: 2, empty)."),
         (lambda: [[], []], {}, "given documents has no text to read (documents: 2, empty)."),
         (lambda: [[1, 2], 3.5], {}, "Element 1 is 3.5, no text, no list of token ids and no dict"),
+        (lambda: ["a", {"text": None}], {}, "Element 1: The column 'text' has no text, chat or token ids, but None"),
+        (
+            lambda: [[1, 2, 3]] * 20,
+            {},
+            "given documents (19 of 20 documents left out, empty or repeated) gives 0 rows",
+        ),
+        (lambda: [[n] * 16 for n in range(1, 19)], {}, "given documents gives 1 row of 256 tokens to calibrate on"),
         (lambda: ["a text"], {}, "The data are texts, and no tokenizer lies with the model; pass tokenizer="),
         (lambda: [[1] * 300], {}, "given documents gives 0 rows of 256 tokens to calibrate on; at least 2 rows"),
         (lambda: [{"a": 1}], {}, "has the columns a; understood are text; messages"),
@@ -334,7 +348,7 @@ def test_what_cannot_be_calibrated_on_is_said(data: Callable[[], Any], options: 
             lambda: [{"pixel_values": torch.zeros(8, 3, n, n)} for n in (16, 32)],
             "pixel_values has rows of shapes [(3, 16, 16), (3, 32, 32)], which cannot be joined",
         ),
-        (lambda: [{"pixel_values": torch.zeros(2, 3, 32, 32)}], "There are 1 rows to calibrate on and 1 held out"),
+        (lambda: [{"pixel_values": torch.zeros(2, 3, 32, 32)}], "1 row to calibrate on, and 1 held out, are too few"),
     ],
 )
 def test_images_that_cannot_be_calibrated_on_are_said(data: Callable[[], Any], message: str) -> None:
@@ -372,10 +386,52 @@ def test_fewer_rows_than_asked_for_are_said_and_used(caplog: pytest.LogCaptureFi
     assert f"gives {found.count - found.held_out} rows to calibrate on and {found.held_out} to hold out" in caplog.text
 
 
+def test_many_documents_that_are_left_out_are_said() -> None:
+    options: dict[str, Any] = {"rows": 8, "length": 16, "held_out": 2}
+    found = calibration_rows([*documents(20), *documents(9), []], **options)
+    left_out = "given documents (10 of 30 documents left out, empty or repeated)"
+    assert found.source == f"8 rows of 16 tokens from {left_out}, and 2 held out"
+    few = calibration_rows([*documents(20), *documents(2)], **options)  # 2 of 22: under a tenth
+    assert few.source == "8 rows of 16 tokens from given documents, and 2 held out"
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_rows_of_nothing_but_the_models_padding_are_refused(masked: bool) -> None:
+    pad = ids(16, 32) * 2
+    given = {"input_ids": pad, "attention_mask": ids(16, 32)} if masked else pad
+    assert calibration_rows(given, llama()).count == 16  # whose config knows none
+    with pytest.raises(CalibrationError, match="All 16 rows are padding: every token is 2, the model's pad_token_id"):
+        calibration_rows(given, llama(pad_token_id=2))
+    pad[3, 3] = 1
+    assert calibration_rows(given, llama(pad_token_id=2)).count == 16
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_tokenizer_may_be_named_by_its_folder(kind: Callable[[str], Any], tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    options: dict[str, Any] = {"rows": 8, "length": 32, "held_out": 2}
+    found = calibration_rows(sentences(), tokenizer=kind(str(tmp_path)), **options)
+    assert found.fingerprint == calibration_rows(sentences(), tokenizer=byte_tokenizer(), **options).fingerprint
+
+
+@pytest.mark.parametrize("given", ["./nowhere", 5])
+def test_what_is_no_tokenizer_is_refused(given: Any) -> None:
+    with pytest.raises(CalibrationError, match=f"tokenizer={given!r} is neither a tokenizer nor a folder or Hub id"):
+        calibration_rows(sentences(), tokenizer=given)
+
+
 def test_enough_rows_are_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        calibration_rows(documents(), tokenizer=byte_tokenizer(), rows=16, length=16, held_out=4)
+        found = calibration_rows(documents(), tokenizer=byte_tokenizer(), rows=16, length=16, held_out=4)
     assert not caplog.records
+    assert found.notes == ()
+
+
+def test_a_mask_that_is_not_of_tokens_is_refused_with_the_form_that_is_read() -> None:
+    causal = torch.ones(32, 32).tril().bool().expand(10, 1, 32, 32)
+    inputs = {"input_ids": torch.randint(1, VOCAB, (10, 32)), "attention_mask": causal}
+    with pytest.raises(CalibrationError, match=r"\(10, 1, 32, 32\) and .* give a 2-D mask, \(rows, tokens\)"):
+        calibration_rows(CalibrationRows(inputs, 2, ""), llama())
 
 
 # ── Plausible ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -397,9 +453,49 @@ def test_an_untrained_model_is_plausible(rows: CalibrationRows) -> None:
     assert plausible(model, nothing_held_out) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("scale", [40.0, float("nan")])
-def test_a_model_that_does_worse_than_guessing_is_refused(rows: CalibrationRows, scale: float) -> None:
-    model = llama()
-    model.lm_head.weight.data *= scale
-    with pytest.raises(CalibrationError, match=r"nats a token, and guessing among its tokens has 6\.21: the text was"):
+@pytest.mark.parametrize("held_out", [3, 0])
+def test_ids_of_which_the_model_knows_less_than_one_that_guesses_are_refused(
+    rows: CalibrationRows, held_out: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, rows = llama(), CalibrationRows(rows.inputs, held_out, "12 rows from somewhere")
+    model.lm_head.weight.data *= 40
+    which = "held-out" if held_out else "some"
+    message = rf"a loss of \d+\.\d\d nats a token on {which} rows, where guessing among its tokens has 6\.21: the ids"
+    with pytest.raises(CalibrationError, match=f"{message}.*12 rows from somewhere.*force=True"):
         plausible(model, rows)
+    assert not caplog.records
+    forced = plausible(model, rows, force=True)
+    assert forced is not None
+    assert forced > 7
+    assert re.search(f"{message[:-9]}: is the text tokenized by its own tokenizer", caplog.text)
+
+
+@pytest.mark.parametrize("given", ["none", "own", "larger", "other"])
+def test_texts_as_the_models_own_tokenizer_reads_them_are_warned_of_alone(
+    given: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They cannot be another tokenizer's: the model is hardly trained, or cut."""
+    model = with_tokenizer(llama(), tmp_path)
+    model.lm_head.weight.data *= 40
+    tokenizer = None if given == "none" else byte_tokenizer()
+    if given == "larger":
+        tokenizer.add_tokens(["<another>"])
+    elif given == "other":
+        words = {chr(number): number for number in range(32, 127)}
+        tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, " ")), unk_token=" ")
+        tokenizer.backend_tokenizer.pre_tokenizer = Split("", "isolated")
+    rows = calibration_rows(sentences(), model, tokenizer, rows=8, length=32, held_out=2)
+    assert rows.own_tokens == (given != "other")
+    caplog.clear()
+    if given == "other":
+        with pytest.raises(CalibrationError, match="the ids are probably another tokenizer's"):
+            plausible(model, rows)
+    else:
+        plausible(model, rows)
+        assert "it is hardly trained on such text" in caplog.text
+
+
+def test_ids_that_were_given_are_not_of_the_models_own_tokenizer(tmp_path: Path) -> None:
+    model = with_tokenizer(llama(), tmp_path)
+    for data in (documents(), [*sentences(), *documents(1)], ids(16, 32)):
+        assert not calibration_rows(data, model, rows=8, length=16, held_out=2).own_tokens

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import os
 import signal
-import subprocess
-import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from architectures import bert, gpt2, llama
-from calibrating import HELD_OUT, calibrated, codes, rows_of, text
+from architectures import VOCAB, bert, gpt2, llama
+from calibrating import HELD_OUT, LENGTH, calibrated, codes, rows_of, stock_logits, text
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+from tqdm import tqdm
 
 from hf_qlora import NF4Config, quantize_model
-from hf_qlora.quant.calibrate import kept, streams
+from hf_qlora.quant import base
+from hf_qlora.quant.calibrate import kept, run, streams
 from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.group import Method
 from hf_qlora.quant.calibrate.loss import mean_loss
@@ -116,6 +118,22 @@ def test_on_layer_hears_of_every_layer() -> None:
     assert all(torch.equal(seen[name].t(), weights[name]) for name in weights)
 
 
+def test_the_progress_bar_says_of_which_layer_and_its_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer by layer, in the report's order and with its figures; in the end it is wiped away."""
+    shown = io.StringIO()
+    monkeypatch.setattr(base, "PROGRESS_DELAY_S", 0)
+    monkeypatch.setattr(run, "tqdm", partial(tqdm, file=shown, mininterval=0, miniters=1))
+    _, report = calibrated(llama(), rows_of(text()))
+    bars = [bar for bar in shown.getvalue().split("\r") if "layer" in bar]
+    assert len(report.layers) == 14
+    assert [bar for bar in bars if not bar.startswith("Calibrating NF4: ")] == []
+    assert [bar.partition("/14 [")[0].rpartition(" ")[2] for bar in bars] == [str(n) for n in range(15)]
+    for layer, bar in zip(report.layers, bars[1:], strict=True):
+        assert bar.rstrip().endswith(f", {layer.name}: {layer.error:.2%}, nearest {layer.nearest:.2%}]")
+    assert shown.getvalue().endswith("\r")
+    assert shown.getvalue().rpartition("\r")[0].rpartition("\r")[2].strip() == ""
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +173,53 @@ def test_a_4_bit_model_is_refused() -> None:
 def test_settings_that_are_none_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         Calibration(rows_of(text()), **values)
+
+
+def test_a_folder_to_resume_from_is_a_path() -> None:
+    with pytest.raises(ConfigError, match="resume=5 must be the path of a folder, or None"):
+        Calibration(rows_of(text()), resume=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("row", ["all", "held out"])
+def test_where_a_loss_gets_nan_is_named_and_nothing_changed(row: str) -> None:
+    """In all rows, or in one that is neither calibrated on nor listened to."""
+    model, rows = llama(), rows_of(text())
+    broken = model.model.layers[1].input_layernorm
+    odd = int(rows.inputs["input_ids"][-1, 5])
+    if row == "held out":
+        for other in rows.inputs["input_ids"][:-1]:
+            other[other == odd] = odd % (VOCAB - 1) + 1
+    weight = model.model.embed_tokens.weight if row == "held out" else broken.weight
+    at = odd if row == "held out" else 3
+    kept = weight.data[at].clone()
+    weight.data[at] = float("inf")
+    before = codes(model)
+    name = "layers.0.self_attn.q_proj" if row == "held out" else "layers.1.self_attn.q_proj"
+    with pytest.raises(CalibrationError, match=rf"The inputs of model\.{name} have NaN or infinite values"):
+        quantize_model(model, calibration=rows)
+    assert codes(model) == before
+    weight.data[at] = kept
+    quantize_model(model, calibration=rows)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_head_that_gives_nan_is_told_from_the_layers(value: float) -> None:
+    model, rows = llama(), rows_of(text())
+    seen = torch.arange(VOCAB) == rows.measured["input_ids"][0, 5]
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits.masked_fill(seen, value))
+    message = (
+        r"The model's loss on the rows to measure on is (nan|inf), though the inputs of all layers to round are fin"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        quantize_model(model, calibration=rows)
+
+
+def test_a_forced_calibration_is_of_any_ids() -> None:
+    model = llama()
+    model.lm_head.weight.data *= 40
+    with pytest.raises(CalibrationError, match="force=True"):
+        quantize_model(model, calibration=rows_of(text()))
+    quantize_model(model, calibration=Calibration(rows_of(text()), force=True))
 
 
 # --- going on after an interruption ----------------------------------------------------------------------------------
@@ -318,40 +383,13 @@ def test_tied_layers_are_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 # --- saved -----------------------------------------------------------------------------------------------------------
 
-STOCK = """
-import sys
-from importlib.abc import MetaPathFinder
-
-
-class NotThisPackage(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_qlora":
-            raise ModuleNotFoundError(name)
-
-
-sys.meta_path.insert(0, NotThisPackage())
-import bitsandbytes, torch, transformers
-from safetensors.torch import load_file, save_file
-
-folder = sys.argv[1]
-model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32).eval()
-for module in model.modules():
-    if isinstance(module, bitsandbytes.nn.Linear4bit):
-        module.support_avx512bf16_for_cpu = False
-with torch.no_grad():
-    save_file({"logits": model(**load_file(f"{folder}/inputs.safetensors")).logits}, f"{folder}/out.safetensors")
-assert "hf_qlora" not in sys.modules
-"""
-
 
 def test_stock_transformers_computes_the_same(tmp_path: Path) -> None:
     """In a process that cannot import this package."""
     inputs = text(rows=2)
     model, _ = calibrated(llama(), rows_of(text()))
     model.save_pretrained(tmp_path / "model")
-    save_file(inputs, tmp_path / "inputs.safetensors")
-    subprocess.run([sys.executable, "-c", STOCK, str(tmp_path)], check=True)
-    found = load_file(tmp_path / "out.safetensors")["logits"]
+    found = stock_logits(tmp_path / "model", inputs, tmp_path)
     with torch.no_grad():
         expected = model(**inputs).logits
     # As in tests/interop/test_stock_peft.py: float32 products, of the largest logit.
@@ -406,21 +444,23 @@ def test_the_peak_is_the_model_its_codes_and_one_group(vocabulary: int) -> None:
     """Counted: what operations make beside the dense model, which is there before.
 
     A group needs some dozen matrices of K × K in float32 (Gram, cross, damped, permuted; three in float64), and as
-    many of its weights' size; the forward some dozen hidden states of all rows, twice, and its widest layer. The codes
-    are there twice, calibrated and nearest.
+    many of its weights' size. Of all rows there are hidden states and the inputs of one group, twice; of those that
+    are in one forward some dozen hidden states, and its widest layer, twice. The codes are there twice, calibrated and
+    nearest.
     """
     sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "vocab_size": vocabulary}
-    model, rows = llama(**sizes), rows_of(text())
+    model, rows = llama(**sizes), rows_of(text(rows=128))
     linear = [m.weight for m in model.model.modules() if isinstance(m, nn.Linear)]
     largest = max(weight.numel() for weight in linear)
     widest = 4 * max(weight.shape[1] for weight in linear) ** 2
     group = 12 * widest + 12 * 4 * 2 * largest
-    hidden = 4 * 2 * rows.inputs["input_ids"].numel() * (12 * 128 + 4 * 512)
+    waiting = 4 * 2 * rows.inputs["input_ids"].numel() * (2 * 128 + 512)
+    running = 4 * 2 * streams.ROWS_AT_A_TIME * LENGTH * (12 * 128 + 4 * 512)
     packed = 2 * sum(weight.numel() for weight in linear) * 0.53
     logits = 4 * vocabulary * 4 * 32 * 2.5  # four rows that are listened to, and what the loss is taken of
     with Counted() as counted:
         quantize_model(model, calibration=rows)
-    assert counted.peak <= group + hidden + packed + logits
+    assert counted.peak <= group + waiting + running + packed + logits
     if vocabulary == 60_000:  # the logits of all rows would be more than that
         assert 4 * vocabulary * 2 * rows.inputs["input_ids"].numel() > 1.5 * counted.peak
 

@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from hf_qlora import NF4Config, quantize_model
 from hf_qlora.quant.calibrate import streams
 from hf_qlora.quant.calibrate.errors import CalibrationError
+from hf_qlora.quant.calibrate.grams import Grams
+from hf_qlora.quant.calibrate.group import Method, round_group
 from hf_qlora.quant.calibrate.run import calibration_report
+from hf_qlora.quant.dequantize import dequantize_weight
 from hf_qlora.quant.linear4bit import Linear4bit
+from hf_qlora.quant.packing import quantize_weight
 
 
 # Products in float32 of other batch sizes, through two layers.
@@ -28,8 +32,9 @@ IMAGE = {"image_size": 32, "patch_size": 8, "num_channels": 3}
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
+    monkeypatch.setattr(streams, "ROWS_AT_A_TIME", 3)  # of eight, in three forwards; a fourth has those held out
 
 
 def images(rows: int = ROWS) -> dict[str, Tensor]:
@@ -201,6 +206,66 @@ def test_held_out_rows_have_no_say() -> None:
     assert first.error != second.error
 
 
+def test_rows_at_once_and_in_parts_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit but for sums in another order, which in the last layers turn a few codes."""
+    dense, rows = llama(), rows_of(text(padded=True))
+    _, in_parts = calibrated(dense, rows)
+    monkeypatch.setattr(streams, "ROWS_AT_A_TIME", 100)
+    _, at_once = calibrated(dense, rows)
+    for layer, whole in zip(in_parts.layers, at_once.layers, strict=True):
+        assert (layer.name, layer.error) == (whole.name, pytest.approx(whole.error, rel=0.03))
+        assert layer.nearest == pytest.approx(whole.nearest, rel=0.03)
+    assert in_parts.layers[0].error == pytest.approx(at_once.layers[0].error, rel=1e-6)
+
+
+def _with_sinks(tokens: int) -> tuple[Tensor, Tensor]:
+    """Correlated inputs, one token in 256 with one that is a thousand times as large; and which are ordinary."""
+    mix = (torch.eye(128) + 0.5 * torch.randn(128, 128) / 128**0.5) * torch.logspace(0, -1, 128)
+    X = torch.randn(tokens, 128) @ mix
+    sinks = torch.arange(tokens) % 256 == 0
+    X[sinks, 7] = 1000 * (X[sinks, 7] + 1)
+    return X, ~sinks
+
+
+def _sums(X: Tensor, X0: Tensor, cap: float | None) -> Grams:
+    sums = Grams(torch.zeros(128, 128), torch.zeros(128, 128), cap)
+    sums.add(X0, X)
+    return sums
+
+
+def test_tokens_far_above_the_median_count_as_if_they_were_not() -> None:
+    """In float64: each of them scaled, alike in both streams, to what the cap allows."""
+    X, ordinary = _with_sinks(1024)
+    X0 = X + 0.1 * torch.randn_like(X)
+    sums = _sums(X, X0, 3.0)
+    norms = X.double().norm(dim=1)
+    weights = (3.0 * norms.sort().values[511] / norms).clamp(max=1)[:, None]  # torch's median is the lower one
+    assert weights[~ordinary].max() < 0.1
+    capped, expected = weights * X.double(), weights * X0.double()
+    for found, wanted in ((sums.gram, capped.T @ capped), (sums.cross, capped.T @ expected)):
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    assert (_sums(X, X0, None).gram - X.T @ X).norm() <= 1e-5 * (X.T @ X).norm()
+
+
+def test_a_few_huge_tokens_do_not_take_all_there_is_for_themselves() -> None:
+    (inputs, ordinary), W = _with_sinks(10_240), torch.randn(64, 128)
+    X, held = inputs[:8192], inputs[8192:][ordinary[8192:]]
+
+    def error(packed: Any) -> float:
+        wrong = dequantize_weight(*packed, torch.float32) - W
+        return float((held @ wrong.T).norm() / (held @ W.T).norm())
+
+    nearest = error(quantize_weight(W, NF4Config()))
+    of_cap = {}
+    for cap in (None, 3.0):
+        method = Method(cap=cap)
+        gram = _sums(X, X, cap).gram
+        [packed] = round_group([W], gram, None, NF4Config(), method, dtype=torch.float32)
+        of_cap[cap] = error(packed)
+    assert of_cap[3.0] < 0.9 * nearest
+    assert of_cap[None] > 0.95 * nearest  # else there is nothing to see here
+
+
 def test_runs_are_alike_and_rows_matter() -> None:
     model, inputs = llama(), text()
     one, two = (codes(calibrated(model, rows_of(inputs))[0]) for _ in range(2))
@@ -324,15 +389,16 @@ class Sorted(Odd):
 
 
 class Fickle(Odd):
-    """Called once more, or once less, where the rows are many."""
+    """Called once more, or once less, in all forwards but the first."""
 
-    def __init__(self, few: int, many: int) -> None:
+    def __init__(self, first: int, others: int) -> None:
         super().__init__()
         self.layer, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
-        self.few, self.many = few, many
+        self.first, self.others, self.forwards = first, others, 0
 
     def forward(self, x: Tensor) -> Tensor:
-        for _ in range(self.few if len(x) <= 4 else self.many):
+        self.forwards += 1
+        for _ in range(self.first if self.forwards == 1 else self.others):
             x = self.layer(x).relu()
         return self.last(x)
 
@@ -444,6 +510,7 @@ def test_a_layer_called_less_often_than_it_was_heard() -> None:
     finished, report = calibrated(dense, rows_of(inputs))
     assert {layer.name for layer in report.layers} == {"layer", "last"}
     assert report.layers[0].error < report.layers[0].nearest
+    dense.forwards = finished.forwards = 1
     _, expected = heard(dense, ["last"], inputs)
     _, found = heard(finished, ["last"], inputs)
     y, q = (stream["last"][0][-HELD_OUT:] for stream in (expected, found))

@@ -32,6 +32,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "codes gone through once": {"refits": 0, "passes": 0},
     "two fits of the scales": {"refits": 2},
     "no correction": {"correction": False},
+    "tokens capped at 3 medians": {"cap": 3.0},
+    "tokens capped at the median": {"cap": 1.0},
     "correction damped by 0.01": {"correction_damping": 0.01},
     "correction damped by 1": {"correction_damping": 1.0},
     "damped by 0.001": {"damping": 0.001},

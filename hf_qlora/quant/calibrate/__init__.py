@@ -3,7 +3,9 @@
 feedback.py   a weight rounded so that its products stay right
 group.py      layers that read the same inputs, rounded together
 siblings.py   which layers those are
+grams.py      the matrices of what they read
 streams.py    one forward that rounds all layers, from the inputs that the quantized model produces
+turns.py      forwards of some rows each, that wait for each other
 run.py        from rows to the report
 settings.py   what is asked for
 report.py     what was done

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hf_qlora.data.errors import counted
 from hf_qlora.data.tokenizer import reads_text, vocabulary_of
 from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.loss import base_of
@@ -29,8 +30,8 @@ def check(rows: CalibrationRows, model: nn.Module | None) -> None:
     if found < LEAST_ROWS or (rows.text and rows.tokens < LEAST_TOKENS):
         tokens = f" with {rows.tokens} tokens that are no padding" if rows.text else ""
         raise CalibrationError(
-            f"There are {found} rows{tokens} to calibrate on and {rows.held_out} held out; at least {LEAST_ROWS} rows "
-            f"and, of text, {LEAST_TOKENS} tokens are needed. Give more, or hold out fewer."
+            f"{counted(found, 'row')}{tokens} to calibrate on, and {rows.held_out} held out, are too few; at least "
+            f"{LEAST_ROWS} rows and, of text, {LEAST_TOKENS} tokens are needed. Give more, or hold out fewer."
         )
     if model is not None:
         _check_fits(rows, base_of(model))
@@ -44,7 +45,8 @@ def _check_text(rows: CalibrationRows) -> None:
         )
     if mask is not None and mask.shape != ids.shape:
         raise CalibrationError(
-            f"attention_mask is of shape {tuple(mask.shape)} and input_ids of {tuple(ids.shape)}; they must be alike."
+            f"attention_mask is of shape {tuple(mask.shape)} and input_ids of {tuple(ids.shape)}; give a 2-D mask, "
+            "(rows, tokens), with a 1 for each token that is no padding."
         )
 
 
@@ -70,6 +72,12 @@ def _check_fits(rows: CalibrationRows, base: nn.Module) -> None:
                 f"{key} has ids from {low} to {high}, and {name} knows 0 to {vocabulary - 1}: the text was tokenized "
                 "for another tokenizer. Give texts, or tokenize with the model's own."
             )
+    ids, pad = rows.inputs["input_ids"], _of_text(base, "pad_token_id")
+    if isinstance(pad, int) and bool((ids == pad).all()):
+        raise CalibrationError(
+            f"All {counted(len(ids), 'row')} are padding: every token is {pad}, the model's pad_token_id. Give rows "
+            "with tokens, and an attention_mask where they are padded."
+        )
     width = rows.inputs["input_ids"].shape[1]
     if positions is not None and width > positions:
         raise CalibrationError(f"The rows have {width} tokens and {name} {positions} positions; give shorter rows.")
@@ -77,7 +85,12 @@ def _check_fits(rows: CalibrationRows, base: nn.Module) -> None:
 
 def positions_of(model: Any) -> int | None:
     """How many tokens a row of a model may have; None where there is no telling."""
-    config: Any = getattr(base_of(model), "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = getattr(config, "max_position_embeddings", None)
+    found = _of_text(base_of(model), "max_position_embeddings")
     return found if isinstance(found, int) and found > 0 else None
+
+
+def _of_text(base: nn.Module, name: str) -> Any:
+    """A setting of the model's config, or of the part of it that is of text; None where there is none."""
+    config: Any = getattr(base, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, name, None)

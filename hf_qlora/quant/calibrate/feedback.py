@@ -10,7 +10,9 @@ small. With H = I, that is rounding to nearest.
                           still to come make up for what was lost (GPTQ, arXiv 2210.17323, with a table of levels in
                           place of a grid)
     refine                goes through them again: each weight moves to the best level while all others stay
-                          (coordinate descent, as QuantEase, arXiv 2309.01885), so that the error can only fall
+                          (coordinate descent, as QuantEase, arXiv 2309.01885), so that a row's error falls or stays.
+                          That is up to roundings: levels are chosen before they are rounded to the layer's dtype, and
+                          in bfloat16 one row in a thousand has risen, by 0.2 % at most
     refit_scales          the best scales for given codes, by least squares, row by row
 
 Weights are held transposed, (K, N): what is read and written together is then contiguous.
@@ -96,7 +98,10 @@ class Feedback:
 
 
 def refine(codes: Tensor, target: Tensor, scales: Tensor, gram: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Better codes, by one pass of coordinate descent; arguments as for `round_with_feedback`."""
+    """Codes that are no worse, up to roundings (see the module), by one pass of coordinate descent.
+
+    Arguments as for `round_with_feedback`.
+    """
     nearest = Nearest(scales, dtype)
     codes, values = codes.clone(), nearest.values(codes)
     slope = gram @ (values - target)

@@ -40,6 +40,8 @@ class Method:
     """How weights are rounded. `hf-qlora bench calibrated-nf4 --part methods` compares others.
 
     Attributes:
+        cap: a token whose inputs' norm is above so many times the median counts as if it were that; None: never.
+            (Models make inputs of a text's first tokens in some layers that are hundreds of times as large.)
         correction: make up for what earlier layers got wrong; without it T' = T.
         damping: λ of H + λI, which codes are sought for, as a share of H's mean diagonal.
         correction_damping: μ, likewise.
@@ -48,6 +50,7 @@ class Method:
         passes: how often codes are gone through again, after each fit of the scales and at least once.
     """
 
+    cap: float | None = None
     correction: bool = True
     damping: float = 0.01
     correction_damping: float = 0.1
@@ -59,6 +62,8 @@ class Method:
         for name in ("damping", "correction_damping"):
             if not 0 < (value := getattr(self, name)) < float("inf"):
                 raise ConfigError(f"{name}={value!r} must be a positive number, such as 0.01.")
+        if self.cap is not None and not 0 < self.cap < float("inf"):
+            raise ConfigError(f"cap={self.cap!r} must be a positive number, such as 3.0, or None.")
         for name in ("refits", "passes"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
@@ -147,7 +152,7 @@ def _correct(target: Tensor, slabs: Sequence[slice], gram: Tensor, cross: Tensor
 def _refine(
     codes: Tensor, target: Tensor, states: Sequence[QuantState], slabs: Sequence[slice], H: Tensor, dtype: torch.dtype
 ) -> None:
-    """Codes that are no worse, in place."""
+    """Codes that are no worse, up to roundings, in place."""
     for slab in slabs:
         codes[:, slab] = refine(codes[:, slab], target[:, slab], _spread(states, slab), H, dtype)
 

@@ -1,7 +1,11 @@
 """Rounded layers in a folder, so that an interrupted run goes on where it stopped.
 
-A file for each group of layers, whole or not there, under a key: a hash of the model's weights, the rows, and all
-settings. What lies there under another key is of another run, and is not read.
+A file for each group of layers, whole or not there, under a key: a hash of what decides how a layer is rounded, which
+is its weight, and what it is fed. What lies there under another key is of another run, and is not read; nor is what is
+of other layers, or is not packed as these are.
+
+Of a model the key knows what transformers makes it of: classes, configs, parameters and buffers. What somebody has set
+on a module beside these, as a plain attribute or another forward, it does not see.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +27,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.group import Packed
 from hf_qlora.quant.packing import share_tables
+from hf_qlora.quant.scales import check_scales
 
 
 logger = logging.getLogger(__name__)
+
+PACKAGES = ("hf-qlora", "torch", "transformers", "bitsandbytes")  # whose versions may round otherwise
+# What a config says of where a model came from, and not of what it computes.
+_ORIGIN = {"_name_or_path", "architectures", "transformers_version"}
+_NAME_LENGTH = 32
 
 
 class Kept:
@@ -39,9 +51,17 @@ class Kept:
     def __init__(self, folder: str | os.PathLike[str], key: str) -> None:
         self.folder, self.key, self.is_full = Path(folder), key, False
         self.folder.mkdir(parents=True, exist_ok=True)
+        for scratch in self.folder.glob(f"{'[0-9a-f]' * _NAME_LENGTH}.*.partial"):  # of a process that was killed
+            with suppress(OSError):
+                scratch.unlink()
 
-    def get(self, names: Sequence[str], device: torch.device) -> list[Packed] | None:
-        """A group's packed weights, or None where it is not there."""
+    def get(self, like: Mapping[str, Packed], device: torch.device) -> list[Packed] | None:
+        """A group's packed weights, or None where it is not there.
+
+        Args:
+            like: for each layer, by name, a weight that is packed as its own is to be.
+        """
+        names = list(like)
         try:
             with safe_open(self._file(names), framework="pt", device=str(device)) as file:
                 said = file.metadata() or {}
@@ -50,9 +70,12 @@ class Kept:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):  # not there, or cut off by a full disk
             return None
-        if said.get("digest") != _digest(tensors):  # as after a power failure
+        if said.get("digest") != _digest(tensors, json.dumps(names)):  # as after a power failure
             return None
-        return [_unpacked(tensors, f"{i}.", device) for i in range(len(names))]
+        try:
+            return [_unpacked(tensors, f"{i}.", packed, device) for i, packed in enumerate(like.values())]
+        except (AssertionError, KeyError, ValueError):  # not packed as these are
+            return None
 
     def put(self, names: Sequence[str], packed: Sequence[Packed]) -> None:
         """Keep a group's packed weights; where that fails, say so and go on."""
@@ -63,7 +86,7 @@ class Kept:
         file = self._file(names)
         scratch = file.with_suffix(f".{os.getpid()}.partial")
         try:
-            save_file(tensors, scratch, {"key": self.key, "digest": _digest(tensors)})
+            save_file(tensors, scratch, {"key": self.key, "digest": _digest(tensors, json.dumps(list(names)))})
             scratch.replace(file)
         except (OSError, SafetensorError) as error:
             scratch.unlink(missing_ok=True)
@@ -74,13 +97,17 @@ class Kept:
             self.is_full = True
 
     def _file(self, names: Sequence[str]) -> Path:
-        return self.folder / f"{hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:32]}.safetensors"
+        name = hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:_NAME_LENGTH]
+        return self.folder / f"{name}.safetensors"
 
 
-def _unpacked(tensors: dict[str, Tensor], prefix: str, device: torch.device) -> Packed:
+def _unpacked(tensors: dict[str, Tensor], prefix: str, like: Packed, device: torch.device) -> Packed:
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     codes = own.pop("codes")
+    if (codes.shape, codes.dtype) != (like[0].shape, like[0].dtype):
+        raise ValueError(f"The codes are {tuple(codes.shape)}, and this layer's {tuple(like[0].shape)}.")
     state = QuantState.from_dict(own, device=device)
+    check_scales(state, like[1])
     share_tables(state)
     return codes, state
 
@@ -91,33 +118,79 @@ def beside(target: Path) -> Path:
 
 
 @contextmanager
-def resumable(target: Path) -> Iterator[Path]:
-    """A folder beside `target` for `Calibration(resume=…)`; it is removed when the block ends well."""
+def resumable(target: Path, refused: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """For work with `Calibration(resume=beside(target))`: the folder is removed when the block ends well.
+
+    Args:
+        refused: errors that say that the result is not wanted, unless it is forced.
+    """
     folder = beside(target)
     try:
-        yield folder
-    except BaseException:
+        yield
+    except BaseException as error:
         if folder.is_dir() and any(folder.iterdir()):
-            logger.warning("The layers rounded so far are in %s: the same call goes on there. Else remove it.", folder)
+            logger.warning("The layers rounded so far are in %s: %s. Else remove it.", folder, _use_of(error, refused))
         else:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def key_of(model: nn.Module, rows: str, settings: Any) -> str:
-    """A hash of a model's parameters and buffers, of rows, and of settings.
+def _use_of(error: BaseException, refused: type[Exception] | tuple[()]) -> str:
+    """Which call can go on with what is kept: one that fails in the same way again is none."""
+    if isinstance(error, refused):
+        return "the same call with force goes on there"
+    if isinstance(error, CalibrationError):
+        return "only a call with other rows or settings that was stopped before goes on there"
+    return "the same call goes on there"
+
+
+def key_of(model: nn.Module, rows: str, settings: Any, scales: Mapping[str, Packed] | None = None) -> str:
+    """A hash of what decides how a model's layers are rounded.
 
     Args:
         rows: their fingerprint.
         settings: anything whose repr says all of it.
+        scales: packed weights whose scales are kept, by name.
     """
-    return _digest(model.state_dict(), f"{rows} {settings!r} {torch.__version__}")
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    parts = model.named_modules()
+    kinds = sorted({tensor.device.type for tensor in tensors.values()})
+    facts = {
+        "rows": rows,
+        "settings": repr(settings),
+        "classes": [[name, f"{type(part).__module__}.{type(part).__qualname__}"] for name, part in parts],
+        "configs": _configs(model),
+        "devices": kinds,
+        "autocast": [str(torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)],
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    for name, (_, state) in (scales or {}).items():
+        tensors |= {f"{name} {part}": tensor for part, tensor in state.as_dict(packed=True).items()}
+    return _digest(tensors, json.dumps(facts, sort_keys=True))
 
 
-def _digest(tensors: Mapping[str, Tensor], start: str = "") -> str:
+def _configs(model: nn.Module) -> list[list[str]]:
+    """What the configs in a model say of it, and how attention is computed, which they do not write down."""
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "to_dict") and id(config) not in found:
+            said = json.dumps(_without_origin(config.to_dict()), sort_keys=True, default=str)
+            found[id(config)] = [name, said, str(getattr(config, "_attn_implementation", None))]
+    return list(found.values())
+
+
+def _without_origin(value: Any) -> Any:
+    """A config's dict without what is in `_ORIGIN`, there and in the configs within."""
+    if not isinstance(value, dict):
+        return value
+    return {str(key): _without_origin(item) for key, item in value.items() if key not in _ORIGIN}
+
+
+def _digest(tensors: Mapping[str, Tensor], start: str) -> str:
     digest = hashlib.blake2b(start.encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
+        digest.update(f" {name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()

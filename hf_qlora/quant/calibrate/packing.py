@@ -71,10 +71,11 @@ class Reader:
         tokenizer: None if all documents are token ids.
         eos, bos: ids that end a document and begin a row; None for none.
         of_texts: whether any document is a text or a chat.
+        is_own: whether all are, and the tokenizer is the model's.
     """
 
-    def __init__(self, tokenizer: Any, eos: int | None, bos: int | None, of_texts: bool) -> None:
-        self.tokenizer, self.eos, self.bos, self.of_texts = tokenizer, eos, bos, of_texts
+    def __init__(self, tokenizer: Any, eos: int | None, bos: int | None, of_texts: bool, is_own: bool = False) -> None:
+        self.tokenizer, self.eos, self.bos, self.of_texts, self.is_own = tokenizer, eos, bos, of_texts, is_own
 
     def stream(self, document: Document) -> list[int]:
         """A document's ids, ended by EOS; a chat's template ends it, with a newline behind that."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_qlora.data.documents import Document, document_of, read_documents
-from hf_qlora.data.errors import short
+from hf_qlora.data.errors import DataError, counted, short
 from hf_qlora.data.files import MAX_ROWS
-from hf_qlora.data.tokenizer import tokenizer_of
+from hf_qlora.data.tokenizer import knows_as, tokenizer_of
 from hf_qlora.quant.calibrate.batches import join_batches
 from hf_qlora.quant.calibrate.checks import positions_of
 from hf_qlora.quant.calibrate.errors import CalibrationError
@@ -39,9 +39,12 @@ KINDS = (
 )
 
 READY_SHARE = 4  # of rows that are given ready, one in so many is held out at most
+MANY = 0.1  # of the documents: so many that are left out are spoken of
 LEAST_DISTINCT = 8  # tokens in a text: transformers makes an empty tokenizer where there is none
 
-Read = tuple[dict[str, Tensor], int, str]  # inputs, how many rows are held out, and words for reports
+# inputs, how many rows are held out; for reports, words for the rows and what else is to be known of them; and whether
+# the tokens are of the model's own tokenizer
+Read = tuple[dict[str, Tensor], int, str, tuple[str, ...], bool]
 
 
 def read(data: Any, model: nn.Module | None, tokenizer: Any, size: Size) -> Read:
@@ -96,7 +99,10 @@ def _documents_in(data: Iterable[Any], size: Size) -> list[Document]:
 
 def _document(number: int, item: Any) -> Document:
     if isinstance(item, str | Mapping):
-        return document_of(item)
+        try:
+            return document_of(item)
+        except DataError as error:
+            raise DataError(f"Element {number}: {error}") from error
     if isinstance(item, Tensor) and item.ndim == 1 and not item.is_floating_point():
         return [int(token) for token in item.tolist()]
     if isinstance(item, Sequence) and all(isinstance(token, int) for token in item):
@@ -119,23 +125,26 @@ def _of_documents(documents: list[Document], name: str, model: nn.Module | None,
     ordered = in_order(documents, size.seed)
     if not ordered:
         raise CalibrationError(f"{name} has no text to read (documents: {len(documents)}, empty).")
+    left_out = len(documents) - len(ordered)
+    if left_out > MANY * len(documents):
+        name += f" ({left_out} of {len(documents)} documents left out, empty or repeated)"
     reader = _reader(ordered, model, tokenizer)
     joined = model is None or is_causal_lm(model)
     packed = (pack if joined else one_a_row)(ordered, reader, size)
+    notes: tuple[str, ...] = ()
     if packed.cut:
-        logger.warning(
-            "The held-out rows are the end of the longest document: %s has %d documents, too few or too short to keep "
-            "whole ones from calibration.",
-            name,
-            len(ordered),
+        notes = (
+            "The held-out rows are the end of the longest document, whose rest is calibrated on, and flatter what is "
+            f"measured: there are too few documents, or too short ones, in {name} ({len(ordered)}).",
         )
-    return _as_rows(packed, name, reader, model, size)
+        logger.warning("%s", *notes)
+    return *_as_rows(packed, name, reader, model, size), notes, reader.is_own
 
 
 def _reader(documents: list[Document], model: nn.Module | None, tokenizer: Any) -> Reader:
     texts = not all(map(is_ids, documents))
-    if tokenizer is None and texts and model is not None:
-        tokenizer = tokenizer_of(base_of(model))
+    own = tokenizer_of(base_of(model)) if texts and model is not None else None
+    tokenizer = own if tokenizer is None else tokenizer
     if tokenizer is None and texts:
         raise CalibrationError(
             "The data are texts, and no tokenizer lies with the model; pass tokenizer=, or give token ids."
@@ -147,15 +156,16 @@ def _reader(documents: list[Document], model: nn.Module | None, tokenizer: Any) 
     bos = getattr(tokenizer, "bos_token_id", None) if texts else None
     if bos is not None and tokenizer("a")["input_ids"][:1] != [bos]:
         bos = None
-    return Reader(tokenizer, eos, bos, texts)
+    is_own = own is not None and not any(map(is_ids, documents)) and knows_as(own, tokenizer)
+    return Reader(tokenizer, eos, bos, texts, is_own)
 
 
-def _as_rows(packed: Packed, name: str, reader: Reader, model: Any, size: Size) -> Read:
+def _as_rows(packed: Packed, name: str, reader: Reader, model: Any, size: Size) -> tuple[dict[str, Tensor], int, str]:
     every = [*packed.rows, *packed.held_out]
     if len(packed.rows) < LEAST_ROWS:
         raise CalibrationError(
-            f"{name} gives {len(packed.rows)} rows of {size.length} tokens to calibrate on; at least {LEAST_ROWS} "
-            f"rows and {LEAST_TOKENS} tokens are needed. Give more text, or a smaller length."
+            f"{name} gives {counted(len(packed.rows), 'row')} of {size.length} tokens to calibrate on; at least "
+            f"{LEAST_ROWS} rows and {LEAST_TOKENS} tokens are needed. Give more text, or a smaller length."
         )
     longest = max(map(len, every))
     pad = getattr(reader.tokenizer, "pad_token_id", None) or 0
@@ -173,9 +183,9 @@ def _as_rows(packed: Packed, name: str, reader: Reader, model: Any, size: Size) 
     kept = len(packed.held_out)
     if len(packed.rows) < size.rows or kept < size.held_out:
         logger.warning(
-            "%s gives %d rows to calibrate on and %d to hold out, where %d and %d were asked for.",
+            "%s gives %s to calibrate on and %d to hold out, where %d and %d were asked for.",
             name,
-            len(packed.rows),
+            counted(len(packed.rows), "row"),
             kept,
             size.rows,
             size.held_out,
@@ -198,7 +208,7 @@ def _ready(batches: Iterable[Any], model: Any, size: Size, name: str) -> Read:
     held_out = min(size.held_out, max(count // READY_SHARE, 1))
     kept = f", the last {held_out} held out" if held_out else ""
     width = f" of {inputs['input_ids'].shape[1]} tokens" if "input_ids" in inputs else ""
-    return inputs, held_out, f"{count} rows{width} from {name}{kept}"
+    return inputs, held_out, f"{count} rows{width} from {name}{kept}", (), False
 
 
 def _without_padding_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

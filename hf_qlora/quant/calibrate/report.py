@@ -52,6 +52,9 @@ class CalibrationReport:
     Attributes:
         rows: what it was calibrated on, in words.
         tokens: how many, without padding and without the held-out rows; 0 for models that read no text.
+        count, held_out: rows calibrated on, and further ones to measure on; where none are held out, it is measured
+            on those calibrated on.
+        fingerprint: a sha256 of all rows.
         method: as `Method` has it.
         layers: in the order of the forward.
         losses: nats a token on the held-out rows, of the model before ("dense"), "nearest" and "calibrated"; empty for
@@ -62,6 +65,9 @@ class CalibrationReport:
 
     rows: str
     tokens: int
+    count: int
+    held_out: int
+    fingerprint: str
     method: dict[str, Any]
     layers: list[LayerCalibration]
     losses: dict[str, float] = field(default_factory=dict)
@@ -75,6 +81,12 @@ class CalibrationReport:
         return (self.losses["nearest"] - self.losses["calibrated"]) / gap if gap > CLEAR_GAP else None
 
     @property
+    def is_worse(self) -> bool:
+        """Whether rounding to nearest has less loss on the held-out rows, by over `CLEAR_GAP`, or the loss is NaN."""
+        loss = self.losses.get("calibrated", -math.inf)
+        return math.isnan(loss) or loss > self.losses.get("nearest", math.inf) + CLEAR_GAP
+
+    @property
     def error(self) -> float:
         """The mean of the layers' errors."""
         return sum(layer.error for layer in self.layers) / max(len(self.layers), 1)
@@ -86,7 +98,8 @@ class CalibrationReport:
 
     def card_rows(self) -> dict[str, str]:
         """What a model card says of it."""
-        return {name.capitalize(): line for name, line in self.lines()[1:] if name != "note"}
+        found = {name.capitalize(): line for name, line in self.lines()[1:] if name != "note"}
+        return found | {f"Note {number}": note for number, note in enumerate(self.notes, 1)}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON types."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qlora.data.errors import DataError
-from hf_qlora.data.tokenizer import vocabulary_of
+from hf_qlora.data.tokenizer import as_tokenizer, vocabulary_of
 from hf_qlora.quant.calibrate.checks import check
 from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.loss import base_of, mean_loss
@@ -50,6 +50,8 @@ class CalibrationRows:
             `attention_mask`, int64, (rows, length).
         held_out: so many of the rows, the last ones, are kept from calibration, to measure on.
         source: words for reports.
+        notes: what else a reader of results on them must know.
+        own_tokens: whether they are texts as the model's own tokenizer reads them.
 
     Raises:
         CalibrationError: not all inputs have as many rows, or all rows are held out.
@@ -58,6 +60,8 @@ class CalibrationRows:
     inputs: dict[str, Tensor]
     held_out: int
     source: str
+    notes: tuple[str, ...] = ()
+    own_tokens: bool = False
 
     def __post_init__(self) -> None:
         sizes = {name: len(value) for name, value in self.inputs.items()}
@@ -125,7 +129,7 @@ def calibration_rows(
             a `datasets.Dataset`; a tensor of token ids, (rows, length); an iterable of dicts of tensors that can be
             gone through again; or `CalibrationRows`, which are checked and returned.
         model: to check the rows against; it also says which tokenizer it is, and whether documents are joined.
-        tokenizer: for texts; by default the one that lies with the model.
+        tokenizer: for texts, or the folder or Hub id that it lies in; by default the one that lies with the model.
         rows: at most so many to calibrate on.
         length: of a row in tokens, where it is cut out of documents; at most, where a document is a row.
         held_out: at most so many more rows, to measure on; of rows that are given ready a quarter at most.
@@ -140,36 +144,42 @@ def calibration_rows(
         check(data, model)
         return data
     try:
-        found = CalibrationRows(*read(data, model, tokenizer, size))
+        found = CalibrationRows(*read(data, model, as_tokenizer(tokenizer), size))
     except DataError as error:
         raise CalibrationError(str(error)) from error
     check(found, model)
     return found
 
 
-def plausible(model: nn.Module, rows: CalibrationRows) -> float | None:
+def plausible(model: nn.Module, rows: CalibrationRows, force: bool = False) -> float | None:
     """The loss of a causal language model on a few rows, held-out ones if there are some; None for other models.
 
+    Token ids of which the model knows less than one that guesses are another tokenizer's. Those that its own tokenizer
+    made are not: a model that is hardly trained, or cut, is warned of alone. What makes a loss NaN is named where the
+    layers are known (`run.py`).
+
+    Args:
+        force: warn alone.
+
     Raises:
-        CalibrationError: the model knows the text no better than one that guesses, or its loss is NaN.
+        CalibrationError: ids that are another tokenizer's.
     """
     inputs = rows.measured if rows.held_out else rows.calibration
     loss = mean_loss(model, {name: value[:PLAUSIBLE_ROWS] for name, value in inputs.items()})
-    if loss is None:
-        return None
+    if loss is None or not math.isfinite(loss):
+        return loss
     guessing = math.log(vocabulary_of(base_of(model)))
-    if NEAR_GUESSING * guessing < loss <= guessing + GUESSING_SLACK:
-        logger.warning(
-            "The model's loss on %s is %.2f nats a token, and guessing has %.2f: is the text tokenized by its own "
-            "tokenizer?",
-            rows.source,
-            loss,
-            guessing,
-        )
-    if not loss <= guessing + GUESSING_SLACK:
+    which = "held-out rows" if rows.held_out else "some rows"
+    said = f"{loss:.2f} nats a token on {which}, where guessing among its tokens has {guessing:.2f}"
+    if loss > guessing + GUESSING_SLACK and not (rows.own_tokens or force):
         raise CalibrationError(
-            f"The model's loss on {rows.source} is {loss:.2f} nats a token, and guessing among its tokens has "
-            f"{guessing:.2f}: the text was tokenized for another tokenizer, or the model is broken. Give texts, or "
-            "use the model's own tokenizer."
+            f"The model has a loss of {said}: the ids are probably another tokenizer's ({rows.source}). Give text as "
+            "the model's own tokenizer reads it; texts without tokenizer= are read so. If the ids are right, and the "
+            "model is hardly trained, force calibrates all the same: Calibration(rows, force=True), or --force."
         )
+    if loss > NEAR_GUESSING * guessing:
+        why = "it is hardly trained on such text, or broken."
+        if not rows.own_tokens:
+            why = "is the text tokenized by its own tokenizer?"
+        logger.warning("The model has a loss of %s: %s", said, why)
     return loss

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.config import NF4Config
+from hf_qlora.data.errors import counted
 from hf_qlora.quant.calibrate.batches import LABELS, NO_LABEL
 from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.group import Packed
 from hf_qlora.quant.calibrate.kept import Kept, key_of
 from hf_qlora.quant.calibrate.loss import evaluating, mean_loss
-from hf_qlora.quant.calibrate.report import CLEAR_GAP, CalibrationReport
+from hf_qlora.quant.calibrate.report import CalibrationReport
 from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows, plausible
 from hf_qlora.quant.calibrate.settings import Calibration, asdict
 from hf_qlora.quant.calibrate.siblings import Heard, listen
@@ -50,7 +51,7 @@ def checked_calibration(given: Any, model: nn.Module, config: NF4Config) -> Cali
     if config.quant_type != "nf4":
         raise ConfigError(f"calibration= rounds to NF4 alone; quant_type is {config.quant_type!r}. Leave it out.")
     calibration = planned(given, model)
-    plausible(model, calibration.rows)
+    plausible(model, calibration.rows, calibration.force)
     return calibration
 
 
@@ -83,6 +84,8 @@ def forget_calibration(model: nn.Module) -> None:
     model.__dict__.pop(_REPORT, None)
 
 
+@torch.inference_mode(False)  # whose tensors know no gradients; the layers that are made here are trained through
+@torch.no_grad()
 def calibrate(
     model: nn.Module,
     layers: Mapping[str, nn.Linear | Conv1D],
@@ -103,7 +106,7 @@ def calibrate(
         delay: seconds before a progress bar is shown.
 
     Raises:
-        CalibrationError: inputs that are not finite.
+        CalibrationError: inputs, or a loss, that are not finite.
         ConfigError: scales of a base that is not in NF4.
     """
     rows, started = calibration.rows, time.monotonic()
@@ -112,16 +115,18 @@ def calibrate(
         raise ConfigError(
             f"scales='base' keeps the scales of an NF4 base, which {alone[0]} has none of; take scales='own'."
         )
-    inputs = _inputs(model, rows)
+    inputs = forward_inputs(model, rows)
     losses = {"dense": mean_loss(model, measured_inputs(rows))}
     run = partial(model, use_cache=False) if "use_cache" in inspect.signature(model.forward).parameters else model
     with evaluating(model), torch.compiler.set_stance("force_eager"):
         few = _few(inputs)
         heard = listen(run, layers, few)
+        _refuse_broken(run, layers, inputs, rows, losses["dense"])
         kept = None
         if calibration.resume is not None:
-            settings = (config, asdict(calibration), list(layers), version("hf-qlora"))
-            kept = Kept(calibration.resume, key_of(model, rows.fingerprint, settings))
+            settings = (config, asdict(calibration), list(layers))
+            scales = base if calibration.scales == "base" else None
+            kept = Kept(calibration.resume, key_of(model, rows.fingerprint, settings, scales))
         with tqdm(total=len(layers), desc="Calibrating NF4", unit="layer", delay=delay, leave=False) as bar:
             streams = Streams(
                 layers,
@@ -148,13 +153,16 @@ def calibrate(
     report = CalibrationReport(
         rows=rows.source,
         tokens=rows.tokens,
+        count=rows.count - rows.held_out,
+        held_out=rows.held_out,
+        fingerprint=rows.fingerprint,
         method=asdict(calibration),
         layers=streams.found,
         losses={name: loss for name, loss in losses.items() if loss is not None},
         seconds=seconds,
         notes=_notes(rows, streams, heard, uncalibrated),
     )
-    if report.losses and report.losses["calibrated"] > report.losses["nearest"] + CLEAR_GAP:
+    if report.is_worse:
         report.notes.append("Rounding to nearest loses less on the held-out rows: give more rows, or others.")
     setattr(model, _REPORT, report)
     for note in report.notes:
@@ -167,8 +175,8 @@ def measured_inputs(rows: CalibrationRows) -> dict[str, Tensor]:
     return rows.measured if rows.held_out else rows.inputs
 
 
-def _inputs(model: Any, rows: CalibrationRows) -> dict[str, Tensor]:
-    """What the forward takes; a decoder beside an encoder reads the labels, or else the same text."""
+def forward_inputs(model: Any, rows: CalibrationRows) -> dict[str, Tensor]:
+    """What the forward takes, all rows; a decoder beside an encoder reads the labels, or else the same text."""
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in rows.inputs.items()}
     labels = inputs.pop(LABELS, None)
@@ -187,6 +195,29 @@ def _inputs(model: Any, rows: CalibrationRows) -> dict[str, Tensor]:
             "or labels too."
         )
     return inputs | found
+
+
+def _refuse_broken(
+    run: Callable[..., Any],
+    layers: Mapping[str, nn.Module],
+    inputs: Mapping[str, Tensor],
+    rows: CalibrationRows,
+    loss: float | None,
+) -> None:
+    """Where the loss on the held-out rows is no number, name the first layer that it comes by.
+
+    Raises:
+        CalibrationError: whenever it is none.
+    """
+    if loss is None or math.isfinite(loss):
+        return
+    for row in range(rows.count - rows.held_out if rows.held_out else 0, rows.count):
+        listen(run, layers, {name: tensor[row : row + 1] for name, tensor in inputs.items()})
+    raise CalibrationError(
+        f"The model's loss on the rows to measure on is {loss}, though the inputs of all layers to round are finite: "
+        "its head, or what else comes after them, gives NaN or infinite values, or no row has two tokens that are no "
+        "padding. Check the checkpoint, its dtype and the rows."
+    )
 
 
 def _few(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -232,23 +263,24 @@ def _nearest_loss(
 
 
 def _notes(rows: CalibrationRows, streams: Streams, heard: Heard, uncalibrated: list[str]) -> list[str]:
-    notes = []
+    notes = list(rows.notes)
     if not rows.held_out:
         notes.append("No rows were held out: the errors are of the rows calibrated on, and say too little.")
     if streams.singular:
         notes.append(
-            f"{len(streams.singular)} groups of layers have more inputs than there are tokens ({streams.singular[0]}, "
-            "…): what the tokens say nothing of was left to damping. More rows are better."
+            f"There are more inputs than there are tokens in {counted(len(streams.singular), 'group')} of layers "
+            f"({streams.singular[0]}, …): what the tokens say nothing of was left to damping. More rows are better."
         )
     scattered = [name for name in uncalibrated if name in streams.scattered]
     unreached = [name for name in uncalibrated if name not in streams.scattered]
-    for names, why in ((scattered, "do not see the rows in their order"), (unreached, "were not reached by the rows")):
+    for names, why in ((scattered, "not seeing the rows in their order"), (unreached, "not reached by the rows")):
         if names:
-            notes.append(f"{len(names)} layers were rounded to nearest, since they {why} ({names[0]}, …).")
+            notes.append(f"{counted(len(names), 'layer')} rounded to nearest, {why} ({names[0]}, …).")
     if streams.resumed:
-        notes.append(f"{streams.resumed} groups of layers are of an earlier run; the seconds are of this one alone.")
+        groups = counted(streams.resumed, "group")
+        notes.append(f"{groups} of layers of an earlier run taken over; the seconds are of this one alone.")
     again = [name for name in streams.nearest if heard.calls[name] > 1]
     if again:
-        what = "layers are called more than once, and were calibrated on the first call"
-        notes.append(f"{len(again)} {what} ({again[0]}, …).")
+        layers = f"{counted(len(again), 'layer')} {'is' if len(again) == 1 else 'are'}"
+        notes.append(f"{layers} called more than once, and calibrated on the first call ({again[0]}, …).")
     return notes

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qlora.quant.calibrate.errors import CalibrationError
+from hf_qlora.quant.repacked import version_of
 
 
 Forward = Callable[..., Any]
@@ -60,7 +61,7 @@ def listen(model: Callable[..., Any], layers: Mapping[str, nn.Module], inputs: M
                 )
             if not (in_rows(x, rows, lengths) and _is_twice(x)):
                 heard.scattered.add(name)
-            same = bool(last) and last[0][0] is x and last[0][1] == x._version
+            same = bool(last) and last[0][0] is x and last[0][1] == version_of(x)
             group = last[0][2] if same else None
             if not heard.calls[name]:
                 heard.lengths[name] = x.reshape(rows, -1, x.shape[-1]).shape[1] if x.numel() % rows == 0 else 0
@@ -68,7 +69,7 @@ def listen(model: Callable[..., Any], layers: Mapping[str, nn.Module], inputs: M
                     group = []
                     heard.groups.append(group)
                 group.append(name)
-            last[:] = [(x, x._version, group)]
+            last[:] = [(x, version_of(x), group)]
             heard.calls[name] += 1
             return forward(x)
 

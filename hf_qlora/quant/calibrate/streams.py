@@ -4,19 +4,25 @@ Every row goes in twice. A layer multiplies the first half of what it gets, X₀
 X, by the rounded one; everything between the layers treats rows apart, so that the halves stay what two models would
 make of them. When the first of the layers that read the same inputs is called, all of these are rounded, from exactly
 the inputs that the quantized model produces; then the forward goes on. So one forward calibrates any architecture
-whose layers see the rows of a batch in their order, and the memory is that of the model, of one layer's Gram matrices,
-and of the activations of all rows at once.
+whose layers see the rows of a batch in their order.
+
+The rows go in some at a time, in forwards that wait for each other (`turns.py`) before a group of layers that is not
+rounded: each adds to its Gram matrices, and all go on when it is. The memory is that of the model, its codes (those of
+rounding to nearest too, of which the loss is reported), one group's Gram matrices, what one forward takes, and what a
+waiting one holds, of all rows: the hidden states and the group's inputs, twice. So it grows with rows × length. Since
+dense weights go as their layers are rounded, two models in 4 bits make no higher peak than the dense one did.
 
 The last rows are held out: they go through the layers too and are in no Gram matrix, and the errors are theirs.
 
-Rejected: block after block, each run again for each of its layers, as most implementations of GPTQ do. It takes less
-memory for very many rows, and has to know every architecture's blocks and what they are called with.
+Rejected: block after block, each run again for each of its layers, as most implementations of GPTQ do. It holds the
+hidden states alone, and has to know every architecture's blocks and what they are called with. All rows in one
+forward: it held all that an MLP makes of all of them, several times the inputs of its widest layer.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,11 +34,13 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.config import NF4Config
 from hf_qlora.quant.calibrate.errors import CalibrationError
+from hf_qlora.quant.calibrate.grams import TOKENS_AT_A_TIME, Grams
 from hf_qlora.quant.calibrate.group import Packed, round_group
 from hf_qlora.quant.calibrate.report import LayerCalibration
 from hf_qlora.quant.calibrate.rows import CalibrationRows
 from hf_qlora.quant.calibrate.settings import Calibration
 from hf_qlora.quant.calibrate.siblings import Forward, Heard, in_rows, replaced_forwards
+from hf_qlora.quant.calibrate.turns import Turn
 from hf_qlora.quant.dequantize import dequantize_weight
 from hf_qlora.quant.linear4bit import Linear4bit, become_linear4bit, dense_weight
 from hf_qlora.quant.packing import quantize_weight
@@ -40,11 +48,39 @@ from hf_qlora.quant.packing import quantize_weight
 
 OnLayer = Callable[[str, Tensor, Linear4bit], None]
 
-TOKENS_AT_A_TIME = 4096  # in the products of a Gram matrix
+# Of the calibration in one forward, where they have no more than TOKENS_AT_A_TIME; each is there twice.
+ROWS_AT_A_TIME = 16
+MOST_FORWARDS = 32  # that wait: each has a stack of its own
 
 
 class _Finished(BaseException):
     """The last layer has been called; heads and losses are not needed."""
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Rows that go in together.
+
+    Attributes:
+        rows: which.
+        inputs: of the forward, each row twice.
+        held_out: they are in no Gram matrix.
+        left: how often each layer is still to be called.
+        turn: the forward.
+        waits_for: a group of layers, by its first.
+    """
+
+    rows: slice
+    inputs: dict[str, Tensor]
+    held_out: bool
+    left: Counter[str]
+    turn: Any = None
+    waits_for: str = ""
+
+    @property
+    def count(self) -> int:
+        """Of rows, as the forward has them."""
+        return len(next(iter(self.inputs.values())))
 
 
 @dataclass
@@ -86,8 +122,11 @@ class Streams:
         self.layers, self.config, self.calibration, self.rows = dict(layers), config, calibration, rows
         self.masks, self.base, self.on_layer, self.kept = masks or {}, base or {}, on_layer, kept
         self.group_of = {name: group for group in heard.groups for name in group}
-        self.left = Counter({name: n for name, n in heard.calls.items() if name not in heard.scattered})
-        self.names = [name for group in heard.groups for name in group if name in self.left]
+        self.order = {group[0]: number for number, group in enumerate(heard.groups)}
+        self.calls = Counter({name: n for name, n in heard.calls.items() if name not in heard.scattered})
+        self.names = [name for group in heard.groups for name in group if name in self.calls]
+        self.batches: list[_Batch] = []
+        self.grams: dict[str, Grams] = {}  # by the name of the group's first layer
         self.rounded: dict[str, _Rounded] = {}
         self.holders = Counter(id(layer.weight) for layer in layers.values())
         self.shared: dict[int, tuple[Tensor, Packed]] = {}  # by the parameter's id, which is kept for it
@@ -100,43 +139,75 @@ class Streams:
         self.progress = progress
 
     def run(self, model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> None:
-        """Round the layers in one forward.
+        """Round the layers.
 
         Args:
-            inputs: what the forward takes, the held-out rows last; each tensor is doubled here.
+            inputs: what the forward takes, the held-out rows last.
         """
         if not self.names:
             return
-        twice = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
-        self.count = len(next(iter(twice.values())))
-        self.lengths = {1, *(tensor.shape[1] for tensor in twice.values() if tensor.ndim > 1)}
+        self.lengths = {1, *(tensor.shape[1] for tensor in inputs.values() if tensor.ndim > 1)}
+        self.batches = list(self._in_batches(model, inputs))
         with replaced_forwards({name: self.layers[name] for name in self.names}, self._in_place_of) as self.restore:
             try:
-                with torch.no_grad(), suppress(_Finished):
-                    model(**twice)
+                self._take_turns()
                 for name in list(self.rounded):  # called less often than it was heard
                     self._convert(name)
             finally:
+                for batch in self.batches:
+                    batch.turn.abandon()
                 for guard in self.guards:
                     guard.remove()
 
+    def _in_batches(self, model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Iterator[_Batch]:
+        first = next(iter(inputs.values()))
+        rows, held_out = len(first), self.rows.held_out
+        at_once = max(1, min(ROWS_AT_A_TIME, TOKENS_AT_A_TIME // max(self.lengths)), -(-rows // MOST_FORWARDS))
+        for start, end in ((0, rows - held_out), (rows - held_out, rows)):
+            for n in range(start, end, at_once):
+                part = slice(n, min(n + at_once, end))
+                twice = {name: torch.cat([tensor[part], tensor[part]]) for name, tensor in inputs.items()}
+                batch = _Batch(part, twice, start > 0, Counter(self.calls))
+                batch.turn = Turn(partial(_forward, model, batch), first.device.type)
+                yield batch
+
+    def _take_turns(self) -> None:
+        """Each batch goes on to the next group that is not rounded; when all wait for one, it is, and they go on."""
+        going = waiting = self.batches
+        while waiting:
+            for self.batch in going:
+                self.batch.turn.go_on()
+            waiting = [batch for batch in waiting if not batch.turn.ended]
+            # Where a model treats rows differently they may wait for different groups; the first goes first.
+            group = min((batch.waits_for for batch in waiting), key=self.order.__getitem__, default="")
+            going = [batch for batch in waiting if batch.waits_for == group]
+            if going:
+                self._round(group)
+
     def _in_place_of(self, name: str, forward: Forward) -> Forward:
+        first = self.group_of[name][0]
+
         def both(x: Tensor) -> Tensor:
-            if not in_rows(x, self.count, self.lengths):
+            batch = self.batch
+            if not in_rows(x, batch.count, self.lengths):
                 self._give_up(name)
-                if not +self.left:
+            elif name not in self.rounded:
+                self._wait_for(first, batch, x)
+            if name not in self.calls:  # given up, here or by another batch
+                if not +batch.left:
                     raise _Finished
                 alone: Tensor = forward(x)
                 return alone
+            if not batch.left[name]:
+                _refuse(name)
             teacher, student = x.chunk(2)
-            if name not in self.rounded:
-                self._round(self.group_of[name], teacher, student)
             expected, found = forward(teacher), self._product(name, student)
-            self._measure(name, expected, found, student)
-            self.left[name] -= 1
-            if not self.left[name]:
+            if batch.held_out or not self.rows.held_out:
+                self._measure(name, batch, expected, found, student)
+            batch.left[name] -= 1
+            if not any(other.left[name] for other in self.batches):
                 self._convert(name)
-            if not +self.left:
+            if not +batch.left:
                 raise _Finished
             return torch.cat([expected, found])
 
@@ -144,89 +215,110 @@ class Streams:
 
     def _give_up(self, name: str) -> None:
         """A layer that does not see the rows in their order, though it seemed to, is left as it is."""
-        del self.left[name]
+        del self.calls[name]
+        for batch in self.batches:
+            batch.left.pop(name, None)
         self.rounded.pop(name, None)
         self.nearest.pop(name, None)
         self.scattered.append(name)
         self.restore(name)
 
-    def _round(self, group: list[str], teacher: Tensor, student: Tensor) -> None:
-        names = [name for name in group if name in self.left]
-        weights = {name: dense_weight(self.layers[name]) for name in names}
-        if len(self._tokens(names[0], student)) < student.shape[-1]:
-            self.singular.append(names[0])
-        packed = self.kept.get(names, student.device) if self.kept else None
+    def _wait_for(self, first: str, batch: _Batch, x: Tensor) -> None:
+        """Until the group of this first layer is rounded, by what all batches feed it."""
+        teacher, student = x.chunk(2)
+        if first not in self.grams:
+            names = self._names(first)
+            if self._tokens_in_all(names[0], batch, student) < x.shape[-1]:
+                self.singular.append(names[0])
+            known = self._known(names, x.device)
+            if known is not None:
+                self._use(names, known)
+                return
+            gram = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+            cross = torch.zeros_like(gram) if self.calibration.correction else None
+            self.grams[first] = Grams(gram, cross, self.calibration.cap)
+        if not batch.held_out:
+            tokens = partial(self._unpadded, first, batch)
+            self.grams[first].add(tokens(teacher), tokens(student))
+        batch.waits_for = first
+        batch.turn.wait()
+
+    def _names(self, first: str) -> list[str]:
+        return [name for name in self.group_of[first] if name in self.calls]
+
+    def _known(self, names: list[str], device: torch.device) -> list[Packed] | None:
+        """The group as an earlier run rounded it, or layers that hold the same weights."""
+        packed: list[Packed] | None = self.kept.get(self._like(names), device) if self.kept else None
         self.resumed += packed is not None
-        if packed is None:
-            packed = self._packed(names, weights, teacher, student)
+        if packed is not None:
+            return packed
+        shared = [self.shared[key][1] for name in names if (key := id(self.layers[name].weight)) in self.shared]
+        return shared if len(shared) == len(names) else None
+
+    def _like(self, names: list[str]) -> dict[str, Packed]:
+        """What is packed as the group will be."""
+        if self.calibration.scales == "base":
+            return {name: self.base[name] for name in names}
+        return {name: quantize_weight(dense_weight(self.layers[name]), self.config) for name in names}
+
+    def _round(self, first: str) -> None:
+        names, grams = self._names(first), self.grams.pop(first)
+        if names:
+            packed = self._packed(names, {name: dense_weight(self.layers[name]) for name in names}, grams)
             if self.kept:
                 self.kept.put(names, packed)
+            self._use(names, packed)
+
+    def _use(self, names: list[str], packed: list[Packed]) -> None:
         for name, own in zip(names, packed, strict=True):
-            nearest = quantize_weight(weights[name], self.config)
-            before = self.base.get(name, nearest)
-            self.rounded[name] = _Rounded(
-                own, nearest, torch.zeros(4, dtype=torch.float64), _changed(own[0], before[0])
-            )
-            weight = self.layers[name].weight
-            if self.holders[id(weight)] > 1:
-                self.shared.setdefault(id(weight), (weight, own))
+            layer = self.layers[name]
+            nearest = quantize_weight(dense_weight(layer), self.config)
+            changed = _changed(own[0], self.base.get(name, nearest)[0])
+            self.rounded[name] = _Rounded(own, nearest, torch.zeros(4, dtype=torch.float64), changed)
+            if self.holders[id(layer.weight)] > 1:
+                self.shared.setdefault(id(layer.weight), (layer.weight, own))
             self.nearest[name] = nearest
 
-    def _packed(
-        self, names: list[str], weights: Mapping[str, Tensor], teacher: Tensor, student: Tensor
-    ) -> list[Packed]:
+    def _packed(self, names: list[str], weights: Mapping[str, Tensor], grams: Grams) -> list[Packed]:
         found = {name: self.shared.get(id(self.layers[name].weight), (None, None))[1] for name in names}
         new = [name for name in names if found[name] is None]
-        if new:
-            gram, cross = self._grams(names[0], teacher, student)
-            if not (gram.isfinite().all() and (cross is None or cross.isfinite().all())):
-                when = "after the layers before it were rounded" if teacher.isfinite().all() else "in some rows"
-                raise CalibrationError(
-                    f"The inputs of {new[0]} have NaN or infinite values {when}. Leave out the rows that do this, or "
-                    "load the model in a wider dtype."
-                )
-            scales = [self.base[name][1] for name in new] if self.calibration.scales == "base" else None
-            with torch.autocast(student.device.type, enabled=False):
-                packed = round_group(
-                    [weights[name] for name in new],
-                    gram,
-                    cross,
-                    self.config,
-                    self.calibration,
-                    dtype=weights[new[0]].dtype,
-                    scales=scales,
-                )
-            found.update(zip(new, packed, strict=True))
+        cross = None if grams.one_stream else grams.cross
+        if not (grams.gram.isfinite().all() and (cross is None or cross.isfinite().all())):
+            when = "after the layers before it were rounded" if grams.finite else "in some rows"
+            raise CalibrationError(
+                f"The inputs of {new[0]} have NaN or infinite values {when}. Leave out the rows that do this, or "
+                "load the model in a wider dtype."
+            )
+        scales = [self.base[name][1] for name in new] if self.calibration.scales == "base" else None
+        with torch.autocast(grams.gram.device.type, enabled=False):
+            packed = round_group(
+                [weights[name] for name in new],
+                grams.gram,
+                cross,
+                self.config,
+                self.calibration,
+                dtype=weights[new[0]].dtype,
+                scales=scales,
+            )
+        found.update(zip(new, packed, strict=True))
         return [packed for packed in found.values() if packed is not None]
 
-    def _grams(self, name: str, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor | None]:
-        """H and D; D is None where both streams are one."""
-        X0, X = self._tokens(name, teacher), self._tokens(name, student)
-        same = torch.equal(X0, X)
-        K = X.shape[-1]
-        gram = torch.zeros(K, K, device=X.device)
-        cross = None if same or not self.calibration.correction else torch.zeros_like(gram)
-        with torch.autocast(X.device.type, enabled=False):
-            for part, part0 in zip(X.split(TOKENS_AT_A_TIME), X0.split(TOKENS_AT_A_TIME), strict=True):
-                part = part.float()
-                gram.addmm_(part.t(), part)
-                if cross is not None:
-                    cross.addmm_(part.t(), part0.float())
-        return gram, cross
+    def _unpadded(self, name: str, batch: _Batch, x: Tensor) -> Tensor:
+        """One stream's inputs or outputs of a layer, (tokens, features), without padding."""
+        x = x.reshape(batch.count // 2, -1, x.shape[-1])
+        mask = self._mask(name, x.shape[1])
+        return x.reshape(-1, x.shape[-1]) if mask is None else x[mask[batch.rows].to(x.device)]
 
-    def _tokens(self, name: str, x: Tensor) -> Tensor:
-        """The calibration rows' inputs, (tokens, K), without padding."""
-        return self._unpadded(name, x, slice(None, -self.rows.held_out or None))
+    def _tokens_in_all(self, name: str, batch: _Batch, x: Tensor) -> int:
+        """How many tokens the Gram matrix will have, with the rows of the other batches."""
+        rows = self.batches[-1].rows.stop - self.rows.held_out
+        tokens = x.numel() // x.shape[-1] // (batch.count // 2)
+        mask = self._mask(name, tokens)
+        return rows * tokens if mask is None else int(mask[:rows].sum())
 
-    def _held_out(self, name: str, x: Tensor) -> Tensor:
-        return self._unpadded(name, x, slice(-self.rows.held_out, None))
-
-    def _unpadded(self, name: str, x: Tensor, rows: slice) -> Tensor:
-        count, mask = self.count // 2, self.masks.get(name)
-        x = x.reshape(count, -1, x.shape[-1])[rows]
-        if mask is not None and x.shape[1] == mask.shape[1]:
-            return x[mask[rows].to(x.device)]
-        return x.reshape(-1, x.shape[-1])
+    def _mask(self, name: str, tokens: int) -> Tensor | None:
+        mask = self.masks.get(name)
+        return mask if mask is not None and mask.shape[1] == tokens else None
 
     def _product(self, name: str, x: Tensor, packed: Packed | None = None) -> Tensor:
         """As `Linear4bit` will make it."""
@@ -236,13 +328,13 @@ class Streams:
         weight = dequantize_weight(codes, state, dtype)
         return nn.functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
-    def _measure(self, name: str, expected: Tensor, found: Tensor, student: Tensor) -> None:
-        rounded, x = self.rounded[name], self._held_out(name, student)
-        y = self._held_out(name, expected).float()
+    def _measure(self, name: str, batch: _Batch, expected: Tensor, found: Tensor, student: Tensor) -> None:
+        rounded, unpadded = self.rounded[name], partial(self._unpadded, name, batch)
+        x, y = unpadded(student), unpadded(expected).float()
         others = [self._product(name, x, rounded.nearest)]
         if name in self.base:
             others.append(self._product(name, x, self.base[name]))
-        outputs = [self._held_out(name, found), *others]
+        outputs = [unpadded(found), *others]
         squares = [(output.float() - y).double().square().sum() for output in outputs]
         squares += [torch.zeros_like(squares[0])] * (3 - len(squares))
         rounded.sums += torch.stack([*squares, y.double().square().sum()]).cpu()
@@ -263,6 +355,11 @@ class Streams:
         if self.progress is not None:
             self.progress.set_postfix_str(f"{name}: {error:.2%}, nearest {nearest:.2%}", refresh=False)
             self.progress.update()
+
+
+def _forward(model: Callable[..., Any], batch: _Batch) -> None:
+    with torch.no_grad(), suppress(_Finished):
+        model(**batch.inputs)
 
 
 def _refuse(name: str, *_: Any) -> None:

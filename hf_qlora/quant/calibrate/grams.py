@@ -1,0 +1,56 @@
+"""The Gram matrices of a group of layers that read the same inputs, summed up over rows as they come.
+
+    H = Xᵀ X,   D = Xᵀ X₀
+
+with X the inputs in the quantized model and X₀ those in the model that it stands for, (tokens, K). A token may be
+weighed down, in both alike: a few that are hundreds of times as large as all others would else be all that H knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+TOKENS_AT_A_TIME = 4096
+
+
+@dataclass
+class Grams:
+    """Of one group.
+
+    Attributes:
+        gram, cross (`torch.Tensor`, (K, K), float32): H, and D where it is wanted.
+        cap: of `Method`.
+        one_stream: whether X₀ = X.
+        finite: whether the model itself gave finite inputs.
+    """
+
+    gram: Tensor
+    cross: Tensor | None
+    cap: float | None
+    one_stream: bool = True
+    finite: bool = True
+
+    def add(self, X0: Tensor, X: Tensor) -> None:
+        """Take in inputs of both streams, (tokens, K)."""
+        self.one_stream &= torch.equal(X0, X)
+        self.finite &= bool(X0.isfinite().all())
+        with torch.autocast(X.device.type, enabled=False):
+            for part, part0 in zip(X.split(TOKENS_AT_A_TIME), X0.split(TOKENS_AT_A_TIME), strict=True):
+                part = part.float()
+                weights = None if self.cap is None else _weights(part, self.cap)
+                part = part if weights is None else part * weights
+                self.gram.addmm_(part.t(), part)
+                if self.cross is not None:
+                    part0 = part0.float()
+                    self.cross.addmm_(part.t(), part0 if weights is None else part0 * weights)
+
+
+def _weights(x: Tensor, cap: float) -> Tensor:
+    """(tokens, 1): what makes the norms of x's rows at most `cap` times their median."""
+    norms = x.norm(dim=1, keepdim=True)
+    weights: Tensor = (cap * norms.median() / norms).clamp(max=1).nan_to_num(1.0)
+    return weights
