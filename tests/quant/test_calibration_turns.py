@@ -91,3 +91,18 @@ def test_an_abandoned_one_cleans_up(starts: bool) -> None:
         turn.go_on()
     turn.abandon()
     assert done == (["began", "cleaned up"] if starts else [])
+
+
+def test_an_abandoned_one_leaves_the_callers_settings() -> None:
+    """Contexts that it leaves put back its own."""
+
+    def work() -> None:
+        with torch.autocast("cpu", dtype=torch.float16):
+            turn.wait()
+
+    with torch.no_grad():
+        turn = Turn(work, "cpu")
+    turn.go_on()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        turn.abandon()
+        assert _settings() == [True, True, torch.bfloat16]

@@ -259,7 +259,12 @@ class Streams:
         """What is packed as the group will be."""
         if self.calibration.scales == "base":
             return {name: self.base[name] for name in names}
-        return {name: quantize_weight(dense_weight(self.layers[name]), self.config) for name in names}
+        return {name: self._nearest(name) for name in names}
+
+    def _nearest(self, name: str) -> Packed:
+        if name not in self.nearest:
+            self.nearest[name] = quantize_weight(dense_weight(self.layers[name]), self.config)
+        return self.nearest[name]
 
     def _round(self, first: str) -> None:
         names, grams = self._names(first), self.grams.pop(first)
@@ -271,13 +276,11 @@ class Streams:
 
     def _use(self, names: list[str], packed: list[Packed]) -> None:
         for name, own in zip(names, packed, strict=True):
-            layer = self.layers[name]
-            nearest = quantize_weight(dense_weight(layer), self.config)
+            layer, nearest = self.layers[name], self._nearest(name)
             changed = _changed(own[0], self.base.get(name, nearest)[0])
             self.rounded[name] = _Rounded(own, nearest, torch.zeros(4, dtype=torch.float64), changed)
             if self.holders[id(layer.weight)] > 1:
                 self.shared.setdefault(id(layer.weight), (layer.weight, own))
-            self.nearest[name] = nearest
 
     def _packed(self, names: list[str], weights: Mapping[str, Tensor], grams: Grams) -> list[Packed]:
         found = {name: self.shared.get(id(self.layers[name].weight), (None, None))[1] for name in names}

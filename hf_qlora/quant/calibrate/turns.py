@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import copy_context
+from functools import partial
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -35,26 +36,26 @@ class Turn:
 
     def go_on(self) -> None:
         """Let the function go on to its next `wait`, or its end; what it raises is raised here."""
-        before = self._now()
-        self._set(self._state)
         self._greenlet.parent = getcurrent()
-        try:
-            self._greenlet.switch()
-        finally:
-            self._state = self._now()
-            self._set(before)
+        self._in_its_state(self._greenlet.switch)
 
     def wait(self) -> None:
         """Within the function: stop, until it is to go on."""
-        parent = self._greenlet.parent
-        if parent is None:
-            raise RuntimeError("wait() is for the function of this Turn alone.")
-        parent.switch()
+        self._greenlet.parent.switch()
 
     def abandon(self) -> None:
         """End the function where it waits, if it does."""
         if self._greenlet:
-            self._greenlet.throw(GreenletExit)
+            self._in_its_state(partial(self._greenlet.throw, GreenletExit))
+
+    def _in_its_state(self, switch: Callable[[], object]) -> None:
+        before = self._now()
+        self._set(self._state)
+        try:
+            switch()
+        finally:
+            self._state = self._now()
+            self._set(before)
 
     def _now(self) -> tuple[bool, bool, torch.dtype]:
         kind = self._device_type
