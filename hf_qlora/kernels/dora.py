@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_qlora.kernels import factors
 from hf_qlora.kernels.functional import Adapter, SharedInput, Unpack, adapter_backward
 
 
@@ -69,7 +70,8 @@ class _DoraLinear(torch.autograd.Function):
         z = (flat @ W.t()).addmm_(s, B.to(flat.dtype).t(), alpha=adapter.scaling)
         norm = weight_norm(W, adapter.row_squares(W), A, B, adapter.scaling)
         ratio = magnitude.to(norm.dtype) / norm
-        ctx.save_for_backward(x if ctx.needs_input_grad[5] else None, A, B, s, z, norm, ratio)
+        x_kept = factors.kept(x, shared is not None) if ctx.needs_input_grad[5] else (None, None)
+        ctx.save_for_backward(*x_kept, A, B, s, z, norm, ratio)
         ctx.shape = x.shape
         ctx.magnitude_dtype = magnitude.dtype
         result = z.new_empty(*x.shape[:-1], z.shape[-1])
@@ -81,7 +83,8 @@ class _DoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, s, z, norm, ratio = ctx.saved_tensors
+        first, second, A, B, s, z, norm, ratio = ctx.saved_tensors
+        x = factors.made(first, second)
         flat = None if x is None else x.reshape(-1, x.shape[-1])
         whole = grad.reshape(-1, grad.shape[-1])
         g = torch.mul(whole, ratio, out=torch.empty_like(whole))

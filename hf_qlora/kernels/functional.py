@@ -7,7 +7,7 @@
 
 W is made for the product (dequantized, or taken as it is) and dropped; backward makes it again. What is kept for
 backward is s, the adapters, and x itself, not a copy, where an A learns (with LoRA-FA none does): the skinny products
-need no (T, N) or (T, K) tensor of their own.
+need no (T, N) or (T, K) tensor of their own. An x that is a product is made again too (`factors.py`).
 A dropout mask is not kept but drawn again from the same state of the random numbers. A and B are master copies,
 normally float32, and are cast to x's dtype in every step. There is no gradient for W, and none of second order.
 
@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from hf_qlora.kernels import factors
 
 
 Unpack = Callable[[], Tensor]
@@ -217,7 +219,8 @@ class _LoraLinear(torch.autograd.Function):
         ctx.unpack, ctx.settings, ctx.shared = unpack, settings, shared
         result = _frozen_product(x, unpack(), bias)
         flat, y = x.reshape(-1, x.shape[-1]), result.view(-1, result.shape[-1])
-        kept: list[Tensor | None] = [x if any(ctx.needs_input_grad[5::3]) else None]
+        learns = any(ctx.needs_input_grad[5::3])
+        kept: list[Tensor | None] = [*(factors.kept(x, shared is not None) if learns else (None, None))]
         ctx.random = []
         for (scaling, dropout), (A, B, gain) in zip(settings, _in_threes(tensors), strict=True):
             ctx.random.append(random_state(flat.device) if dropout else None)
@@ -233,7 +236,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *kept = ctx.saved_tensors
+        first, second, *kept = ctx.saved_tensors
+        x = factors.made(first, second)
         g, shape = grad.reshape(-1, grad.shape[-1]), grad.shape[:-1]
         flat = None if x is None else x.reshape(-1, x.shape[-1])
         dx = None

@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
+from hf_qlora.kernels.factors import products_left_out
 from hf_qlora.layers.budget_rule import REMEDY, BudgetTooSmall, keeps, too_small
 
 
@@ -158,23 +160,29 @@ class _Share:
 def saved_bytes(function: Function, args: Sequence[Any]) -> Iterator[dict[StorageWeakRef, int]]:
     """Within it, the bytes that autograd saves, by storage, but for the layer's weights and what layers share.
 
-    It is called where hooks of a checkpoint are in force: they are given what they would be given without it.
+    It is called where hooks of a checkpoint are in force: they are given what they would be given without it. What
+    would not be saved without any is left out when it ends.
     """
     shared = [t for t in tree_iter((args[1:], getattr(function, "keywords", {}))) if isinstance(t, Tensor)]
     layer = layer_of(function)
     own = [] if layer is None else [*layer.parameters(), *layer.buffers()]
     others = {tensor.untyped_storage().data_ptr() for tensor in (*shared, *own)}
     saved: dict[StorageWeakRef, int] = {}  # storages may be freed, but no other one gets the same reference
+    times: Counter[StorageWeakRef] = Counter()
     outer_pack, outer_unpack = _top_saved_tensors_default_hooks(False)
 
     def pack(tensor: Tensor) -> Any:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in others:
-            saved[StorageWeakRef(storage)] = storage.nbytes()
+            key = StorageWeakRef(storage)
+            saved[key] = storage.nbytes()
+            times[key] += 1
         return outer_pack(tensor)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, outer_unpack):
+    with torch.autograd.graph.saved_tensors_hooks(pack, outer_unpack), products_left_out() as left_out:
         yield saved
+    for key in [key for key in saved if times[key] == left_out[key]]:
+        del saved[key]
 
 
 def first_tensor(args: Sequence[Any]) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -120,12 +121,21 @@ def test_adapters_arithmetic_is_three_times_their_forward() -> None:
 
 
 def test_saved_bytes_count_each_storage_once() -> None:
-    """Ours keeps the four inputs of a layer in bfloat16, and a skinny product for each of its seven modules."""
+    """Ours keeps three inputs of a layer in bfloat16, and a skinny product for each of its seven modules.
+
+    The fourth, the MLP's product of two tensors that autograd keeps, is made again.
+    """
     T, r, layers = TINY.tokens, TINY.rank, 2
-    inputs, skinny = 2 * T * (3 * 64 + 128), 2 * T * r * 7
+    inputs, product, skinny = 2 * T * 3 * 64, 2 * T * 128, 2 * T * r * 7
     assert run.saved_bytes(ARMS[CHUNKED].start(TINY)) == layers * (inputs + skinny)
     assert run.saved_bytes(ARMS[FLOOR].start(TINY)) == 0
-    assert run.saved_bytes(ARMS[DOCUMENTED].start(TINY)) == 2 * layers * (inputs + skinny)  # float32 throughout
+    stock = layers * (inputs + product + skinny)
+    assert run.saved_bytes(ARMS[TUNED].start(TINY)) == stock
+    assert run.saved_bytes(ARMS[DOCUMENTED].start(TINY)) == 2 * stock  # float32 throughout
+
+
+def test_saved_bytes_of_checkpointed_layers_are_not_looked_at() -> None:
+    assert run.saved_bytes(ARMS[CHUNKED].start(replace(TINY, checkpointing=True))) == 0
 
 
 def test_the_peak_is_seen_and_reset() -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from hf_qlora.bench.measure import clock, environment, in_turn, memory, reset_peak
 from hf_qlora.bench.processes import apart
 from hf_qlora.bench.train_step.arms import ARMS, Case, Step
+from hf_qlora.bench.train_step.saved import counted
 
 
 WARMUP = 2  # steps of each arm before anything is counted
@@ -107,37 +106,13 @@ def peak_memory(arm: str, case: Case) -> dict[str, int]:
 
 
 def saved_bytes(step: Step) -> int:
-    """Take a first step; the bytes that its adapted layers keep for backward."""
-    with _counted(step.model) as counted:
+    """Take a first step; the bytes that its adapted layers keep for backward. 0 where they are checkpointed."""
+    if step.case.checkpointing:
         step(step.case.batch(0))
-    return sum(counted.values())
-
-
-@contextmanager
-def _counted(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes of the storages saved within LoRA layers, by their address; parameters are none."""
-    kept: list[Tensor] = []  # so that no address is used twice
-    counted: dict[int, int] = {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept.append(tensor.detach())
-            counted[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    handles = []
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            handles.append(module.register_forward_pre_hook(lambda *_: hooks.__enter__()))
-            handles.append(module.register_forward_hook(lambda *_: hooks.__exit__(None, None, None)))
-    try:
-        yield counted
-    finally:
-        for handle in handles:
-            handle.remove()
+        return 0
+    with counted(step.model) as found:
+        step(step.case.batch(0))
+    return sum(found.values())
 
 
 def gemm_rate(case: Case, seconds: float = 0.2) -> float:
