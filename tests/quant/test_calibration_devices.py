@@ -67,8 +67,9 @@ class Recording:
     ) -> Any:
         target = group._side_by_side(weights)
         if cross is not None:
-            group._correct(target, group._slabs(target), gram, cross, given[1].correction_damping)
-        packed = self.rounding(weights, gram, cross, *given, **options)
+            group._correct(target, group._slabs(target), gram, cross - gram, given[1].correction_damping)
+        used_up = (gram.clone(), None if cross is None else cross.clone())
+        packed = self.rounding(weights, *used_up, *given, **options)
         values = torch.cat([dequantize_weight(*one, torch.float32).t() for one in packed], 1)
         there = (None if tensor is None else tensor.cpu() for tensor in (gram, cross, target, values))
         self.groups.append(Group(*there))  # type: ignore[arg-type]

@@ -17,9 +17,9 @@ from hf_qlora.quant.calibrate.feedback import (
     STRIPE,
     Feedback,
     Nearest,
-    damped,
     refine,
     refit_scales,
+    ridge,
     round_with_feedback,
 )
 from hf_qlora.quant.codebook import nf4_levels
@@ -28,6 +28,10 @@ from hf_qlora.quant.codebook import nf4_levels
 # Two evaluations in float64 and float32 of one choice differ where a weight lies on a midpoint to within a rounding:
 # of 16 levels at random weights, fewer than one in a thousand.
 TIES = 2e-3
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    return gram + ridge(gram, damping) * torch.eye(len(gram), dtype=gram.dtype)
 
 
 def problem(K: int, N: int, *, rank: int | None = None, signs: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,17 +30,15 @@ SMALLEST = 1e-30  # mean of a Gram matrix's diagonal: below, its reciprocal time
 STRIPE = 64  # columns whose corrections are gathered before they reach the rest of the weight
 
 
-def damped(gram: Tensor, damping: float) -> Tensor:
-    """H + damping · mean(diag H) · I: text leaves many directions with few samples or none.
+def ridge(gram: Tensor, damping: float) -> float:
+    """What is added to H's diagonal, damping · mean(diag H): text leaves many directions with few samples or none.
 
-    Where inputs were never other than zero, or so small that 1 / H is past float32, I. A float32 Gram matrix of K
+    Where inputs were never other than zero, or so small that 1 / H is past float32, 1. A float32 Gram matrix of K
     inputs is known to some K roundings of its mean, and may be indefinite by as much, so damping is that at least.
     """
     mean = float(gram.diagonal().double().mean())
-    result = gram.clone()
     known = len(gram) * torch.finfo(torch.float32).eps
-    result.diagonal().add_(max(damping, known) * mean if mean > SMALLEST else 1.0)
-    return result
+    return max(damping, known) * mean if mean > SMALLEST else 1.0
 
 
 def round_with_feedback(

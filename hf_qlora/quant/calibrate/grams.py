@@ -48,6 +48,14 @@ class Grams:
                     part0 = part0.float()
                     self.cross.addmm_(part.t(), part0 if weights is None else part0 * weights)
 
+    def are_finite(self) -> bool:
+        return all(bool(matrix.isfinite().all()) for matrix in (self.gram, self.cross) if matrix is not None)
+
+    def take_cross(self) -> Tensor | None:
+        """D, which is then let go of; None where X₀ = X, or it was not wanted."""
+        cross, self.cross = self.cross, None
+        return None if self.one_stream else cross
+
 
 def _weights(x: Tensor, cap: float) -> Tensor:
     """(tokens, 1): what makes the norms of x's rows at most `cap` times their median."""

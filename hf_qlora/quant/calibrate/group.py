@@ -22,7 +22,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from hf_qlora.config import NF4Config
-from hf_qlora.quant.calibrate.feedback import Feedback, damped, refine, refit_scales
+from hf_qlora.quant.calibrate.feedback import Feedback, refine, refit_scales, ridge
 from hf_qlora.quant.codebook import nf4_levels
 from hf_qlora.quant.dequantize import block_scales
 from hf_qlora.quant.packing import nest_scales, share_tables
@@ -87,7 +87,7 @@ def round_group(
     Args:
         weights: T of each, (out_features, in_features), of a floating dtype.
         gram: H, (K, K), float32.
-        cross: D, (K, K), float32; None where X₀ = X.
+        cross: D, (K, K), float32; None where X₀ = X. Both are used up, to take no more memory than must be.
         dtype: that the layers compute in.
         scales: of each weight, to be kept as they are, instead of its own.
 
@@ -96,8 +96,10 @@ def round_group(
     """
     target, widths = _side_by_side(weights), [len(weight) for weight in weights]
     slabs = _slabs(target)
+    order = gram.diagonal().argsort(descending=True, stable=True) if method.order == "activation" else None
     if method.correction and cross is not None:
-        _correct(target, slabs, gram, cross, method.correction_damping)
+        _correct(target, slabs, gram, cross.sub_(gram), method.correction_damping)
+    del cross
     if scales is None:
         states = [
             _state(_absmax(part.t(), config.block_size), part.t().shape, dtype, config)
@@ -105,20 +107,19 @@ def round_group(
         ]
     else:
         states = [_copied(state) for state in scales]
-    H = damped(gram, method.damping)
-    order = gram.diagonal().argsort(descending=True, stable=True) if method.order == "activation" else None
-    feedback = Feedback(H, order)
+    gram.diagonal().add_(ridge(gram, method.damping))
+    feedback = Feedback(gram, order)
     codes = torch.empty_like(target, dtype=torch.uint8)
     for slab in slabs:
         codes[:, slab] = feedback(target[:, slab], _spread(states, slab), dtype)
     del feedback
     fits = method.refits if scales is None and target.shape[0] % config.block_size == 0 else 0
     for _ in range(fits):
-        states = _refitted(codes, target, states, slabs, H, config)
+        states = _refitted(codes, target, states, slabs, gram, config)
         for _ in range(method.passes):
-            _refine(codes, target, states, slabs, H, dtype)
+            _refine(codes, target, states, slabs, gram, dtype)
     for _ in range(0 if fits else method.passes):
-        _refine(codes, target, states, slabs, H, dtype)
+        _refine(codes, target, states, slabs, gram, dtype)
     parts = codes.split(widths, 1)
     return [(pack(part.t().reshape(-1)).view(-1, 1), state) for part, state in zip(parts, states, strict=True)]
 
@@ -139,11 +140,11 @@ def _slabs(target: Tensor) -> list[slice]:
     return [slice(start, min(start + width, N)) for start in range(0, N, width)]
 
 
-def _correct(target: Tensor, slabs: Sequence[slice], gram: Tensor, cross: Tensor, damping: float) -> None:
-    """T' in place of T."""
-    factor = damped(gram, damping).double()
+def _correct(target: Tensor, slabs: Sequence[slice], gram: Tensor, difference: Tensor, damping: float) -> None:
+    """T' in place of T; the difference is D − H."""
+    factor = gram.double()
+    factor.diagonal().copy_(gram.diagonal() + ridge(gram, damping))
     torch.linalg.cholesky(factor, out=factor)
-    difference = cross - gram
     for slab in slabs:
         part = target[:, slab]
         part += torch.cholesky_solve((difference @ part).double(), factor).to(target.dtype)

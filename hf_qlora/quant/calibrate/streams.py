@@ -285,8 +285,7 @@ class Streams:
     def _packed(self, names: list[str], weights: Mapping[str, Tensor], grams: Grams) -> list[Packed]:
         found = {name: self.shared.get(id(self.layers[name].weight), (None, None))[1] for name in names}
         new = [name for name in names if found[name] is None]
-        cross = None if grams.one_stream else grams.cross
-        if not (grams.gram.isfinite().all() and (cross is None or cross.isfinite().all())):
+        if not grams.are_finite():
             when = "after the layers before it were rounded" if grams.finite else "in some rows"
             raise CalibrationError(
                 f"The inputs of {new[0]} have NaN or infinite values {when}. Leave out the rows that do this, or "
@@ -297,7 +296,7 @@ class Streams:
             packed = round_group(
                 [weights[name] for name in new],
                 grams.gram,
-                cross,
+                grams.take_cross(),
                 self.config,
                 self.calibration,
                 dtype=weights[new[0]].dtype,
