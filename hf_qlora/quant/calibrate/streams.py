@@ -37,11 +37,11 @@ from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.grams import TOKENS_AT_A_TIME, Grams
 from hf_qlora.quant.calibrate.group import Packed, round_group
 from hf_qlora.quant.calibrate.report import LayerCalibration
+from hf_qlora.quant.calibrate.rounded import RoundedLayer
 from hf_qlora.quant.calibrate.rows import CalibrationRows
 from hf_qlora.quant.calibrate.settings import Calibration
 from hf_qlora.quant.calibrate.siblings import Forward, Heard, in_rows, replaced_forwards
 from hf_qlora.quant.calibrate.turns import Turn
-from hf_qlora.quant.dequantize import dequantize_weight
 from hf_qlora.quant.linear4bit import Linear4bit, become_linear4bit, dense_weight
 from hf_qlora.quant.packing import quantize_weight
 
@@ -83,16 +83,6 @@ class _Batch:
         return len(next(iter(self.inputs.values())))
 
 
-@dataclass
-class _Rounded:
-    """A layer after its group was rounded, until its last call."""
-
-    packed: Packed
-    nearest: Packed
-    sums: Tensor  # of squares on the held-out rows: error, nearest's, dropped's, and the output's
-    changed: float
-
-
 class Streams:
     """The layers of a dense model, rounded one group after another while it runs.
 
@@ -127,7 +117,7 @@ class Streams:
         self.names = [name for group in heard.groups for name in group if name in self.calls]
         self.batches: list[_Batch] = []
         self.grams: dict[str, Grams] = {}  # by the name of the group's first layer
-        self.rounded: dict[str, _Rounded] = {}
+        self.rounded: dict[str, RoundedLayer] = {}
         self.holders = Counter(id(layer.weight) for layer in layers.values())
         self.shared: dict[int, tuple[Tensor, Packed]] = {}  # by the parameter's id, which is kept for it
         self.nearest: dict[str, Packed] = {}
@@ -201,9 +191,10 @@ class Streams:
             if not batch.left[name]:
                 _refuse(name)
             teacher, student = x.chunk(2)
-            expected, found = forward(teacher), self._product(name, student)
+            rounded, tokens = self.rounded[name], partial(self._unpadded, name, batch)
+            expected, found = forward(teacher), rounded.product(student)
             if batch.held_out or not self.rows.held_out:
-                self._measure(name, batch, expected, found, student)
+                rounded.measure(tokens(student), tokens(expected), tokens(found))
             batch.left[name] -= 1
             if not any(other.left[name] for other in self.batches):
                 self._convert(name)
@@ -276,9 +267,10 @@ class Streams:
 
     def _use(self, names: list[str], packed: list[Packed]) -> None:
         for name, own in zip(names, packed, strict=True):
-            layer, nearest = self.layers[name], self._nearest(name)
-            changed = _changed(own[0], self.base.get(name, nearest)[0])
-            self.rounded[name] = _Rounded(own, nearest, torch.zeros(4, dtype=torch.float64), changed)
+            layer = self.layers[name]
+            self.rounded[name] = RoundedLayer(
+                layer.bias, own, self._nearest(name), self.base.get(name), self.config.compute_dtype
+            )
             if self.holders[id(layer.weight)] > 1:
                 self.shared.setdefault(id(layer.weight), (layer.weight, own))
 
@@ -322,40 +314,19 @@ class Streams:
         mask = self.masks.get(name)
         return mask if mask is not None and mask.shape[1] == tokens else None
 
-    def _product(self, name: str, x: Tensor, packed: Packed | None = None) -> Tensor:
-        """As `Linear4bit` will make it."""
-        codes, state = packed or self.rounded[name].packed
-        dtype: Any = self.config.compute_dtype or state.dtype
-        bias = self.layers[name].bias
-        weight = dequantize_weight(codes, state, dtype)
-        return nn.functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
-
-    def _measure(self, name: str, batch: _Batch, expected: Tensor, found: Tensor, student: Tensor) -> None:
-        rounded, unpadded = self.rounded[name], partial(self._unpadded, name, batch)
-        x, y = unpadded(student), unpadded(expected).float()
-        others = [self._product(name, x, rounded.nearest)]
-        if name in self.base:
-            others.append(self._product(name, x, self.base[name]))
-        outputs = [unpadded(found), *others]
-        squares = [(output.float() - y).double().square().sum() for output in outputs]
-        squares += [torch.zeros_like(squares[0])] * (3 - len(squares))
-        rounded.sums += torch.stack([*squares, y.double().square().sum()]).cpu()
-
     def _convert(self, name: str) -> None:
         """The layer becomes NF4; its dense weight goes."""
         layer, rounded = self.layers[name], self.rounded.pop(name)
         weight = dense_weight(layer)
         self.restore(name)
-        quantized = become_linear4bit(layer, *rounded.packed, self.config.compute_dtype)
+        quantized = become_linear4bit(layer, *rounded.own, self.config.compute_dtype)
         self.guards.append(quantized.register_forward_pre_hook(partial(_refuse, name)))
         if self.on_layer is not None:
             self.on_layer(name, weight, quantized)
-        error, nearest, dropped = (rounded.sums[:3] / rounded.sums[3].clamp(min=1e-300)).sqrt().tolist()
-        self.found.append(
-            LayerCalibration(name, error, nearest, dropped if name in self.base else None, rounded.changed)
-        )
+        found = rounded.report(name)
+        self.found.append(found)
         if self.progress is not None:
-            self.progress.set_postfix_str(f"{name}: {error:.2%}, nearest {nearest:.2%}", refresh=False)
+            self.progress.set_postfix_str(f"{name}: {found.error:.2%}, nearest {found.nearest:.2%}", refresh=False)
             self.progress.update()
 
 
@@ -370,9 +341,3 @@ def _refuse(name: str, *_: Any) -> None:
         f"{name} is called more often for all rows than it was for the first ones; add it to skip_modules, and load "
         "the model anew."
     )
-
-
-def _changed(packed: Tensor, before: Tensor) -> float:
-    """The share of codes that differ."""
-    differ = packed.view(-1) ^ before.view(torch.uint8).view(-1)
-    return float(((differ >> 4) != 0).sum() + ((differ & 15) != 0).sum()) / (2 * differ.numel())
