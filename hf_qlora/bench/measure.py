@@ -24,6 +24,8 @@ from hf_qlora.bench.resident import Watch, mapped_weights, resident
 
 
 Arm = TypeVar("Arm")
+_M_MMAP_THRESHOLD = -3  # malloc.h
+MAPPED = 2**16  # bytes from which glibc maps, if that is fixed
 PACKAGES = ("hf-qlora", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -71,6 +73,16 @@ def memory(device: str) -> Memory:
         )
     found, mapped = resident(), mapped_weights()
     return Memory(found.made + mapped, max(found.made, found.most - found.files) + mapped)
+
+
+def map_large_blocks() -> None:
+    """Let what is resident be what is in use, in this process, on Linux.
+
+    glibc keeps what a process frees, unless it was a mapping of its own, and lets the size that gets one grow to 32
+    MiB; here that size is fixed.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MAPPED)
 
 
 @contextmanager

@@ -230,6 +230,7 @@ def _with_sinks(tokens: int) -> tuple[Tensor, Tensor]:
 def _sums(X: Tensor, X0: Tensor, cap: float | None) -> Grams:
     sums = Grams(torch.zeros(128, 128), torch.zeros(128, 128), cap)
     sums.add(X0, X)
+    sums.finish()
     return sums
 
 

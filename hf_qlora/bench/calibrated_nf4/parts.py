@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_qlora.bench.calibrated_nf4 import data, models
-from hf_qlora.bench.measure import clock, memory, reset_peak
+from hf_qlora.bench.measure import clock, map_large_blocks, memory, reset_peak
 from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.merge import merge
 from hf_qlora.quant.base import quantize_model
@@ -155,6 +155,7 @@ def cost(device: str, size: int, rows: int) -> dict[str, Any]:
     """Time and memory of calibrating random weights of a size of `SIZES`, in a process of its own."""
     hidden, intermediate, layers = SIZES[torch.device(device).type][size]
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    map_large_blocks()
     imported = memory(device).now
     model = _random(device, sizes)
     given = CalibrationRows(

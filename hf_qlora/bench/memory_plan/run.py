@@ -1,16 +1,13 @@
 """Each setting planned, and measured in a process of its own.
 
 On CUDA what is measured is what torch's allocator gave, on the CPU the resident memory beyond that of a process which
-has trained a tiny model. The CPU is measured twice. glibc keeps what a process frees, unless it was a mapping of its
-own, and lets the size that gets one grow to 32 MiB; with that size fixed (`M_MMAP_THRESHOLD`), what is resident is
-what is in use, which is what a plan counts. Without, it is what a user sees.
+has trained a tiny model. The CPU is measured twice: with large blocks mapped (`measure.map_large_blocks`), which is
+what a plan counts, and without, which is what a user sees.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -22,7 +19,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hf_qlora.bench.measure import environment, memory, reset_peak
+from hf_qlora.bench.measure import environment, map_large_blocks, memory, reset_peak
 from hf_qlora.bench.memory_plan.settings import QUICK, Setting
 from hf_qlora.bench.processes import apart
 from hf_qlora.train.plan import plan_memory
@@ -31,8 +28,6 @@ from hf_qlora.train.plan.optimizers import OPTIMIZERS
 
 AT_A_TIME = {"cpu": 2, "cuda": 4}  # processes; memory is counted for each
 STEPS = 2  # whose peak is taken, after a first one
-_M_MMAP_THRESHOLD = -3  # malloc.h
-MAPPED = 2**16  # bytes from which glibc maps, if that is fixed
 
 
 def measure(settings: Sequence[Setting]) -> dict[str, Any]:
@@ -73,8 +68,8 @@ def peaks(setting: Setting, mapped: bool) -> dict[str, int]:
     Args:
         mapped: whether every large block is to be a mapping of its own; Linux alone.
     """
-    if mapped and sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MAPPED)
+    if mapped:
+        map_large_blocks()
     before = 0
     if setting.device == "cpu":  # so that what libraries load at their first use is there before
         _train(replace(QUICK[0], dtype=setting.dtype, family=setting.family, optimizer=setting.optimizer))

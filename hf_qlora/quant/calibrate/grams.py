@@ -15,6 +15,7 @@ from torch import Tensor
 
 
 TOKENS_AT_A_TIME = 4096
+STRIPES = 4  # of H, which is symmetric: in so many, 10 of its 16 parts are computed
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Grams:
     """Of one group.
 
     Attributes:
-        gram, cross (`torch.Tensor`, (K, K), float32): H, and D where it is wanted.
+        gram, cross (`torch.Tensor`, (K, K), float32): H, whole after `finish`, and D where it is wanted.
         cap: of `Method`.
         one_stream: whether X₀ = X.
         finite: whether the model itself gave finite inputs.
@@ -43,10 +44,21 @@ class Grams:
                 part = part.float()
                 weights = None if self.cap is None else _weights(part, self.cap)
                 part = part if weights is None else part * weights
-                self.gram.addmm_(part.t(), part)
+                for stripe in self._stripes():
+                    self.gram[stripe, stripe.start :].addmm_(part[:, stripe].t(), part[:, stripe.start :])
                 if self.cross is not None:
                     part0 = part0.float()
                     self.cross.addmm_(part.t(), part0 if weights is None else part0 * weights)
+
+    def finish(self) -> None:
+        """All tokens are there."""
+        for stripe in self._stripes():
+            self.gram[stripe.stop :, stripe] = self.gram[stripe, stripe.stop :].t()
+
+    def _stripes(self) -> list[slice]:
+        K = len(self.gram)
+        width = -(-K // STRIPES)
+        return [slice(start, min(start + width, K)) for start in range(0, K, width)]
 
     def are_finite(self) -> bool:
         return all(bool(matrix.isfinite().all()) for matrix in (self.gram, self.cross) if matrix is not None)

@@ -260,6 +260,7 @@ class Streams:
     def _round(self, first: str) -> None:
         names, grams = self._names(first), self.grams.pop(first)
         if names:
+            grams.finish()
             packed = self._packed(names, {name: dense_weight(self.layers[name]) for name in names}, grams)
             if self.kept:
                 self.kept.put(names, packed)
