@@ -75,7 +75,7 @@ def test_what_could_not_be_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 def test_runs_are_done_once_and_told(tmp_path: Path) -> None:
     results = tmp_path / "runs.jsonl"
     plan = replace(run.QUICK, amounts=(2,))
-    parts = ("merge", "base", "loftq", "trained", "rows", "methods")
+    parts = ("merge", "base", "loftq", "trained", "rows", "caps", "methods")
     run.perform(plan, results, parts)
     lines = results.read_text().splitlines()
     assert list(dict.fromkeys(json.loads(line)["part"] for line in lines)) == list(parts)
@@ -120,10 +120,21 @@ def test_the_share_that_is_kept_and_the_share_that_is_closed(tmp_path: Path) -> 
             for seed in (0, 1)
         ),
     ]
+    both = {"unmerged": _found(2.0), "base": _found(3.0), "dense": _found(2.5)}
+    for base in both.values():
+        base["loss"]["headlines"] = base["loss"]["chats"]
+    for cap, loss in ((None, 2.2), (3.0, 2.1)):
+        for seed in (0, 1):
+            calibrated = {"calibrated": bases["calibrated, chats"], "merged": _found(loss - seed / 10)}
+            settings = {"seed": seed, "rows": 8, "cap": cap}
+            rows.append({"part": "caps", "settings": settings, "found": both | calibrated})
     results = tmp_path / "runs.jsonl"
     for row in rows:
         append_line(results, row | {"with": MADE})
     told = report.markdown(results)
+    closed = "2.600 (2.600 to 2.600) | 80% (80% to 80%)"
+    assert f"| 8 | none | 85.0% (80.0% to 90.0%) | {closed} | {closed} |" in told
+    assert f"| 8 | 3 | 95.0% (90.0% to 100.0%) | {closed} | {closed} |" in told
     assert "| calibrated, chats | 2.100 | 90.0% | 25.0% | 5.000 |" in told
     assert "| calibrated, chats | 2.600 | 80% | 2.600 | 80% |" in told
     ranges = "| 3.000 (3.000 to 3.000) | 1.800 (1.750 to 1.850) | +0.250 (+0.250 to +0.250) |"

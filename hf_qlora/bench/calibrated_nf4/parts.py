@@ -23,21 +23,22 @@ from hf_qlora.quant.footprint import footprint
 
 
 ROWS = 64
+FEW_ROWS = 8
+CAPS = (None, 3.0)
 QUESTIONS, SAMPLES = 160, 3
 METHODS: dict[str, dict[str, Any]] = {
     "the default": {},
-    "the base's scales": {"scales": "base"},
-    "inputs in their order": {"order": "given"},
-    "scales not fitted": {"refits": 0},
-    "codes gone through once": {"refits": 0, "passes": 0},
-    "two fits of the scales": {"refits": 2},
     "no correction": {"correction": False},
-    "tokens capped at 3 medians": {"cap": 3.0},
-    "tokens capped at the median": {"cap": 1.0},
     "correction damped by 0.01": {"correction_damping": 0.01},
     "correction damped by 1": {"correction_damping": 1.0},
     "damped by 0.001": {"damping": 0.001},
     "damped by 0.1": {"damping": 0.1},
+    "two fits of the scales": {"refits": 2},
+    "tokens capped at 3 medians": {"cap": 3.0},
+    "the base's scales": {"scales": "base"},
+    "inputs in their order": {"order": "given"},
+    "scales not fitted": {"refits": 0},
+    "codes gone through once": {"refits": 0, "passes": 0},
 }
 BASES = ("dense", "nearest", "calibrated")
 SIZES = {  # hidden size, intermediate size, layers, by device type
@@ -117,6 +118,11 @@ def trained(device: str, seed: int, steps: int, rows: int, base: str, layers: in
 def amount(device: str, seed: int, steps: int, rows: int, layers: int | None) -> dict[str, Any]:
     """A merge and a base, calibrated on so many rows of chats."""
     return _both(device, seed, steps, layers, Calibration(data.calibration_rows("chats", rows, seed)))
+
+
+def capped(device: str, seed: int, steps: int, rows: int, cap: float | None, layers: int | None) -> dict[str, Any]:
+    """A merge and a base, calibrated on so many rows of chats, of which tokens with huge inputs are weighed down."""
+    return _both(device, seed, steps, layers, Calibration(data.calibration_rows("chats", rows, seed), cap=cap))
 
 
 def method(device: str, seed: int, steps: int, rows: int, name: str, layers: int | None) -> dict[str, Any]:

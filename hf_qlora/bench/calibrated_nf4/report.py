@@ -133,6 +133,26 @@ def _compared(title: str, key: str) -> Callable[[list[tuple[dict[str, Any], Foun
     return table
 
 
+def _caps(runs: list[tuple[dict[str, Any], Found]]) -> str:
+    lines = [
+        "Tokens whose inputs' norm is above so many medians counted as if it were that; the range over adapters in "
+        "brackets.",
+        "",
+        "| rows | cap | merge: kept | base: loss, chats | closed | loss, headlines | closed |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for cap in dict.fromkeys(settings["cap"] for settings, _ in runs):
+        own = [(settings, found) for settings, found in runs if settings["cap"] == cap]
+        kept = [_kept(found["base"], found["unmerged"], found["merged"]) for _, found in own]
+        cells = [str(own[0][0]["rows"]), "none" if cap is None else f"{cap:g}", _ranged(kept, ".1%")]
+        for domain in ("chats", "headlines"):
+            cells.append(_ranged([found["calibrated"]["loss"][domain] for _, found in own], ".3f"))
+            closed = [_closed(found | {"nearest": found["base"]}, "calibrated", domain) for _, found in own]
+            cells.append(_ranged(closed, ".0%"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _cost(runs: list[tuple[dict[str, Any], Found]]) -> str:
     lines = [
         "Time and memory, of random weights.",
@@ -160,6 +180,7 @@ TABLES: dict[str, Callable[[list[tuple[dict[str, Any], Found]]], str]] = {
     "rows": _compared(
         "How many rows of 256 tokens are enough; errors are of each calibration's own held-out rows.", "rows"
     ),
+    "caps": _caps,
     "methods": _compared("Ways to round, each against the default.", "name"),
     "cost": _cost,
 }

@@ -50,6 +50,7 @@ PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "loftq": parts.loftq,
     "trained": parts.trained,
     "rows": parts.amount,
+    "caps": parts.capped,
     "methods": parts.method,
     "cost": parts.cost,
 }
@@ -68,6 +69,11 @@ def planned(plan: Plan, names: tuple[str, ...]) -> Iterator[Run]:
             {"seed": s, "rows": plan.rows, "base": base, **adapter} for s in plan.seeds for base in parts.BASES
         ],
         "rows": [{"seed": seed, "rows": n, **adapter} for n in plan.amounts],
+        "caps": [
+            {"seed": s, "rows": min(parts.FEW_ROWS, plan.rows), "cap": cap, **adapter}
+            for s in plan.seeds
+            for cap in parts.CAPS
+        ],
         "methods": [{"seed": seed, "rows": plan.rows, "name": name, **adapter} for name in plan.methods],
         "cost": [{"size": size, "rows": plan.rows} for size in plan.sizes],
     }
