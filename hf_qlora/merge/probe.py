@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_qlora.data.tokenizer import reads_text, tokenizer_of, vocabulary_of
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge.names import first_sentence
+from hf_qlora.quant.calibrate.loss import evaluating
 
 
 RANDOM_ROWS, RANDOM_LENGTH = 4, 64
@@ -53,12 +54,15 @@ def rows(model: nn.Module, texts: Texts | None, tokenizer: Any) -> tuple[list[Te
     """Token ids, (1, tokens) each, and what they are; no rows for a model that reads no text.
 
     Raises:
-        MergeError: texts that are no strings or token ids of the model, or strings and no tokenizer.
+        MergeError: texts that are no strings or token ids of the model, or strings and no tokenizer; a tokenizer that
+            is none.
     """
     if not reads_text(model):
         if texts is not None:
             raise MergeError(f"texts were given, but {type(model).__name__} reads no token ids; leave them out.")
         return [], "not measured: the model reads no text"
+    if tokenizer is not None and not callable(tokenizer):
+        raise MergeError(f"tokenizer={tokenizer!r} is none; pass what AutoTokenizer.from_pretrained(...) returns.")
     vocabulary, reader = vocabulary_of(model), tokenizer or tokenizer_of(model)
     if texts is not None:
         texts = [texts] if isinstance(texts, str) else texts
@@ -78,9 +82,8 @@ def rows(model: nn.Module, texts: Texts | None, tokenizer: Any) -> tuple[list[Te
 
 def readable(model: nn.Module, ids: list[Tensor], text: str) -> tuple[list[Tensor], str]:
     """Built-in rows and what they are; no rows for a model that wants more than token ids, as images, or others."""
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             _log_probabilities(model, max(ids, key=Tensor.numel))  # its positions may be too many, a shorter row's not
     except torch.OutOfMemoryError:
         raise
@@ -92,10 +95,7 @@ def readable(model: nn.Module, ids: list[Tensor], text: str) -> tuple[list[Tenso
 def divergence(trained: Any, merged: nn.Module, ids: list[Tensor]) -> Divergence:
     """Compare a PEFT model with what it was merged into, row by row."""
     sums, positions = torch.zeros(2, dtype=torch.float64), 0
-    trained.eval()
-    training = merged.training
-    merged.eval()
-    with torch.no_grad():
+    with evaluating(trained), evaluating(merged), torch.no_grad():
         for row in ids:
             expected = _log_probabilities(trained, row)
             with trained.disable_adapter():
@@ -103,7 +103,6 @@ def divergence(trained: Any, merged: nn.Module, ids: list[Tensor]) -> Divergence
             for i, found in enumerate((_log_probabilities(merged, row), plain)):
                 sums[i] += (expected.exp() * (expected - found)).sum(dtype=torch.float64).cpu()
             positions += len(expected)
-    merged.train(training)
     kl_merged, kl_without = (max(float(total) / positions, 0.0) for total in sums)
     return Divergence(kl_merged, kl_without, positions)
 

@@ -462,6 +462,21 @@ def test_texts_that_cannot_be_read_are_refused(texts: Any, message: str) -> None
         merge(adapted(llama(), target_modules=["q_proj"]), texts=texts)
 
 
+def test_a_tokenizer_that_is_none_is_refused() -> None:
+    with pytest.raises(MergeError, match=r"tokenizer='a/path' is none; pass what AutoTokenizer"):
+        merge(adapted(llama(), target_modules=["q_proj"]), texts=["words"], tokenizer="a/path")
+
+
+def test_a_model_in_training_is_measured_without_dropout_and_left_in_training() -> None:
+    original = llama()
+    model = adapted(copy.deepcopy(original), target_modules=["q_proj"], lora_dropout=0.9).train()
+    model.base_model.model.lm_head.eval()  # each module stays as it was
+    before = {name: module.training for name, module in model.named_modules()}
+    reports = [merge(model, "original", original, texts=[[1, 2, 3]]) for _ in range(2)]
+    assert reports[0].logits == reports[1].logits
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
