@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_qlora.kernels import factors
-from hf_qlora.kernels.functional import Adapter, SharedInput, Unpack, adapter_backward
+from hf_qlora.kernels.factors import Factors
+from hf_qlora.kernels.functional import Adapter, SharedInput, Unpack, adapter_backward, kept_factors
 
 
 def dora_linear(
@@ -29,7 +29,8 @@ def dora_linear(
         x, unpack, bias, shared: as for `kernels.functional.lora_linear`.
     """
     magnitude = adapter.magnitude
-    result: Tensor = _DoraLinear.apply(x, bias, unpack, shared, adapter, adapter.A, adapter.B, magnitude)
+    factors = kept_factors(x, shared, [adapter])
+    result: Tensor = _DoraLinear.apply(x, bias, unpack, shared, factors, adapter, adapter.A, adapter.B, magnitude)
     return result
 
 
@@ -57,6 +58,7 @@ class _DoraLinear(torch.autograd.Function):
         bias: Tensor | None,
         unpack: Unpack,
         shared: SharedInput | None,
+        factors: Factors | None,
         adapter: Adapter,
         A: Tensor,
         B: Tensor,
@@ -70,7 +72,7 @@ class _DoraLinear(torch.autograd.Function):
         z = (flat @ W.t()).addmm_(s, B.to(flat.dtype).t(), alpha=adapter.scaling)
         norm = weight_norm(W, adapter.row_squares(W), A, B, adapter.scaling)
         ratio = magnitude.to(norm.dtype) / norm
-        x_kept = factors.kept(x, shared is not None) if ctx.needs_input_grad[5] else (None, None)
+        x_kept = factors or (x if ctx.needs_input_grad[6] else None, None)
         ctx.save_for_backward(*x_kept, A, B, s, z, norm, ratio)
         ctx.shape = x.shape
         ctx.magnitude_dtype = magnitude.dtype
@@ -83,8 +85,8 @@ class _DoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        first, second, A, B, s, z, norm, ratio = ctx.saved_tensors
-        x = factors.made(first, second)
+        x, factor, A, B, s, z, norm, ratio = ctx.saved_tensors
+        x = x if factor is None else x * factor
         flat = None if x is None else x.reshape(-1, x.shape[-1])
         whole = grad.reshape(-1, grad.shape[-1])
         g = torch.mul(whole, ratio, out=torch.empty_like(whole))
@@ -93,9 +95,9 @@ class _DoraLinear(torch.autograd.Function):
             dx = g @ ctx.unpack() if ctx.shared is None else ctx.shared.add(g, ctx.unpack())
         dbias = whole.sum(0) if ctx.needs_input_grad[1] else None
         dmagnitude = None
-        if ctx.needs_input_grad[7]:
+        if ctx.needs_input_grad[8]:
             dmagnitude = ((whole * z).sum(0, dtype=norm.dtype) / norm).to(ctx.magnitude_dtype)
-        wanted = (*ctx.needs_input_grad[5:7], False)
+        wanted = (*ctx.needs_input_grad[6:8], False)
         dA, dB, _ = adapter_backward(g, flat, (A, B, None, s), (ctx.scaling, 0.0), None, wanted, dx, ctx.shared)
         own = dx if ctx.shared is None else None
-        return (None if own is None else own.view(ctx.shape), dbias, None, None, None, dA, dB, dmagnitude)
+        return (None if own is None else own.view(ctx.shape), dbias, None, None, None, None, dA, dB, dmagnitude)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_qlora.kernels import factors
+from hf_qlora.kernels.factors import Factors, factors_of
 
 
 Unpack = Callable[[], Tensor]
@@ -155,8 +155,15 @@ def lora_linear(
         return _frozen_product(x, unpack(), bias)
     tensors = [tensor for adapter in adapters for tensor in (adapter.A, adapter.B, adapter.gain)]
     settings = tuple((adapter.scaling, adapter.dropout) for adapter in adapters)
-    result: Tensor = _LoraLinear.apply(x, bias, unpack, shared, settings, *tensors)
+    factors = kept_factors(x, shared, adapters)
+    result: Tensor = _LoraLinear.apply(x, bias, unpack, shared, factors, settings, *tensors)
     return result
+
+
+def kept_factors(x: Tensor, shared: SharedInput | None, adapters: Sequence[Adapter]) -> Factors | None:
+    """What a node saves in place of x, where it saves x at all."""
+    learns = torch.is_grad_enabled() and any(adapter.A.requires_grad for adapter in adapters)
+    return factors_of(x, shared is not None) if learns else None
 
 
 def _frozen_product(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
@@ -213,14 +220,14 @@ class _LoraLinear(torch.autograd.Function):
         bias: Tensor | None,
         unpack: Unpack,
         shared: SharedInput | None,
+        factors: Factors | None,
         settings: tuple[tuple[float, float], ...],
         *tensors: Tensor | None,
     ) -> Tensor:
         ctx.unpack, ctx.settings, ctx.shared = unpack, settings, shared
         result = _frozen_product(x, unpack(), bias)
         flat, y = x.reshape(-1, x.shape[-1]), result.view(-1, result.shape[-1])
-        learns = any(ctx.needs_input_grad[5::3])
-        kept: list[Tensor | None] = [*(factors.kept(x, shared is not None) if learns else (None, None))]
+        kept: list[Tensor | None] = [*(factors or (x if any(ctx.needs_input_grad[6::3]) else None, None))]
         ctx.random = []
         for (scaling, dropout), (A, B, gain) in zip(settings, _in_threes(tensors), strict=True):
             ctx.random.append(random_state(flat.device) if dropout else None)
@@ -236,8 +243,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        first, second, *kept = ctx.saved_tensors
-        x = factors.made(first, second)
+        x, factor, *kept = ctx.saved_tensors
+        x = x if factor is None else x * factor
         g, shape = grad.reshape(-1, grad.shape[-1]), grad.shape[:-1]
         flat = None if x is None else x.reshape(-1, x.shape[-1])
         dx = None
@@ -246,10 +253,10 @@ class _LoraLinear(torch.autograd.Function):
         dbias = g.sum(0) if ctx.needs_input_grad[1] else None
         results: list[Tensor | None] = []
         for i, (settings, state) in enumerate(zip(ctx.settings, ctx.random, strict=True)):
-            wanted = ctx.needs_input_grad[5 + 3 * i : 8 + 3 * i]
+            wanted = ctx.needs_input_grad[6 + 3 * i : 9 + 3 * i]
             results += adapter_backward(g, flat, kept[4 * i : 4 * i + 4], settings, state, wanted, dx, ctx.shared)
         own = dx if ctx.shared is None else None
-        return (None if own is None else own.view(*shape, own.shape[-1]), dbias, None, None, None, *results)
+        return (None if own is None else own.view(*shape, own.shape[-1]), dbias, None, None, None, None, *results)
 
 
 def adapter_backward(

@@ -53,6 +53,7 @@ class Budget:
         rates: of each layer, in order, the bytes that it keeps for each byte of its input; None before its first.
         lengths: of each layer, the longest sequence that its rate was measured with.
         held: the bytes that are kept now.
+        hooked: whether the rates are of layers within hooks on saved tensors.
         started, keeps: whether a forward has come to its end, and whether a layer was kept.
     """
 
@@ -61,6 +62,7 @@ class Budget:
         self.rates: list[float | None] = [None] * layers
         self.lengths = [0] * layers
         self.held = 0
+        self.hooked = False
         self.started = self.keeps = False
         self.warned: set[str] = set()
 
@@ -73,6 +75,9 @@ class Budget:
         x = first_tensor(args)
         if x is None or not torch.is_grad_enabled():
             return function(*args)
+        hooked = _top_saved_tensors_default_hooks(False) is not None
+        if hooked != self.hooked:  # a kept layer gives them products too, so it is measured anew
+            self.hooked, self.rates = hooked, [None] * len(self.rates)
         known = self.rates[layer] is not None and _length(x) <= self.lengths[layer]
         if known and self._fits(layer, x):
             self.started = self.keeps = True
@@ -91,7 +96,7 @@ class Budget:
             if ran:
                 return function(*args)
             ran.append(True)
-            with saved_bytes(function, args) as saved:
+            with saved_bytes(function, args, self.hooked) as saved:
                 out = function(*args)
             self.rates[layer], self.lengths[layer] = sum(saved.values()) / max(size, 1), length
             return out
@@ -157,11 +162,11 @@ class _Share:
 
 
 @contextmanager
-def saved_bytes(function: Function, args: Sequence[Any]) -> Iterator[dict[StorageWeakRef, int]]:
+def saved_bytes(function: Function, args: Sequence[Any], hooked: bool = False) -> Iterator[dict[StorageWeakRef, int]]:
     """Within it, the bytes that autograd saves, by storage, but for the layer's weights and what layers share.
 
-    It is called where hooks of a checkpoint are in force: they are given what they would be given without it. What
-    would not be saved without any is left out when it ends.
+    It is called where hooks of a checkpoint are in force: they are given what they would be given without it. Products
+    that would not be saved without any hooks are left out when it ends, unless the layer will run `hooked`.
     """
     shared = [t for t in tree_iter((args[1:], getattr(function, "keywords", {}))) if isinstance(t, Tensor)]
     layer = layer_of(function)
@@ -179,10 +184,11 @@ def saved_bytes(function: Function, args: Sequence[Any]) -> Iterator[dict[Storag
             times[key] += 1
         return outer_pack(tensor)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, outer_unpack), products_left_out() as left_out:
+    with torch.autograd.graph.saved_tensors_hooks(pack, outer_unpack), products_left_out(pack) as left_out:
         yield saved
-    for key in [key for key in saved if times[key] == left_out[key]]:
-        del saved[key]
+    if not hooked:
+        for key in [key for key in saved if times[key] == left_out[key]]:
+            del saved[key]
 
 
 def first_tensor(args: Sequence[Any]) -> Tensor | None:

@@ -365,6 +365,16 @@ def _() -> None:
         assert top(False) == outer
 
 
+@contract("torch.autograd.graph:Node._input_metadata")
+def _() -> None:
+    """Of what flows back into a node: shapes and dtypes of what it put out, also of leaves."""
+    narrow, row = torch.ones(2, 3).bfloat16().requires_grad_(), torch.ones(3).requires_grad_()
+    product = narrow.exp() * row
+    found = [node._input_metadata[i] for node, i in product.grad_fn.next_functions]
+    assert [(tuple(one.shape), one.dtype) for one in found] == [((2, 3), torch.bfloat16), ((3,), torch.float32)]
+    assert (product * 2.0).grad_fn.next_functions[1][0] is None
+
+
 @contract("torch.multiprocessing.reductions:StorageWeakRef")
 def _() -> None:
     """The same for views of a storage, another for each storage, and the storage goes all the same."""
@@ -1183,12 +1193,40 @@ AT_RUN_TIME = {
     "_gradient_checkpointing_func",
     "_hf_hook",
     "_is_quantized",
+    "_raw_saved_other",
+    "_raw_saved_self",
     "_require_grads_hooks",
+    "_saved_other",
+    "_saved_self",
     "_weight_conversions",
 }
 
 
 # What no entry says: how the libraries' public functions reach us.
+
+
+def test_a_product_tells_of_the_factors_that_it_has_saved() -> None:
+    """Whether they are there as they were, without unpacking what hooks have packed."""
+    gate, up = torch.ones(3, requires_grad=True).exp(), torch.ones(3, requires_grad=True).sin()
+    node = (gate * up).grad_fn
+    assert node.name() == "MulBackward0"
+    assert node._saved_self.data_ptr() == gate.data_ptr()
+    assert node._saved_other.data_ptr() == up.data_ptr()
+    assert node._raw_saved_self.unpack_hook is None
+    assert node._raw_saved_self.data.data_ptr() == gate.data_ptr()
+    assert (gate * up.detach()).grad_fn._saved_self is None
+    unpacked: list[Any] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpacked.append):
+        hooked = (gate * up).grad_fn
+    assert hooked._raw_saved_self.unpack_hook is not None
+    assert not unpacked
+    with torch.no_grad():
+        up.zero_()
+    with pytest.raises(RuntimeError, match="inplace"):
+        _ = node._saved_other
+    other = gate * gate.cos()
+    other.sum().backward()
+    assert other.grad_fn._raw_saved_self.data is None
 
 
 def test_bitsandbytes_repacks_only_where_we_switch_it_off() -> None:

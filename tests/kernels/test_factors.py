@@ -131,6 +131,64 @@ def test_a_product_changed_out_of_autograds_sight_is_kept_and_found_out() -> Non
     assert not dA.any()
 
 
+@pytest.mark.parametrize("how", ["checkpointed", "packed away"])
+def test_factors_that_hooks_have_packed_are_not_unpacked(how: str) -> None:
+    layer, adapter = make_layer()
+    gate, up = make_factors()
+    calls: list[str] = []
+
+    def make(gate: Tensor, up: Tensor) -> Tensor:
+        calls.append("made")
+        return product(gate, up)
+
+    def unpack(tensor: Tensor) -> Tensor:
+        calls.append("unpacked")
+        return tensor
+
+    if how == "checkpointed":
+        x = torch.utils.checkpoint.checkpoint(make, gate, up, use_reentrant=False)
+    else:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+            x = make(gate, up)
+    y = layer(x)
+    assert calls == ["made"]
+    found = torch.autograd.grad(y.square().sum(), [gate, up, adapter.A, adapter.B])
+    for one, other in zip(found, gradients(layer, adapter, product, torch.float32), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("how", ["backward has been there", "a factor was written to"])
+def test_factors_that_are_gone_are_none(how: str) -> None:
+    layer, adapter = make_layer()
+    gate, up = make_factors()
+    wide = up * 1.0
+    x = gate * wide
+    if how == "a factor was written to":
+        with torch.no_grad():
+            wide.zero_()
+    else:
+        x.sum().backward()
+    found = torch.autograd.grad(layer(x).sum(), adapter.A)[0]
+    expected = torch.full((R, T), 0.5) * adapter.B.sum(0)[:, None] @ x.detach().view(T, K)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-4)  # float32 sums of 640 products
+
+
+@pytest.mark.parametrize("kind", ["lora", "dropout", "dora"])
+@pytest.mark.parametrize("no_gradients", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_looked_for(kind: str, no_gradients: Any) -> None:
+    layer, _ = make_layer(kind)
+    gate, up = make_factors()
+    x = product(gate, up)
+    x.sum().backward()
+    torch.manual_seed(3)
+    expected = layer(x.detach())
+    with no_gradients():
+        torch.manual_seed(3)
+        assert torch.equal(layer(x), expected)
+        torch.manual_seed(3)
+        assert torch.equal(layer(product(gate, up)), expected)
+
+
 def test_nothing_lives_on_after_backward() -> None:
     layer, _ = make_layer()
     gate, up = make_factors()
@@ -156,8 +214,10 @@ def test_under_hooks_the_product_is_saved_and_may_be_counted_as_left_out() -> No
         gate, up = make_factors()
         x = product(gate, up)
         before = len(saved)
-        with factors.products_left_out() as left_out:
+        with factors.products_left_out(pack) as left_out:
             y = layer(x)
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+                layer(product(gate, up))  # given to others
         assert saved[before:].count(tuple(x.shape)) == 1
         assert left_out == {StorageWeakRef(x.untyped_storage()): 1}
         layer(product(gate, up))  # nobody asks any more
