@@ -23,6 +23,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from hf_qlora.layers.errors import MergeError
 from hf_qlora.quant.calibrate.loss import evaluating, mean_loss
 from hf_qlora.quant.calibrate.rows import CalibrationRows
 from hf_qlora.quant.calibrate.run import forward_inputs, measured_inputs
@@ -87,7 +88,9 @@ def _outputs(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if found is None:
         parts = output.values() if isinstance(output, Mapping) else output
-        found = next(part for part in parts if isinstance(part, Tensor))
+        found = next((part for part in parts if isinstance(part, Tensor)), None)
+    if found is None:
+        raise MergeError(f"{type(model).__name__} returns no tensor to compare; merge without calibration=.")
     mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
     if mask is not None and found.ndim > 2 and mask.shape == found.shape[:2]:
         found = found[mask.bool()]

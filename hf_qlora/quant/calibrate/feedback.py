@@ -71,7 +71,7 @@ class Feedback:
 
     def __init__(self, gram: Tensor, order: Tensor | None = None) -> None:
         self.order = order
-        self.upper = _inverse_factor(gram, order).to(gram.dtype)
+        self.upper = _inverse_factor(gram, order).to(gram.dtype, memory_format=torch.contiguous_format)
         self.pivots = self.upper.diagonal().tolist()
 
     def __call__(self, target: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -170,9 +170,12 @@ class Nearest:
 
 
 def _inverse_factor(gram: Tensor, order: Tensor | None) -> Tensor:
-    """U, upper triangular, with Uᵀ U = H⁻¹, in float64; all in the memory of one matrix."""
+    """U, upper triangular, with Uᵀ U = H⁻¹, in float64; all in the memory of one matrix.
+
+    LAPACK's matrices lie column by column, and torch copies others. H is symmetric: its transpose lies so, and is H.
+    """
     H = gram if order is None else gram.index_select(0, order).index_select(1, order)
-    work = H.double() if H.dtype != torch.float64 else H.clone()
+    work = H.to(torch.float64, copy=True).mT
     del H
     torch.linalg.cholesky(work, out=work)
     torch.cholesky_inverse(work, out=work)

@@ -70,7 +70,7 @@ class Grams:
 
 
 def _weights(x: Tensor, cap: float) -> Tensor:
-    """(tokens, 1): what makes the norms of x's rows at most `cap` times their median."""
+    """(tokens, 1): what makes the norms of x's rows at most `cap` times their median, those that are not 0."""
     norms = x.norm(dim=1, keepdim=True)
-    weights: Tensor = (cap * norms.median() / norms).clamp(max=1).nan_to_num(1.0)
+    weights: Tensor = (cap * norms[norms > 0].median() / norms).clamp(max=1).nan_to_num(1.0)
     return weights

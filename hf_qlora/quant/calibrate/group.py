@@ -127,7 +127,7 @@ def round_group(
 def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
     """All of them transposed, (K, ΣN), float32."""
     widths = [len(weight) for weight in weights]
-    result = torch.empty(weights[0].shape[1], sum(widths), device=weights[0].device)
+    result = torch.empty(weights[0].shape[1], sum(widths), dtype=torch.float32, device=weights[0].device)
     for part, weight in zip(result.split(widths, 1), weights, strict=True):
         part.copy_(weight.t())
     return result
@@ -142,12 +142,13 @@ def _slabs(target: Tensor) -> list[slice]:
 
 def _correct(target: Tensor, slabs: Sequence[slice], gram: Tensor, difference: Tensor, damping: float) -> None:
     """T' in place of T; the difference is D − H."""
-    factor = gram.double()
+    factor = gram.to(torch.float64, copy=True).mT  # symmetric, and so it lies as LAPACK has it
     factor.diagonal().copy_(gram.diagonal() + ridge(gram, damping))
     torch.linalg.cholesky(factor, out=factor)
     for slab in slabs:
         part = target[:, slab]
-        part += torch.cholesky_solve((difference @ part).double(), factor).to(target.dtype)
+        solved = torch.linalg.solve_triangular(factor, (difference @ part).double(), upper=False)
+        part += torch.linalg.solve_triangular(factor.mT, solved, upper=True).to(target.dtype)
 
 
 def _refine(

@@ -225,7 +225,7 @@ class Streams:
             if known is not None:
                 self._use(names, known)
                 return
-            gram = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+            gram = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
             cross = torch.zeros_like(gram) if self.calibration.correction else None
             self.grams[first] = Grams(gram, cross, self.calibration.cap)
         if not batch.held_out:
@@ -278,6 +278,8 @@ class Streams:
     def _packed(self, names: list[str], weights: Mapping[str, Tensor], grams: Grams) -> list[Packed]:
         found = {name: self.shared.get(id(self.layers[name].weight), (None, None))[1] for name in names}
         new = [name for name in names if found[name] is None]
+        if not new:  # all hold weights of layers that other batches came to first
+            return [packed for packed in found.values() if packed is not None]
         if not grams.are_finite():
             when = "after the layers before it were rounded" if grams.finite else "in some rows"
             raise CalibrationError(
