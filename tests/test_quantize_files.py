@@ -39,7 +39,7 @@ from hf_qlora.console import INTERRUPTED
 from hf_qlora.merge import sources
 from hf_qlora.quant.calibrate import group, run, streams
 from hf_qlora.quant.calibrate.kept import beside
-from hf_qlora.quant.calibrate.report import CLEAR_GAP, CalibrationReport
+from hf_qlora.quant.calibrate.report import CLEAR_GAP, CLEAR_LOSS, CalibrationReport, LayerCalibration
 from hf_qlora.quant.fingerprint import take_fingerprint
 
 
@@ -290,9 +290,11 @@ def test_what_is_worse_than_nearest_is_refused_and_forced_with_a_note_in_its_car
     """The file is one document, of which the held-out rows are the end: that is in the card too."""
     monkeypatch.setattr(run, "_nearest_loss", lambda *_: 1.0)
     arguments = (folder, "--output", target, "--calibrate", speeches, *CALIBRATED)
-    refused = invoke(*arguments)
+    report_file = target.parent.parent / "refused.json"
+    refused = invoke(*arguments, "--report", report_file)
     assert refused.exit_code == 2
-    assert "nats a token, and rounded to nearest 1.0000. Give more rows" in refused.output
+    assert json.loads(report_file.read_text())["losses"]["nearest"] == 1.0
+    assert "nats a token, and rounded to nearest 1.0000. Give other rows" in refused.output
     assert "note       Rounding to nearest loses less on the held-out rows" in refused.output
     assert not target.exists()
     assert "Rounding to nearest loses less" in caplog.text
@@ -306,13 +308,24 @@ def test_what_is_worse_than_nearest_is_refused_and_forced_with_a_note_in_its_car
 
 
 @pytest.mark.parametrize(
-    ("calibrated", "worse"),
-    [(2.0, False), (2.0 + CLEAR_GAP / 2, False), (2.0 + 2 * CLEAR_GAP, True), (float("nan"), True), (None, False)],
-    ids=["as good", "hardly worse", "worse", "nan", "no loss"],
+    ("calibrated", "error", "worse"),
+    [
+        (2.0, 0.2, False),
+        (2.0 + CLEAR_GAP / 2, 0.2, False),
+        (2.0 + CLEAR_LOSS / 2, 0.05, False),
+        (2.0 + CLEAR_LOSS / 2, 0.2, True),
+        (2.0 + 2 * CLEAR_LOSS, 0.05, True),
+        (float("nan"), 0.05, True),
+        (None, 0.2, False),
+    ],
+    ids=["as good", "hardly worse", "by loss alone", "by both", "clearly", "nan", "no loss"],
 )
-def test_worse_is_worse_than_nearest_by_a_clear_gap(calibrated: float | None, worse: bool) -> None:
+def test_worse_is_worse_than_nearest_clearly_or_by_outputs_too(
+    calibrated: float | None, error: float, worse: bool
+) -> None:
     losses = {} if calibrated is None else {"dense": 1.9, "nearest": 2.0, "calibrated": calibrated}
-    assert CalibrationReport("", 0, 8, 2, "", {}, [], losses).is_worse == worse
+    layers = [LayerCalibration("a", error, 0.1, None, 0.5)]
+    assert CalibrationReport("", 0, 8, 2, "", {}, layers, losses).is_worse == worse
 
 
 def test_ids_that_may_be_another_tokenizers_are_calibrated_on_by_force(

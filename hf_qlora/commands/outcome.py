@@ -45,11 +45,16 @@ def stopped(output: Path) -> typer.Exit:
 
 def say_and_write(found: Any, output: Path, file: Path | None) -> None:
     """Print what was made in `output`, and write all of it into a file if that is asked for."""
+    typer.echo(str(found))
+    write_report(found, file, f"The model is in {output}, but its report")
+
+
+def write_report(found: Any, file: Path | None, what: str = "The report") -> None:
+    """Write all of a report into a file if that is asked for; errors name `what` could not be written."""
     from hf_qlora.config.record import write_json
 
-    typer.echo(str(found))
     if file is not None:
         try:
             write_json(file, found.to_dict())
         except OSError as error:
-            raise misused(f"The model is in {output}, but its report could not be written: {error}.") from None
+            raise misused(f"{what} could not be written: {error}.") from None

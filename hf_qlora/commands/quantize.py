@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_qlora.commands.outcome import make_place, say_and_write, stopped, terminated_as_interrupted
+from hf_qlora.commands.outcome import make_place, say_and_write, stopped, terminated_as_interrupted, write_report
 from hf_qlora.commands.rows import Calibrate, HeldOut, Length, Rows, RowsSeed, check_rows_are_used
 from hf_qlora.console import INTERRUPTED, misused
 
@@ -103,6 +103,7 @@ def quantize(
             )
     except CalibrationRefused as error:
         typer.echo(str(error.report))
+        write_report(error.report, report)
         raise misused(str(error)) from None
     except (ImportError, OSError, ValueError) as error:
         raise misused(str(error)) from None

@@ -46,7 +46,9 @@ def read_documents(source: str, seed: int = 0) -> tuple[list[Document], str]:
     elif path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
         if not files:
-            raise DataError(f"The folder {path} has no files that end in {', '.join(SUFFIXES)}.")
+            inner = sorted({file.parent.name for file in path.glob("*/*") if file.suffix in SUFFIXES})
+            there = f" Those in its folder {inner[0]} are not read: name that." if inner else ""
+            raise DataError(f"The folder {path} has no files that end in {', '.join(SUFFIXES)}.{there}")
         found = [document for file in files for document in _of_file(file, column)]
     elif is_path(source):
         raise DataError(f"The file {source} is not there.")

@@ -326,7 +326,7 @@ def ids(*shape: int) -> Tensor:
             "given documents (19 of 20 documents left out, empty or repeated) gives 0 rows",
         ),
         (lambda: [[n] * 16 for n in range(1, 19)], {}, "given documents gives 1 row of 256 tokens to calibrate on"),
-        (lambda: ["a text"], {}, "The data are texts, and no tokenizer lies with the model; pass tokenizer="),
+        (lambda: ["a text"], {}, "The data are texts, and no tokenizer lies with the model; put its files"),
         (lambda: [[1] * 300], {}, "given documents gives 0 rows of 256 tokens to calibrate on; at least 2 rows"),
         (lambda: [{"a": 1}], {}, "has the columns a; understood are text; messages"),
         (lambda: "./nowhere.txt", {}, "The file ./nowhere.txt is not there."),

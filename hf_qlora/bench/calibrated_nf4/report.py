@@ -163,11 +163,14 @@ def _cost(runs: list[tuple[dict[str, Any], Found]]) -> str:
     ]
     for _, found in sorted(runs, key=lambda run: run[1]["hidden_size"]):
         count = found["quantized_params"]
-        heap = _mib(found["heap_bytes"] - found["model_bytes"]) if "heap_bytes" in found else ""
+        peaks = [found["peak_bytes"], found.get("heap_bytes")]
+        if peaks[1] is None and found["with"]["device"].startswith("CPU"):  # of a version that took this one alone
+            peaks.reverse()
+        in_use, heap = ("" if peak is None else _mib(peak - found["model_bytes"]) for peak in peaks)
         lines.append(
             f"| {found['hidden_size']:,} × {found['intermediate_size']:,}, {found['num_hidden_layers']} "
             f"| {count / 1e6:,.0f} | {found['seconds']:.0f} | {found['seconds'] / count * 1e9:,.0f} "
-            f"| {_mib(found['model_bytes'])} | {_mib(found['peak_bytes'] - found['model_bytes'])} "
+            f"| {_mib(found['model_bytes'])} | {in_use} "
             f"| {heap} | {_mib(found['gram_bytes'])} | {_mib(found['hidden_states_bytes'])} |"
         )
     return "\n".join(lines)

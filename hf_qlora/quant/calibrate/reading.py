@@ -147,7 +147,8 @@ def _reader(documents: list[Document], model: nn.Module | None, tokenizer: Any) 
     tokenizer = own if tokenizer is None else tokenizer
     if tokenizer is None and texts:
         raise CalibrationError(
-            "The data are texts, and no tokenizer lies with the model; pass tokenizer=, or give token ids."
+            "The data are texts, and no tokenizer lies with the model; put its files into the model's "
+            "folder, or pass tokenizer=, or give token ids."
         )
     eos = getattr(tokenizer, "eos_token_id", None)
     if tokenizer is None:

@@ -23,7 +23,7 @@ LEGEND = (
     "error, nearest, dropped: of the layers' outputs on held-out rows, as rounded, rounded to nearest, and without "
     "the adapter. codes changed: of the base's, or of nearest's. worse: layers with more error than nearest."
 )
-CLEAR_GAP = 0.002  # nats a token
+CLEAR_GAP, CLEAR_LOSS = 0.002, 0.02  # nats a token: more than rounding makes, and more than a choice of rows makes
 UNCUT = 200  # columns where no terminal says how many
 
 
@@ -82,9 +82,14 @@ class CalibrationReport:
 
     @property
     def is_worse(self) -> bool:
-        """Whether rounding to nearest has less loss on the held-out rows, by over `CLEAR_GAP`, or the loss is NaN."""
-        loss = self.losses.get("calibrated", -math.inf)
-        return math.isnan(loss) or loss > self.losses.get("nearest", math.inf) + CLEAR_GAP
+        """Whether it is worse than rounding to nearest on the held-out rows.
+
+        By loss, where that of nearest is lower by over `CLEAR_LOSS`; where it is lower by less, which a few rows do
+        not decide, if the layers' outputs have more error too. A loss that is NaN is worse.
+        """
+        own, nearest = self.losses.get("calibrated", -math.inf), self.losses.get("nearest", math.inf)
+        beyond = own - nearest
+        return math.isnan(own) or beyond > CLEAR_LOSS or (beyond > CLEAR_GAP and self.error > self.nearest)
 
     @property
     def error(self) -> float:
