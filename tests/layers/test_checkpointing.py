@@ -226,7 +226,7 @@ def test_no_layer_runs_twice_in_a_forward() -> None:
 
 
 def test_a_layer_costs_what_one_more_layer_saves() -> None:
-    """Against autograd's own count, over whole models with a layer more and a layer less."""
+    """Against autograd's own count, over whole models with a layer more and a layer less, without MLPs' products."""
 
     def saved(layers: int) -> int:
         model = adapted(llama(num_hidden_layers=layers))
@@ -247,7 +247,8 @@ def test_a_layer_costs_what_one_more_layer_saves() -> None:
 
     model = adapted(llama(num_hidden_layers=4))
     enable_checkpointing(model, "budget", budget_bytes=PLENTY)
-    assert held(model, tokens()) == 4 * (saved(4) - saved(3))
+    product = tokens().numel() * model.base_model.model.config.intermediate_size * 4
+    assert held(model, tokens()) == 4 * (saved(4) - saved(3) - product)
 
 
 def test_the_last_layers_are_kept_and_no_more_than_the_budget_is_held() -> None:
@@ -295,6 +296,21 @@ def test_lengths_may_vary(attention: str) -> None:
         assert costs[64] / 64 == costs[8] / 8
     else:
         assert costs[64] / 64 > costs[8] / 8
+
+
+def test_within_hooks_a_layer_keeps_an_mlps_product_too_and_is_measured_anew() -> None:
+    """Without them it is made again of its factors."""
+    model, ids = adapted(llama(num_hidden_layers=4)), tokens()
+    config = model.base_model.model.config
+    enable_checkpointing(model, "budget", budget_bytes=PLENTY)
+    held(model, ids)
+    plain: list[Any] = budget_of(model).rates
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids).loss.backward()
+    more = config.intermediate_size / config.hidden_size
+    assert budget_of(model).rates == [rate + more for rate in plain]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert budget_of(model).rates == plain
 
 
 def test_graphs_that_are_alive_together_share_the_budget() -> None:
