@@ -20,11 +20,10 @@ from hf_qlora.merge.held_out import OutputError
 from hf_qlora.merge.measure import LayerMerge
 from hf_qlora.merge.probe import Divergence
 from hf_qlora.merge.record import write_record
-from hf_qlora.quant.calibrate.report import CalibrationReport
+from hf_qlora.quant.calibrate.report import CLEAR_LOSS, CalibrationReport
 
 
 WORST = 5
-CLEAR_GAIN = 0.02  # nats a token
 UNCUT = 200  # columns where no terminal says how many
 
 MEANING = {  # by onto, and by whether the adapter was trained on a base in NF4
@@ -102,7 +101,7 @@ class MergeReport:
         """The share of the adapter that is kept: of logits 1 − KL / KL without it, or else of weights, as signal.
 
         Calibrated, it is measured on the held-out rows: as the share of the loss that the adapter gains there, where
-        that is over `CLEAR_GAIN`, or else of outputs, 1 − (error / error without it)². Onto the original always of
+        that is over `CLEAR_LOSS`, or else of outputs, 1 − (error / error without it)². Onto the original always of
         weights: its logits differ because the base does, which has no share in the adapter. An adapter that changes
         nothing is kept.
         """
@@ -118,7 +117,7 @@ class MergeReport:
     @property
     def kept_by(self) -> str:
         """What `kept` is measured by: "loss" or "outputs" on a calibration's rows; else "logits" or "weights"."""
-        if self.losses and self.losses["base"] - self.losses["unmerged"] > CLEAR_GAIN:
+        if self.losses and self.losses["base"] - self.losses["unmerged"] > CLEAR_LOSS:
             return "loss"
         if self.outputs is not None:
             return "outputs"

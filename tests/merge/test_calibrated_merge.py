@@ -25,10 +25,11 @@ from hf_qlora.cli import app
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge import in_memory
 from hf_qlora.merge.held_out import OutputError
-from hf_qlora.merge.report import CLEAR_GAIN, MergeRefused, MergeReport
+from hf_qlora.merge.report import MergeRefused, MergeReport
 from hf_qlora.merge.stream import merge_files
 from hf_qlora.quant.calibrate import streams
 from hf_qlora.quant.calibrate.loss import mean_loss
+from hf_qlora.quant.calibrate.report import CLEAR_LOSS
 from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows
 from hf_qlora.quant.calibrate.run import calibration_report
 from hf_qlora.quant.calibrate.settings import Calibration
@@ -73,7 +74,7 @@ def test_it_keeps_more_of_what_was_learnt_than_nearest(learnt: tuple[PeftModel, 
     }
     assert report.losses == expected
     gain = expected["base"] - expected["unmerged"]
-    assert gain > CLEAR_GAIN
+    assert gain > CLEAR_LOSS
     assert report.kept == pytest.approx((expected["base"] - expected["merged"]) / gain)
     assert expected["merged"] < expected["nearest"]
     assert f"{report.kept:.1%} of the adapter, by loss on held-out rows\n" in str(report)
@@ -288,7 +289,7 @@ def test_a_decoder_beside_an_encoder_reads_the_labels_and_none_of_their_padding_
 def test_an_adapter_without_a_clear_gain_is_judged_by_outputs() -> None:
     model, rows = adapted(llama()), rows_of(text())
     report = merge(model, onto="nf4", calibration=rows, force=True)
-    assert report.losses["base"] - report.losses["unmerged"] <= CLEAR_GAIN
+    assert report.losses["base"] - report.losses["unmerged"] <= CLEAR_LOSS
     assert report.kept_by == "outputs"
     assert report.kept == pytest.approx(share(report, model, rows.measured), abs=ROUNDED_SHARE)
 
@@ -363,7 +364,7 @@ def report_of(losses: dict[str, float]) -> MergeReport:
     ("base", "unmerged", "kept_by"),
     [
         (3.0, 2.0, "loss"),
-        (3.0, 3.0 - CLEAR_GAIN / 2, "outputs"),
+        (3.0, 3.0 - CLEAR_LOSS / 2, "outputs"),
         (3.0, 3.5, "outputs"),
         (3.0, float("nan"), "outputs"),
     ],

@@ -274,6 +274,7 @@ def test_a_method_that_is_none_is_refused(values: dict[str, object]) -> None:
 def test_the_damping_is_of_the_mean_diagonal() -> None:
     gram = torch.diag(torch.tensor([1.0, 3.0]))
     assert ridge(gram, 0.5) == 1.0
+    assert torch.equal(gram, torch.diag(torch.tensor([1.0, 3.0])))
 
 
 @pytest.mark.parametrize(("K", "config"), [(128, NF4Config()), (136, NF4Config(double_quant=False))])

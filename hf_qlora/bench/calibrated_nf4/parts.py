@@ -168,10 +168,8 @@ def cost(device: str, size: int, rows: int) -> dict[str, Any]:
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
     found = _calibrating(device, sizes, rows)
     if torch.device(device).type == "cpu":
-        found["heap_bytes"], found["peak_bytes"] = (
-            found["peak_bytes"],
-            apart(_calibrating, device, sizes, rows, True)["peak_bytes"],
-        )
+        found["heap_bytes"] = found["peak_bytes"]
+        found["peak_bytes"] = apart(_calibrating, device, sizes, rows, True)["peak_bytes"]
     return {
         **sizes,
         **found,

@@ -163,9 +163,7 @@ def _cost(runs: list[tuple[dict[str, Any], Found]]) -> str:
     ]
     for _, found in sorted(runs, key=lambda run: run[1]["hidden_size"]):
         count = found["quantized_params"]
-        peaks = [found["peak_bytes"], found.get("heap_bytes")]
-        if peaks[1] is None and found["with"]["device"].startswith("CPU"):  # of a version that took this one alone
-            peaks.reverse()
+        peaks = (found["peak_bytes"], found.get("heap_bytes"))  # the second on a CPU alone
         in_use, heap = ("" if peak is None else _mib(peak - found["model_bytes"]) for peak in peaks)
         lines.append(
             f"| {found['hidden_size']:,} × {found['intermediate_size']:,}, {found['num_hidden_layers']} "

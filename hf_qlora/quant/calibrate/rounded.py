@@ -30,7 +30,7 @@ class RoundedLayer:
     base: Packed | None
     compute_dtype: Any  # torch.dtype or None
     # of squares on the rows that were measured: the error's, nearest's, that of the base alone, and the output's
-    _sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+    _sums: Tensor = field(init=False, default_factory=lambda: torch.zeros(4, dtype=torch.float64))
 
     def product(self, x: Tensor, packed: Packed | None = None) -> Tensor:
         """As `Linear4bit` will make it, (..., in_features) → (..., out_features), in x's dtype."""
