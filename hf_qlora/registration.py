@@ -138,7 +138,7 @@ PRIVATE = {
     "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer._dequantize": "quant.base",
     "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer.remove_quantization_config": "quant.base",
     "transformers.integrations.bitsandbytes:Bnb4bitDeserialize": "quant.base",
-    "peft.tuners.tuners_utils:BaseTunerLayer._move_adapter_to_device_of_base_layer": "merge.skeleton",
+    "peft.tuners.tuners_utils:BaseTunerLayer._move_adapter_to_device_of_base_layer": "merge.attach",
     "transformers.modeling_utils:PreTrainedModel._from_config": "merge.load, merge.skeleton",
     "transformers:AutoModelForCausalLM._model_mapping": "merge.skeleton",
     "transformers.modeling_utils:PreTrainedModel._get_dtype_plan": "merge.skeleton",

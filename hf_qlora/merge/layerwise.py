@@ -21,11 +21,12 @@ from hf_qlora.config import NF4Config
 from hf_qlora.config.nf4 import bitsandbytes_config
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge import measure
+from hf_qlora.merge.attach import ADAPTER
 from hf_qlora.merge.in_memory import Onto
 from hf_qlora.merge.measure import LayerMerge
 from hf_qlora.merge.report import MergeReport
 from hf_qlora.merge.seen import SeenBase
-from hf_qlora.merge.skeleton import ADAPTER, Skeleton, read_state
+from hf_qlora.merge.skeleton import Skeleton, read_state
 from hf_qlora.merge.tensors import ShardWriter, TensorFiles
 from hf_qlora.merge.twin import copied_sharing
 from hf_qlora.quant.base import PROGRESS_DELAY_S

@@ -36,6 +36,7 @@ MEANING = {  # by onto, and by whether the adapter was trained on a base in NF4
 }
 CALIBRATED = "rounded to NF4 so that the layers' outputs stay right, calibrated on rows"
 ASSUMED = "the base as it is stored, plus ΔW"
+ANOTHER = "another base than the adapter was trained on, dense, plus ΔW"
 LEGEND = (
     "ΔW/step: ΔW in steps between NF4's levels. error: of the merged weight, against W + ΔW. signal: the share of ΔW "
     "that is in it."
@@ -64,6 +65,7 @@ class MergeReport:
         logits: KL to the unmerged model; None where it was not measured.
         quantized: whether the adapter was trained on a base in NF4.
         assumed: whether that is not known, and was taken from how the base is stored.
+        another_base: whether it is known not to be the one that the adapter was trained on.
         notes: what else a reader must know.
         model: the merged model; None if it was written to files alone.
         output: the folder it was written to.
@@ -83,6 +85,7 @@ class MergeReport:
     original: str | None = None
     quantized: bool = True
     assumed: bool = False
+    another_base: bool = False
     notes: list[str] = field(default_factory=list)
     model: Any = field(default=None, repr=False, compare=False)
     output: str | None = None
@@ -198,16 +201,22 @@ class MergeReport:
         all_read = self.calibration is not None and not self.calibration.held_out
         return "the rows calibrated on" if all_read else "held-out rows"
 
+    @property
+    def _meaning(self) -> str:
+        if self.calibration is not None:
+            return CALIBRATED
+        if self.onto == "dequantized" and (self.assumed or self.another_base):
+            return ASSUMED if self.assumed else ANOTHER
+        return MEANING[self.onto, self.quantized]
+
     def _lines(self) -> Sequence[tuple[str, str]]:
         where = self.original or self.base
-        assumed = self.assumed and self.onto == "dequantized"
-        meaning = ASSUMED if assumed else MEANING[self.onto, self.quantized]
-        if self.calibration is not None:
-            meaning = CALIBRATED
         what = "with" if self.logits is not None else "as weights, with"
-        trained = "as stored, with the adapter" if self.assumed else "with the adapter as it was trained"
+        trained = "with the adapter as it was trained"
+        if self.assumed or self.another_base:
+            trained = "as stored, with the adapter" if self.assumed else "with the adapter"
         lines = [
-            ("merged", f"{', '.join(self.adapters)} onto {where}, in {self.dtype}: {meaning}"),
+            ("merged", f"{', '.join(self.adapters)} onto {where}, in {self.dtype}: {self._meaning}"),
             ("compared", f"{what} the unmerged model, {self.base} {trained}"),
         ]
         if self.logits is not None:

@@ -92,6 +92,7 @@ class SeenBase:
             f"{result.cause}."
         )
         report.notes.append(said)
+        report.another_base = True
         asked = self.config.on_base_mismatch if isinstance(self.config, QLoRAConfig) else "ignore"
         if asked == "error" and not force:
             raise MergeRefused(f"{said} Name the one that it was trained on; force merges all the same.", report)

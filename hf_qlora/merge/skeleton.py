@@ -9,10 +9,8 @@ Where it builds a parameter out of several tensors, or PEFT out of several layer
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from bitsandbytes.functional import QuantState
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Conv2d, Embedding, LoraLayer
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -32,7 +30,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.layers.errors import MergeError
-from hf_qlora.layers.linear import Linear4bit, adopt
+from hf_qlora.layers.linear import Linear4bit
+from hf_qlora.merge.attach import attach_without_weights
 from hf_qlora.merge.names import first_sentence
 from hf_qlora.merge.seen import record_of
 from hf_qlora.merge.tensors import TensorFiles
@@ -40,7 +39,6 @@ from hf_qlora.merge.twin import tied_groups
 from hf_qlora.quant.base import take_over
 from hf_qlora.quant.selection import is_named, quantizable_layers
 from hf_qlora.quant.without_bytes import WithoutBytes
-from hf_qlora.tuner import AdapterError
 
 
 CLASSES = {
@@ -52,12 +50,6 @@ CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 STREAMED = (LoraLinear, Linear4bit, Embedding, Conv2d)
-ADAPTER = "default"
-RESIZED = (
-    "If the base was changed before training, as by resize_token_embeddings, change it again, load the adapter on it, "
-    "and merge in Python: merge(model)."
-)
-_MOVE = "_move_adapter_to_device_of_base_layer"  # a method of PEFT's layers
 _PACKED_PART = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
 
 
@@ -142,7 +134,7 @@ def build(
     if packed:
         take_over(model, None)
     found = Skeleton(
-        model=_attach(model, adapter, config),
+        model=attach_without_weights(model, adapter, config),
         base_class=type(model),
         parameters=parameters,
         tied=tied,
@@ -264,40 +256,6 @@ def read_state(files: TensorFiles, keys: list[str]) -> QuantState:
         return QuantState.from_dict(found, torch.device("cpu"))
     except (ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
         raise MergeError(f"{prefix[1]} has no whole NF4 weight in the base's files ({error}).") from error
-
-
-def _attach(model: PreTrainedModel, adapter: Path, config: LoraConfig) -> PeftModel:
-    taken = copy.deepcopy(config)
-    taken.inference_mode = True
-    try:
-        peft_model: PeftModel = get_peft_model(model, taken, ADAPTER, low_cpu_mem_usage=True)
-        with _adapters_stay(peft_model):
-            peft_model.load_adapter(str(adapter), ADAPTER, torch_device="cpu", low_cpu_mem_usage=True)
-    except AdapterError as error:
-        raise MergeError(f"{error} {RESIZED}") from error
-    except (OSError, RuntimeError) as error:
-        raise MergeError(f"The adapter {adapter} does not fit the base: {first_sentence(error)} {RESIZED}") from error
-    adopt(peft_model)
-    for name, parameter in peft_model.named_parameters():
-        own = f".{ADAPTER}." in f".{name}."
-        if own and parameter.is_meta:
-            raise MergeError(f"The adapter {adapter} has no weights for {name.removeprefix('base_model.model.')}.")
-        if own and not parameter.isfinite().all():
-            raise MergeError(f"The adapter {adapter} has NaN or infinite values in {name}; its training diverged.")
-    return peft_model
-
-
-@contextmanager
-def _adapters_stay(model: nn.Module) -> Iterator[None]:
-    """Keep PEFT from moving loaded adapters to where their base layers are: the meta device."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer.__dict__[_MOVE] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.__dict__[_MOVE]
 
 
 def _check_streamable(skeleton: Skeleton) -> None:

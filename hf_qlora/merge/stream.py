@@ -23,6 +23,7 @@ from hf_qlora.config.nf4 import COMPUTE_DTYPES
 from hf_qlora.data.tokenizer import tokenizer_in
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge import sources
+from hf_qlora.merge.attach import attach
 from hf_qlora.merge.folder import check_folder, whole_folder
 from hf_qlora.merge.in_memory import Onto, check_onto, merge, refuse_lost
 from hf_qlora.merge.layerwise import Stream
@@ -102,9 +103,9 @@ def merge_files(
             job.check_initialization()
         size = {"rows": rows, "length": length, "held_out": held_out, "seed": seed}
         asked = planned(calibration, job.skeleton(), job.tokenizer(), kept_beside(target), **size)
-        model, notes = job.load(force, where)
+        model, judged = job.load(force, where)
         with resumable(target, MergeRefused):
-            report = job.in_memory(model, notes, force, asked)
+            report = job.in_memory(model, judged, force, asked)
             del model  # the merged one takes its place in memory
             job.write(target, report, overwrite, max_shard_bytes)
         return report
@@ -186,8 +187,8 @@ class _Job:
             write_record(stage, report)
         report.model, report.output = None, str(target)
 
-    def load(self, force: bool, device: Any = "cpu") -> tuple[PeftModel, list[str]]:
-        """The adapter on its base, in memory, and what is to be said of the base.
+    def load(self, force: bool, device: Any = "cpu") -> tuple[PeftModel, MergeReport]:
+        """The adapter on its base, in memory, and a report that says of the base which it is.
 
         Raises:
             MergeRefused: it is another base, and the adapter asks for an error; nothing has been measured yet.
@@ -203,21 +204,22 @@ class _Job:
             config.on_base_mismatch = "ignore"  # it is compared here
         if self.nf4 is None:
             seen.add("", model)  # which PiSSA and the like change
-        peft_model = PeftModel.from_pretrained(model, str(self.adapter_folder), config=config)
+        peft_model = attach(model, self.adapter_folder, config)
         if self.nf4 is not None:
             seen.add("", peft_model.get_base_model())
         dtype = str(skeleton.dtype).removeprefix("torch.")
         found = MergeReport(self.onto, self.base, [self.adapter], dtype, [], "not compared: nothing was merged")
         seen.judge(found, force)
-        return peft_model, found.notes
+        return peft_model, found
 
     def in_memory(
-        self, model: PeftModel, notes: list[str], force: bool, calibration: Calibration | None = None
+        self, model: PeftModel, judged: MergeReport, force: bool, calibration: Calibration | None = None
     ) -> MergeReport:
         original = self.base_folder if self.onto == "original" else None
         report = merge(model, self.onto, original, calibration=calibration, force=force)
         report.base, report.adapters = self.base, [self.adapter]
-        report.notes += notes
+        report.notes += judged.notes
+        report.another_base = judged.another_base
         return report
 
     def finish(self, stage: Path, report: MergeReport) -> None:

@@ -18,7 +18,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import transformers as tf
-from architectures import ARCHITECTURES, Architecture, gpt2, llama, tokens
+from architectures import ARCHITECTURES, VOCAB, Architecture, gpt2, llama, tokens
 from merging import adapted, differences, logits, relative
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -480,6 +480,9 @@ def test_another_base_is_merged_where_the_adapter_allows_it_and_said(
     report = merge_files(str(adapter), tmp_path / "merged", base=str(base))
     assert "another base" in caplog.text
     assert any("another base" in note for note in report.notes)
+    merged = str(report).splitlines()[0]
+    assert merged.endswith("another base than the adapter was trained on, dense, plus ΔW")
+    assert "as it was trained" not in str(report)
 
 
 def test_a_part_of_a_model_has_the_samples_of_the_whole(saved: Saved, tmp_path: Path) -> None:
@@ -596,6 +599,42 @@ def test_a_base_that_cannot_be_used_is_named(change: Any, message: str, saved: S
     base, adapter = saved()
     with pytest.raises(ValueError, match=message):
         merge_files(str(adapter), tmp_path / "merged", base=str(change(base)))
+    assert not (tmp_path / "merged").exists()
+
+
+def opt() -> nn.Module:
+    config = tf.OPTConfig(hidden_size=128, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB)
+    return tf.OPTForCausalLM(config)
+
+
+@pytest.mark.parametrize("route", ["layer by layer", "in memory"])
+@pytest.mark.parametrize(
+    ("targets", "base", "message"),
+    [
+        (["q_proj"], opt, r"no weights for model\.decoder\.layers\.0\.self_attn\.q_proj\.lora_A\.weight and 3 more"),
+        (
+            ["q_proj"],
+            lambda: llama(num_hidden_layers=1),
+            r"for what is not there: model\.layers\.1\..*and 1 more",
+        ),
+        (["q_proj"], lambda: llama(hidden_size=64), "size mismatch"),
+        (["gate_proj"], opt, "Target modules .*gate_proj.* not found"),
+    ],
+    ids=["other names", "fewer layers", "another size", "no such layers"],
+)
+def test_a_stock_adapter_of_another_architecture_is_refused(
+    targets: list[str], base: Any, message: str, route: str, tmp_path: Path
+) -> None:
+    """PEFT leaves out of the model what it finds no place for, and of the adapter what is not in its file."""
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(llama(), config).save_pretrained(tmp_path / "adapter")
+    base().save_pretrained(tmp_path / "base")
+    rows = [[token % 64 for token in range(first, first + 64)] for first in range(16)]
+    how: dict[str, Any] = {}
+    if route == "in memory":
+        how = {"onto": "nf4", "calibration": rows, "rows": 4, "length": 32, "device": "cpu"}
+    with pytest.raises(MergeError, match=rf"adapter does not fit the base: .*{message}"):
+        merge_files(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "base"), force=True, **how)
     assert not (tmp_path / "merged").exists()
 
 
