@@ -187,7 +187,7 @@ def _refuse_worse(report: CalibrationReport | None, force: bool) -> None:
     if report is not None and report.is_worse and not force:
         own, nearest = (report.losses[name] for name in ("calibrated", "nearest"))
         raise CalibrationRefused(
-            f"Calibrated, the model's loss on the held-out rows is {own:.4f} nats a token, and rounded to nearest "
+            f"Calibrated, the model's loss on {report.measured_on} is {own:.4f} nats a token, and rounded to nearest "
             f"{nearest:.4f}. Give other rows, or more, or leave the calibration out; force writes it all the same.",
             report,
         )

@@ -57,6 +57,11 @@ def render(tokenizer: Any, messages: Messages, **options: Any) -> str:
     Raises:
         DataError: there is none, or it refuses the chat.
     """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "There are chats, and the model's tokenizer has no chat template to render them by. Give texts, or choose "
+            "a model made for chat."
+        )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except (TemplateError, ValueError) as error:

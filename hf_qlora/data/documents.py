@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_qlora.data.chats import UNDERSTOOD, Messages, as_messages
 from hf_qlora.data.errors import DataError, short
-from hf_qlora.data.files import hub_rows, placed_rows, read_text
+from hf_qlora.data.files import ends_in, files_in, hub_rows, placed_rows, read_text
 
 
 SUFFIXES = (".txt", ".jsonl", ".json")
@@ -44,12 +44,7 @@ def read_documents(source: str, seed: int = 0) -> tuple[list[Document], str]:
     if path.is_file():
         found = _of_file(path, column)
     elif path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-        if not files:
-            inner = sorted({file.parent.name for file in path.glob("*/*") if file.suffix in SUFFIXES})
-            there = f" Those in its folder {inner[0]} are not read: name that." if inner else ""
-            raise DataError(f"The folder {path} has no files that end in {', '.join(SUFFIXES)}.{there}")
-        found = [document for file in files for document in _of_file(file, column)]
+        found = [document for file in files_in(path, SUFFIXES) for document in _of_file(file, column)]
     elif is_path(source):
         raise DataError(f"The file {source} is not there.")
     elif len(source.split()) > 1:
@@ -95,9 +90,9 @@ def _value(name: str, value: Any) -> Document:
 
 
 def _of_file(file: Path, column: str | None) -> list[Document]:
-    if file.suffix == ".txt":
+    if ends_in(file, (".txt",)):
         return [read_text(file)]
-    if file.suffix not in SUFFIXES:
+    if not ends_in(file, SUFFIXES):
         raise DataError(f"{file} is not read; name a file that ends in {', '.join(SUFFIXES)}, or a folder of them.")
     return [_placed(f"{file}, {place}", row, column, str(file)) for place, row in placed_rows(file)]
 
@@ -127,6 +122,5 @@ def _is_text(source: str) -> DataError:
 
 def is_path(source: str) -> bool:
     """Whether it cannot be the name of a data set on the Hub."""
-    return (
-        source.startswith((".", "~", os.sep)) or "\\" in source or source.count("/") > 1 or source.endswith(SUFFIXES)
-    )
+    local = source.startswith((".", "~", os.sep)) or "\\" in source or source.count("/") > 1
+    return local or ends_in(Path(source), SUFFIXES)

@@ -13,6 +13,13 @@ from hf_qlora.data.errors import DataError, first_line, offline, short
 
 
 MAX_ROWS = 20_000  # of a data set on the Hub
+SAVED = "what save_to_disk writes; in Python, give what datasets.load_from_disk returns, or write that by its to_json"
+NO_DATA = {  # by a file in a folder: what that is
+    "config.json": "a model's, and not of data",
+    "adapter_config.json": "an adapter's, and not of data",
+    "dataset_dict.json": SAVED,
+    "dataset_info.json": SAVED,
+}
 
 
 def read_text(file: Path) -> str:
@@ -25,6 +32,28 @@ def read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as text in UTF-8: {first_line(error)}") from error
+
+
+def ends_in(file: Path, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file's name ends so, in small letters or capitals."""
+    return file.suffix.lower() in suffixes
+
+
+def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files in a folder of data whose names end so, in the order of their names.
+
+    Raises:
+        DataError: there are none, or it is not of data but a model's, or one that `datasets` saved.
+    """
+    for name, what in NO_DATA.items():
+        if (folder / name).is_file():
+            raise DataError(f"The folder {folder} is {what} (by {name}).")
+    files = sorted(file for file in folder.iterdir() if ends_in(file, suffixes))
+    if not files:
+        inner = sorted({file.parent.name for file in folder.glob("*/*") if ends_in(file, suffixes)})
+        there = f" Those in its folder {inner[0]} are not read: name that." if inner else ""
+        raise DataError(f"The folder {folder} has no files that end in {', '.join(suffixes)}.{there}")
+    return files
 
 
 def json_lines(file: Path) -> Iterator[Mapping[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_qlora.data.documents import is_path
 from hf_qlora.data.errors import DataError, short
-from hf_qlora.data.files import hub_rows, json_rows
+from hf_qlora.data.files import files_in, hub_rows, json_rows
 
 
 SUFFIXES = (".jsonl", ".json")
@@ -44,10 +44,7 @@ def rows_in(source: str, seed: int = 0) -> list[Any]:
     """
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-        if not files:
-            raise DataError(f"The folder {path} has no files that end in {' or '.join(SUFFIXES)}.")
-        return [row for file in files for row in json_rows(file)]
+        return [row for file in files_in(path, SUFFIXES) for row in json_rows(file)]
     if path.exists():
         return json_rows(path)
     if is_path(source):

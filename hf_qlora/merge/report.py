@@ -198,8 +198,7 @@ class MergeReport:
 
     @property
     def _rows(self) -> str:
-        all_read = self.calibration is not None and not self.calibration.held_out
-        return "the rows calibrated on" if all_read else "held-out rows"
+        return "held-out rows" if self.calibration is None else self.calibration.measured_on
 
     @property
     def _meaning(self) -> str:

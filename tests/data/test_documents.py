@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 
 from hf_qlora.data import files
 from hf_qlora.data.documents import document_of, read_documents
 from hf_qlora.data.errors import DataError
+from hf_qlora.data.labelled import rows_in
 
 
 CHAT = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two."}]
@@ -52,6 +54,32 @@ def test_a_column_is_named_behind_the_file(tmp_path: Path) -> None:
     assert read_documents(f"{file}#said")[0] == [CHAT]
     (tmp_path / "c#.txt").write_text("a file of that name")
     assert read_documents(str(tmp_path / "c#.txt"))[0] == ["a file of that name"]
+
+
+def test_endings_may_be_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "A.TXT").write_text("a")
+    (tmp_path / "b.JsonL").write_text(lines(ROWS[:1]))
+    assert read_documents(str(tmp_path))[0] == ["a", "a"]
+    assert read_documents(str(tmp_path / "A.TXT"))[0] == ["a"]
+    with pytest.raises(DataError, match="is not there"):
+        read_documents("B.JSONL")
+
+
+@pytest.mark.parametrize(("file", "what"), [("config.json", "a model's"), ("adapter_config.json", "an adapter's")])
+def test_a_folder_that_is_not_of_data_is_named(tmp_path: Path, file: str, what: str) -> None:
+    (tmp_path / file).write_text("{}")
+    for read in (read_documents, rows_in):
+        with pytest.raises(DataError, match=re.escape(f"{tmp_path} is {what}, and not of data (by {file}).")):
+            read(str(tmp_path))
+
+
+def test_what_datasets_saved_is_named(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"text": "a"}])
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict(train=rows).save_to_disk(tmp_path / "parts")
+    for folder in ("one", "parts"):
+        with pytest.raises(DataError, match=r"is what save_to_disk writes; in Python, give what datasets\.load_from"):
+            read_documents(str(tmp_path / folder))
 
 
 def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:

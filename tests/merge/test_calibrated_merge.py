@@ -300,6 +300,8 @@ def test_where_no_rows_are_held_out_all_are_measured_and_it_is_said() -> None:
     assert report.outputs.rows == rows.count
     assert report.kept == pytest.approx(share(report, model, rows.inputs), abs=ROUNDED_SHARE)
     assert "by outputs on the rows calibrated on\n" in str(report)
+    assert "held-out" not in str(report)
+    assert "held-out" not in str(report.calibration)
 
 
 def test_outputs_that_are_lost_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,8 +149,11 @@ def test_chats_go_through_the_template() -> None:
     ids = calibration_rows(rows, tokenizer=tokenizer, rows=64, length=32, held_out=0).inputs["input_ids"]
     said = tokenizer.decode(ids.flatten()).split("<|end|>")[1:-1]
     assert {text.split(":")[0] for text in said} == {"user", "assistant"}  # and no EOS behind the template's own
-    with pytest.raises(CalibrationError, match="chat template cannot render an example"):
+    with pytest.raises(CalibrationError, match="There are chats, and the model's tokenizer has no chat template"):
         calibration_rows(rows, tokenizer=byte_tokenizer())
+    tokenizer.chat_template = "{{ raise_exception('No system here.') }}"
+    with pytest.raises(CalibrationError, match=r"chat template cannot render an example: No system here\."):
+        calibration_rows(rows, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "list", "Dataset", "IterableDataset", "tokenized"])

@@ -20,7 +20,7 @@ from rich.table import Table
 
 
 LEGEND = (
-    "error, nearest, dropped: of the layers' outputs on held-out rows, as rounded, rounded to nearest, and without "
+    "error, nearest, dropped: of the layers' outputs, as rounded, rounded to nearest, and without "
     "the adapter. codes changed: of the base's, or of nearest's. worse: layers with more error than nearest."
 )
 CLEAR_GAP = 0.002  # nats a token, of which a share can be taken
@@ -30,7 +30,7 @@ UNCUT = 200  # columns where no terminal says how many
 
 @dataclass(frozen=True)
 class LayerCalibration:
-    """One layer, measured on the held-out rows.
+    """One layer, measured on the held-out rows, or on all where there are none.
 
     Attributes:
         error: of its outputs, relative, as it was rounded.
@@ -74,6 +74,11 @@ class CalibrationReport:
     losses: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def measured_on(self) -> str:
+        """The rows that losses and outputs are of, in words."""
+        return "held-out rows" if self.held_out else "the rows calibrated on"
 
     @property
     def closed(self) -> float | None:
@@ -123,8 +128,8 @@ class CalibrationReport:
             closed = (
                 "" if self.closed is None else f": {self.closed:.0%} of what rounding to nearest loses is won back"
             )
-            found.append(("loss", f"{losses} nats a token on held-out rows{closed}"))
-        found.append(("outputs", f"error {self.error:.2%} a layer on held-out rows; nearest {self.nearest:.2%}"))
+            found.append(("loss", f"{losses} nats a token on {self.measured_on}{closed}"))
+        found.append(("outputs", f"error {self.error:.2%} a layer on {self.measured_on}; nearest {self.nearest:.2%}"))
         return found + [("note", note) for note in self.notes]
 
     def show(self, console: Console | None = None) -> None:

@@ -163,7 +163,7 @@ def calibrate(
         notes=_notes(rows, streams, heard, uncalibrated),
     )
     if report.is_worse:
-        report.notes.append("Rounding to nearest loses less on the held-out rows: give other rows, or more.")
+        report.notes.append(f"Rounding to nearest loses less on {report.measured_on}: give other rows, or more.")
     setattr(model, _REPORT, report)
     for note in report.notes:
         logger.warning("%s", note)
