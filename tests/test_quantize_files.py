@@ -295,7 +295,7 @@ def test_what_is_worse_than_nearest_is_refused_and_forced_with_a_note_in_its_car
     assert refused.exit_code == 2
     assert json.loads(report_file.read_text())["losses"]["nearest"] == 1.0
     assert "nats a token, and rounded to nearest 1.0000. Give other rows" in refused.output
-    assert "note       Rounding to nearest loses less on the held-out rows" in refused.output
+    assert "note       Rounding to nearest loses less on held-out rows" in refused.output
     assert not target.exists()
     assert "Rounding to nearest loses less" in caplog.text
     forced = invoke(*arguments, "--force")
