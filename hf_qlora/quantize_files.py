@@ -12,7 +12,6 @@ own file, and names this folder, or where it was pushed to.
 from __future__ import annotations
 
 import os
-import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from hf_qlora.config import NF4Config
 from hf_qlora.config.fingerprint import Fingerprint
 from hf_qlora.config.nf4 import COMPUTE_DTYPES
 from hf_qlora.config.record import write_json
+from hf_qlora.hub import card
 from hf_qlora.hub.quantized import write_quantized_card
 from hf_qlora.identity import description
 from hf_qlora.layers.errors import MergeError
@@ -196,8 +196,7 @@ def _refuse_worse(report: CalibrationReport | None, force: bool) -> None:
 def _describe(found: QuantizedFiles, model: PreTrainedModel, source: Path, before: Path, stage: Path) -> None:
     """Write the record and the card, into which that of a folder that is replaced goes on."""
     write_json(stage / RECORD_NAME, found.to_dict())
-    if (before / constants.REPOCARD_NAME).is_file():
-        shutil.copyfile(before / constants.REPOCARD_NAME, stage / constants.REPOCARD_NAME)
+    card.carry(before, stage)
     rows = {"Rounded": found.rounding, "Weights": found.after}
     if found.fingerprint is not None:
         rows["Fingerprint"] = f"sha256 {found.fingerprint.root}"

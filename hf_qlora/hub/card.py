@@ -1,7 +1,8 @@
-"""The model card: two marked blocks in a README.md, which is extended and never overwritten.
+"""The model card: marked blocks in a README.md, which is extended and never overwritten.
 
     <!-- hf_qlora adapter 1f2e3d4c 5b6a7988 -->      what the model itself knows; written by every save
     <!-- hf_qlora training 90817263 -->              what was seen while training; written by ModelCardCallback
+    <!-- hf_qlora quantized … -->, merged            the same of a base in NF4, or of a merged model
 
 A block is replaced where it stands; all other text stays, but for sections of the usual templates that nobody has
 filled in. Metadata is added to, and what a user has written wins. To tell a user's value from one that an earlier run
@@ -19,6 +20,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,12 @@ def load(folder: Path) -> ModelCard | None:
         return None
 
 
+def carry(before: Path, folder: Path) -> None:
+    """Take the card of a folder that is to be replaced along."""
+    if (before / constants.REPOCARD_NAME).is_file():
+        shutil.copyfile(before / constants.REPOCARD_NAME, folder / constants.REPOCARD_NAME)
+
+
 def write(folder: Path, card: ModelCard) -> None:
     """Write a card to a temporary name, and rename it."""
     path = folder / constants.REPOCARD_NAME
@@ -119,7 +127,7 @@ def extend(card: ModelCard, block: str, facts: Mapping[str, Any], data: Mapping[
     """Put a block with its metadata into a card.
 
     Args:
-        block: "adapter" or "training", as in the template.
+        block: "adapter", "training", "quantized" or "merged", as in the template.
         facts: for the template; `license` is added, as it is in the end.
         data: fields of `ModelCardData`; lists are added to, None is left out.
     """

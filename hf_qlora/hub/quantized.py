@@ -14,7 +14,8 @@ from hf_qlora.hub.facts import PLACEHOLDER, TASKS, base_id, base_license, linked
 from hf_qlora.saving import versions
 
 
-HERE = PLACEHOLDER.replace("adapter", "model")
+MODEL_PLACEHOLDER = PLACEHOLDER.replace("adapter", "model")
+FORMAT_TAGS = ("bitsandbytes", "4-bit", "nf4")
 
 
 def write_quantized_card(
@@ -30,7 +31,7 @@ def write_quantized_card(
     found = card.load(folder)
     if found is None:
         return
-    auto, task = _task_of(model)
+    auto, task = auto_class(type(model).__name__)
     name = linked(base, None)
     if not found.text.strip():
         found.text = f"# {card.code(f'{Path(base).name} in NF4')}\n"
@@ -46,7 +47,7 @@ def write_quantized_card(
         "base": name,
         "quantized": table,
         "auto": auto,
-        "here": card.literal(HERE),
+        "here": card.literal(MODEL_PLACEHOLDER),
         "dtype": dtype,
         "settings": _settings(config),
         "license_of_base": licence.get("license") == found.data.get("license", licence.get("license")),
@@ -55,13 +56,12 @@ def write_quantized_card(
     card.write(folder, found)
 
 
-def _task_of(model: nn.Module) -> tuple[str, str | None]:
-    """The auto class that loads a model, and the Hub's name for what it does."""
-    kind = type(model).__name__.replace("LMHeadModel", "ForCausalLM")
+def auto_class(kind: str) -> tuple[str, str | None]:
+    """The auto class that loads a model of a class, and the Hub's name for what it does."""
     for _, auto, task in TASKS.values():
-        if auto != "AutoModel" and kind.endswith(auto.removeprefix("AutoModel")):
+        if auto != "AutoModel" and kind.replace("LMHeadModel", "ForCausalLM").endswith(auto.removeprefix("AutoModel")):
             return auto, task
-    return type(model).__name__, None
+    return kind, None
 
 
 def _settings(config: NF4Config) -> str:
@@ -79,5 +79,5 @@ def _metadata(base: str, task: str | None) -> dict[str, Any]:
         "base_model": known,
         "base_model_relation": "quantized" if known else None,
         "pipeline_tag": task,
-        "tags": ["hf_qlora", "bitsandbytes", "4-bit", "nf4"] + ([f"base_model:quantized:{known}"] if known else []),
+        "tags": ["hf_qlora", *FORMAT_TAGS] + ([f"base_model:quantized:{known}"] if known else []),
     }

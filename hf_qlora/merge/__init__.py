@@ -18,12 +18,13 @@ leaves it as it is; `stream.merge_files` works from files to files, one layer at
     probe.py     the whole model: KL between logits, with and without the adapter
     held_out.py  the whole model on a calibration's held-out rows: loss and outputs
     report.py    what `merge` returns
-    record.py    what lies beside a calibrated merge
+    record.py    what lies beside a merged model: its card, and the record of a calibration
     twin.py      a model's second self, which may share its weights
     original.py  the dense model that a base was made of
     in_memory.py merge
     folder.py    an output folder that is there whole or not at all
     tensors.py   safetensors files, one tensor at a time
+    attach.py    an adapter on a base that it fits
     skeleton.py  base and adapter without the base's weights
     layerwise.py the same merge, from tensors to tensors
     seen.py      the base that is read, against the one trained on

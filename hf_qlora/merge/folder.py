@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -45,6 +46,7 @@ TOKENIZER_FILES = (
 BESIDE = ("generation_config.json", "*processor_config.json", "LICENSE*", *TOKENIZER_FILES)
 WEIGHTS = (SAFE_WEIGHTS_NAME, "model-?????-of-?????.safetensors", SAFE_WEIGHTS_INDEX_NAME)
 RECORD_NAME = "hf_qlora_merge.json"  # of a calibrated merge
+CARD = (constants.REPOCARD_NAME,)  # may be in a folder that is replaced, where the caller keeps it
 MODEL = (CONFIG_NAME, *WEIGHTS, RECORD_NAME, *BESIDE)
 REPORT_KEYS = {"onto", "base", "adapters", "layers", "kept"}  # of `MergeReport.to_dict`
 

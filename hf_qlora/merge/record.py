@@ -1,4 +1,4 @@
-"""What lies beside a calibrated merge: the rows that it was calibrated on, what was measured, and with which versions.
+"""What lies beside a merged model: its card, and of a calibrated one the rows, what was measured, and the versions.
 
 No path is in it, since merged models are given away.
 """
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_qlora.config.record import write_json
+from hf_qlora.hub import card
+from hf_qlora.hub.merged import write_merged_card
 from hf_qlora.merge.folder import RECORD_NAME
 from hf_qlora.saving import versions
 
@@ -20,12 +22,34 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 
 
-def write_record(folder: Path, report: MergeReport) -> None:
-    """Write it into the merged model's folder; nothing where the merge was not calibrated."""
+def describe(folder: Path, report: MergeReport, kind: str, source: Path, before: Path) -> None:
+    """Write card and record into the merged model's folder.
+
+    Args:
+        kind: the name of the model's class.
+        source: the folder that the base was read from.
+        before: the folder that is replaced, whose card goes on.
+    """
+    base = report.original or report.base
+    card.carry(before, folder)
+    write_merged_card(
+        folder,
+        kind,
+        report.dtype,
+        "" if base == kind else base,
+        source,
+        report.adapters,
+        report.card_rows(),
+        packed=report.onto == "nf4",
+    )
+    if report.calibration is not None:
+        write_json(folder / RECORD_NAME, _record(report))
+
+
+def _record(report: MergeReport) -> dict[str, object]:
     found = report.calibration
-    if found is None:
-        return
-    values = {
+    assert found is not None
+    return {
         "format_version": FORMAT_VERSION,
         "onto": report.onto,
         "kept": report.kept,
@@ -42,4 +66,3 @@ def write_record(folder: Path, report: MergeReport) -> None:
         "report": found.to_dict(),
         "versions": versions(),
     }
-    write_json(folder / RECORD_NAME, values)

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_qlora.layers.errors import MergeError
-from hf_qlora.merge.folder import whole_folder
+from hf_qlora.merge.folder import CARD, whole_folder
 from hf_qlora.merge.held_out import OutputError
 from hf_qlora.merge.measure import LayerMerge
 from hf_qlora.merge.probe import Divergence
-from hf_qlora.merge.record import write_record
+from hf_qlora.merge.record import describe
 from hf_qlora.quant.calibrate.report import CLEAR_LOSS, CalibrationReport
 
 
@@ -34,6 +34,7 @@ MEANING = {  # by onto, and by whether the adapter was trained on a base in NF4
     ("nf4", True): "rounded to NF4 again, each weight to its nearest level",
     ("nf4", False): "rounded to NF4, each weight to its nearest level",
 }
+NOT_IN_A_CARD = ("merged", "compared", "saved", "note")
 CALIBRATED = "rounded to NF4 so that the layers' outputs stay right, calibrated on rows"
 ASSUMED = "the base as it is stored, plus ΔW"
 ANOTHER = "another base than the adapter was trained on, dense, plus ΔW"
@@ -134,6 +135,13 @@ class MergeReport:
         """The layers with the largest relative error."""
         return sorted(self.layers, key=lambda layer: layer.error, reverse=True)[:count]
 
+    def card_rows(self) -> dict[str, str]:
+        """What a model card says of it: no path, and no note but the calibration's."""
+        left_out = NOT_IN_A_CARD if self.logits is not None else (*NOT_IN_A_CARD, "logits")
+        found = {name.capitalize(): line for name, line in self._lines() if name not in left_out}
+        notes = [] if self.calibration is None else self.calibration.notes
+        return {"Weights are": self._meaning, **found, **{f"Note {n}": note for n, note in enumerate(notes, 1)}}
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the model, as JSON types."""
         values: dict[str, Any] = {
@@ -155,7 +163,7 @@ class MergeReport:
 
         Args:
             tokenizer: saved beside the model.
-            overwrite: replace a model that is there.
+            overwrite: replace a model that is there; of its card, what a user wrote is kept.
             kwargs: for the model's own `save_pretrained`, as `max_shard_size`.
 
         Raises:
@@ -164,11 +172,12 @@ class MergeReport:
         """
         if self.model is None:
             raise MergeError(f"The merged model is in {self.output} already, and not in memory.")
-        with whole_folder(Path(save_directory), overwrite) as stage:
+        target = Path(save_directory)
+        with whole_folder(target, overwrite, CARD) as stage:
             self.model.save_pretrained(stage, **kwargs)
             if tokenizer is not None:
                 tokenizer.save_pretrained(stage)
-            write_record(stage, self)
+            describe(stage, self, type(self.model).__name__, Path(self.original or self.base), target)
         self.output = os.fspath(save_directory)
 
     def show(self, console: Console | None = None) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any
 
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from hf_qlora.config import QLoRAConfig
 from hf_qlora.config.fingerprint import DensePrint, Fingerprint, LayerPrint
 from hf_qlora.merge.report import MergeRefused, MergeReport
+from hf_qlora.merge.sources import record_of
 from hf_qlora.quant.comparison import compare
 from hf_qlora.quant.fingerprint import take_fingerprint
 
@@ -25,17 +25,6 @@ logger = logging.getLogger(__name__)
 NOT_SAID = "The base was not compared with the one trained on, of which the adapter has no fingerprint."
 SAME = "The base is the one that the adapter was trained on, by its fingerprint."
 ROUNDED = "The base is the one that the adapter was trained on, quantized with other roundings."
-
-
-def record_of(config: LoraConfig) -> dict[str, Any]:
-    """What the adapter's file says of its training; empty for an adapter of stock PEFT."""
-    return (config.record or {}) if isinstance(config, QLoRAConfig) else {}
-
-
-def trained_base(config: LoraConfig) -> dict[str, Any]:
-    """The id, commit, class and dtype of the base that was trained on, as far as they are known."""
-    found: dict[str, Any] = record_of(config).get("base", {})
-    return found
 
 
 class SeenBase:

@@ -33,7 +33,7 @@ from hf_qlora.layers.errors import MergeError
 from hf_qlora.layers.linear import Linear4bit
 from hf_qlora.merge.attach import attach_without_weights
 from hf_qlora.merge.names import first_sentence
-from hf_qlora.merge.seen import record_of
+from hf_qlora.merge.sources import record_of
 from hf_qlora.merge.tensors import TensorFiles
 from hf_qlora.merge.twin import tied_groups
 from hf_qlora.quant.base import take_over

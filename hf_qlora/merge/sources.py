@@ -1,10 +1,11 @@
-"""Where an adapter and its base are: a folder, or a Hub id whose files are fetched."""
+"""Where an adapter and its base are, a folder or a Hub id whose files are fetched, and what its file says of both."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -14,6 +15,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from hf_qlora import files
+from hf_qlora.config import QLoRAConfig
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge.folder import BESIDE, TOKENIZER_FILES
 from hf_qlora.merge.names import first_sentence
@@ -45,6 +47,17 @@ def adapter_source(adapter: str) -> tuple[Path, LoraConfig]:
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:  # AdaLoRA's is a LoraConfig
         raise MergeError(f"{adapter} is an adapter of kind {PeftType(config.peft_type).value}; LORA alone is merged.")
     return folder, config
+
+
+def record_of(config: LoraConfig) -> dict[str, Any]:
+    """What the adapter's file says of its training; empty for an adapter of stock PEFT."""
+    return (config.record or {}) if isinstance(config, QLoRAConfig) else {}
+
+
+def trained_base(config: LoraConfig) -> dict[str, Any]:
+    """The id, commit, class and dtype of the base that was trained on, as far as they are known."""
+    found: dict[str, Any] = record_of(config).get("base", {})
+    return found
 
 
 def base_source(base: str, revision: str | None) -> Path:

@@ -24,13 +24,13 @@ from hf_qlora.data.tokenizer import tokenizer_in
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge import sources
 from hf_qlora.merge.attach import attach
-from hf_qlora.merge.folder import check_folder, whole_folder
+from hf_qlora.merge.folder import CARD, check_folder, whole_folder
 from hf_qlora.merge.in_memory import Onto, check_onto, merge, refuse_lost
 from hf_qlora.merge.layerwise import Stream
 from hf_qlora.merge.load import checked_device
-from hf_qlora.merge.record import write_record
+from hf_qlora.merge.record import describe
 from hf_qlora.merge.report import MergeRefused, MergeReport
-from hf_qlora.merge.seen import SeenBase, trained_base
+from hf_qlora.merge.seen import SeenBase
 from hf_qlora.merge.skeleton import NotStreamable, build, labels, make_base, modules_to_save
 from hf_qlora.merge.tensors import TensorFiles
 from hf_qlora.quant.base import quantize_model
@@ -82,7 +82,7 @@ def merge_files(
         trained_on: "nf4" or "dense" for an adapter of stock PEFT, which does not say; "auto" takes the base as stored.
         force: merge although little of the adapter is left in NF4, or although the base is not the one that the
             adapter was trained on and its config says `on_base_mismatch="error"`.
-        overwrite: replace a saved model that is in `output`.
+        overwrite: replace a saved model that is in `output`; of its card, what a user wrote is kept.
         max_shard_bytes: of one file of weights.
 
     Raises:
@@ -92,7 +92,7 @@ def merge_files(
     """
     chosen = check_onto(onto, "the base" if onto == "original" else None, calibration)
     target = Path(output)
-    check_folder(target, overwrite)
+    check_folder(target, overwrite, CARD)
     job = _job(adapter, chosen, base, dtype, trained_on)
     for used in (job.adapter_folder, job.base_folder):
         if target.exists() and target.samefile(used):
@@ -111,11 +111,11 @@ def merge_files(
         return report
     try:
         stream = job.stream()
-        with whole_folder(target, overwrite) as stage:
+        with whole_folder(target, overwrite, CARD) as stage:
             report = stream.run(stage, max_shard_bytes, job.base, job.adapter)
             stream.seen.judge(report, force)
             refuse_lost(report, force)
-            job.finish(stage, report)
+            job.finish(stage, report, stream.skeleton.base_class, target)
     except NotStreamable as reason:
         report = job.in_memory(*job.load(force), force)
         report.notes.insert(0, f"Merged in memory, not layer by layer: {reason}.")
@@ -181,10 +181,9 @@ class _Job:
 
     def write(self, target: Path, report: MergeReport, overwrite: bool, max_shard_bytes: int) -> None:
         """Save a model that was merged in memory, and let it go."""
-        with whole_folder(target, overwrite) as stage:
+        with whole_folder(target, overwrite, CARD) as stage:
             report.model.save_pretrained(stage, max_shard_size=max_shard_bytes)
-            self.finish(stage, report)
-            write_record(stage, report)
+            self.finish(stage, report, type(report.model), target)
         report.model, report.output = None, str(target)
 
     def load(self, force: bool, device: Any = "cpu") -> tuple[PeftModel, MergeReport]:
@@ -222,7 +221,8 @@ class _Job:
         report.another_base = judged.another_base
         return report
 
-    def finish(self, stage: Path, report: MergeReport) -> None:
+    def finish(self, stage: Path, report: MergeReport, kind: type, target: Path) -> None:
+        """Say what else a reader must know, and put beside the weights what belongs there."""
         stored = AutoConfig.from_pretrained(self.base_folder).dtype
         if self.dtype is not None and stored is not None and self.dtype != stored:
             report.notes.append(f"In {report.dtype}, as {self.dtype_of}; the base's config says {_short(stored)}.")
@@ -234,6 +234,7 @@ class _Job:
             )
         if sources.copy_beside(self.base_folder, self.adapter_folder, stage):
             report.notes.append("The tokenizer is the adapter's.")
+        describe(stage, report, kind.__name__, self.base_folder, target)
 
 
 def _job(adapter: str, onto: Onto, base: str | None, dtype: str | None, trained_on: str) -> _Job:
@@ -245,7 +246,7 @@ def _job(adapter: str, onto: Onto, base: str | None, dtype: str | None, trained_
     name = str(base or config.base_model_name_or_path or "")
     if not name:
         raise MergeError(f"The adapter {adapter} does not name its base; name it with base.")
-    trained = trained_base(config)
+    trained = sources.trained_base(config)
     return _Job(
         adapter=adapter,
         adapter_folder=adapter_folder,

@@ -332,7 +332,7 @@ def test_what_lies_beside_the_base_goes_with_the_model(saved: Saved, tmp_path: P
     (base / "pytorch_model.bin").write_text("pickle")
     merge_files(str(adapter), tmp_path / "merged", base=str(base))
     merged = tmp_path / "merged"
-    expected = {*beside, "config.json", "generation_config.json", "model.safetensors"}
+    expected = {*beside, "config.json", "generation_config.json", "model.safetensors", "README.md"}
     assert {path.name for path in merged.iterdir()} == expected
     assert (merged / "tokenizer.json").read_text() == "base"
     (adapter / "tokenizer_config.json").write_text("adapter")
