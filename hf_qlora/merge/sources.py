@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftType
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
@@ -66,7 +66,8 @@ def base_source(base: str, revision: str | None) -> Path:
     Raises:
         MergeError: not there, or no model.
     """
-    folder = _folder(base, revision, ("*.safetensors", CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, *BESIDE), "The base")
+    files_of_it = ("*.safetensors", CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, constants.REPOCARD_NAME, *BESIDE)
+    folder = _folder(base, revision, files_of_it, "The base")
     if not (folder / CONFIG_NAME).is_file():
         raise MergeError(f"{base} is no model: it has no {CONFIG_NAME}.")
     return folder

@@ -29,6 +29,7 @@ from transformers.modelcard import TrainingSummary
 
 from hf_qlora import AdaptiveDepthLoRAConfig, ModelCardCallback, QLoRAConfig, saving
 from hf_qlora.hub import card, facts
+from hf_qlora.merge.stream import merge_files
 from hf_qlora.validation import ConfigError
 
 
@@ -385,6 +386,18 @@ def test_the_licence_is_the_bases_where_the_hub_knows_it(hub: Hub, base_files: d
     data = check_well_formed(text)
     assert (data.license, data.license_name, data.license_link) == ("other", "my-terms", "https://example.org/terms")
     assert "[`other: my-terms`](https://example.org/terms), as the base." in text
+
+
+def test_a_merged_model_has_the_licence_of_a_base_on_the_hub(
+    hub: Hub, base_files: dict[str, bytes], model: Model, tmp_path: Path
+) -> None:
+    model.push_to_hub(REPO)
+    hub.put(BASE, {**base_files, "README.md": b"---\nlicense: mit\n---\n"})
+    merge_files(REPO, tmp_path / "merged")
+    text = text_of(tmp_path / "merged")
+    data = check_well_formed(text)
+    assert (data.license, data.base_model, data.base_model_relation) == ("mit", BASE, "finetune")
+    assert f"[`{REPO}`](https://huggingface.co/{REPO}) merged into it." in text
 
 
 def test_a_hub_that_does_not_know_the_base_is_no_error(hub: Hub, model: Model) -> None:
