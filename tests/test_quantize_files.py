@@ -37,7 +37,7 @@ from hf_qlora import (
 from hf_qlora.config.fingerprint import Fingerprint
 from hf_qlora.console import INTERRUPTED
 from hf_qlora.merge import sources
-from hf_qlora.quant.calibrate import group, run, streams
+from hf_qlora.quant.calibrate import group, rounder, run
 from hf_qlora.quant.calibrate.kept import beside
 from hf_qlora.quant.calibrate.report import CLEAR_GAP, CLEAR_LOSS, CalibrationReport, LayerCalibration
 from hf_qlora.quant.fingerprint import take_fingerprint
@@ -361,7 +361,7 @@ def test_a_calibration_that_was_stopped_goes_on(
             raise KeyboardInterrupt
         return real(*given, **options)
 
-    monkeypatch.setattr(streams, "round_group", stopping)
+    monkeypatch.setattr(rounder, "round_group", stopping)
     stopped = invoke(*arguments)
     assert stopped.exit_code == INTERRUPTED
     assert "the same call goes on there" in caplog.text
@@ -370,7 +370,7 @@ def test_a_calibration_that_was_stopped_goes_on(
     assert went_on.exit_code == 0, went_on.output
     assert len(calls) == 4 + 8 - 3  # two layers of four groups, of which three had been rounded
     assert [path.name for path in target.parent.iterdir()] == ["nf4"]
-    monkeypatch.setattr(streams, "round_group", real)
+    monkeypatch.setattr(rounder, "round_group", real)
     straight = target.with_name("straight")
     invoke(folder, "--output", straight, "--calibrate", speeches, *CALIBRATED)
     one, other = (load_file(place / "model.safetensors") for place in (target, straight))

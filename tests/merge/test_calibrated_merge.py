@@ -27,7 +27,7 @@ from hf_qlora.merge import in_memory
 from hf_qlora.merge.held_out import OutputError
 from hf_qlora.merge.report import MergeRefused, MergeReport
 from hf_qlora.merge.stream import merge_files
-from hf_qlora.quant.calibrate import streams
+from hf_qlora.quant.calibrate import rounder
 from hf_qlora.quant.calibrate.loss import mean_loss
 from hf_qlora.quant.calibrate.report import CLEAR_LOSS
 from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows
@@ -383,14 +383,14 @@ def test_interrupted_merges_go_on(
 ) -> None:
     model, rows = learnt
     expected = merge(model, onto="nf4", calibration=rows, force=True)
-    round_group, count = streams.round_group, itertools.count()
+    round_group, count = rounder.round_group, itertools.count()
 
     def stops(*args: Any, **options: Any) -> Any:
         if next(count) == 3:
             raise KeyboardInterrupt
         return round_group(*args, **options)
 
-    monkeypatch.setattr(streams, "round_group", stops)
+    monkeypatch.setattr(rounder, "round_group", stops)
     calibration = Calibration(rows, resume=tmp_path)
     with pytest.raises(KeyboardInterrupt):
         merge(model, onto="nf4", calibration=calibration, force=True)
@@ -488,13 +488,13 @@ def files(folder: Path, **settings: Any) -> tuple[Path, Path, str]:
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each group that is rounded from now on."""
-    round_group, done = streams.round_group, []
+    round_group, done = rounder.round_group, []
 
     def counting(*args: Any, **options: Any) -> Any:
         done.append(1)
         return round_group(*args, **options)
 
-    monkeypatch.setattr(streams, "round_group", counting)
+    monkeypatch.setattr(rounder, "round_group", counting)
     return done
 
 

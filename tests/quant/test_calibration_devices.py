@@ -18,7 +18,7 @@ from calibrating import rows_of, text
 from torch import Tensor, nn
 
 from hf_qlora import Calibration, NF4Config, calibration_report, quantize_model
-from hf_qlora.quant.calibrate import group, streams
+from hf_qlora.quant.calibrate import group, rounder
 from hf_qlora.quant.calibrate.grams import Grams
 from hf_qlora.quant.calibrate.kept import key_of
 from hf_qlora.quant.calibrate.report import CalibrationReport
@@ -98,7 +98,7 @@ def run(
     """A copy of the model, calibrated on a device; on a CPU in an `other` order of sums. Also what was packed."""
     copied, recorder = copy.deepcopy(model).to(device), Recording(**recording)
     with monkeypatch.context() as patch:
-        patch.setattr(streams, "round_group", recorder)
+        patch.setattr(rounder, "round_group", recorder)
         if other and device == "cpu":
             patch.setattr(Grams, "add", _backwards(Grams.add))
             patch.setattr(group, "SLAB_BYTES", 2**14)

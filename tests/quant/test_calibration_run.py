@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from hf_qlora import NF4Config, quantize_model
 from hf_qlora.quant import base
-from hf_qlora.quant.calibrate import kept, run, streams
+from hf_qlora.quant.calibrate import kept, rounder, run, streams
 from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.group import Method
 from hf_qlora.quant.calibrate.loss import mean_loss
@@ -228,7 +228,7 @@ def test_a_forced_calibration_is_of_any_ids() -> None:
 def stop_after(groups: int, stop: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Do `stop` when so many groups have been rounded; the rounded ones are counted."""
     done: list[int] = []
-    round_group = streams.round_group
+    round_group = rounder.round_group
 
     def counting(*args: Any, **options: Any) -> Any:
         if len(done) == groups:
@@ -236,7 +236,7 @@ def stop_after(groups: int, stop: Any, monkeypatch: pytest.MonkeyPatch) -> list[
         done.append(1)
         return round_group(*args, **options)
 
-    monkeypatch.setattr(streams, "round_group", counting)
+    monkeypatch.setattr(rounder, "round_group", counting)
     return done
 
 

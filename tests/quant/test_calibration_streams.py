@@ -15,7 +15,7 @@ from calibrating import HELD_OUT, LENGTH, ROWS, calibrated, codes, flat, heard, 
 from torch import Tensor, nn
 
 from hf_qlora import NF4Config, quantize_model
-from hf_qlora.quant.calibrate import streams
+from hf_qlora.quant.calibrate import rounder, streams
 from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.grams import Grams
 from hf_qlora.quant.calibrate.group import Method, round_group
@@ -109,8 +109,8 @@ def test_the_streams_are_two_models(case: str, monkeypatch: pytest.MonkeyPatch) 
         grams.append((gram.clone(), None if cross is None else cross.clone()))  # they are used up
         return round_group(weights, gram, cross, *args, **options)
 
-    round_group = streams.round_group
-    monkeypatch.setattr(streams, "round_group", spy)
+    round_group = rounder.round_group
+    monkeypatch.setattr(rounder, "round_group", spy)
     finished, report = calibrated(dense, rows_of(inputs))
     names = [layer.name for layer in report.layers]
     assert {name for name, module in finished.named_modules() if isinstance(module, Linear4bit)} == set(names)
@@ -173,13 +173,13 @@ def test_siblings_are_found_and_everything_is_rounded(family: Architecture) -> N
 def group_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many weights are rounded together, group by group, from now on."""
     calls: list[int] = []
-    round_group = streams.round_group
+    round_group = rounder.round_group
 
     def spy(weights: Any, *args: Any, **options: Any) -> Any:
         calls.append(len(weights))
         return round_group(weights, *args, **options)
 
-    monkeypatch.setattr(streams, "round_group", spy)
+    monkeypatch.setattr(rounder, "round_group", spy)
     return calls
 
 
@@ -559,8 +559,8 @@ def test_they_are_after_an_exception_too(monkeypatch: pytest.MonkeyPatch) -> Non
             raise RuntimeError("interrupted")
         return round_group(*args, **options)
 
-    round_group = streams.round_group
-    monkeypatch.setattr(streams, "round_group", fails)
+    round_group = rounder.round_group
+    monkeypatch.setattr(rounder, "round_group", fails)
     with pytest.raises(RuntimeError, match="interrupted"):
         quantize_model(model, calibration=rows_of(text()))
     assert all(module.training for module in model.modules())

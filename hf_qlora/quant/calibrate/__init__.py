@@ -5,6 +5,8 @@ group.py      layers that read the same inputs, rounded together
 siblings.py   which layers those are
 grams.py      the matrices of what they read
 streams.py    one forward that rounds all layers, from the inputs that the quantized model produces
+rounder.py    groups of layers to rounded ones, known or new
+rounded.py    a rounded layer until its last call: its products, and how wrong they are
 turns.py      forwards of some rows each, that wait for each other
 run.py        from rows to the report
 settings.py   what is asked for

@@ -148,7 +148,7 @@ def calibrate(
                 raise CalibrationError(f"{error} Some layers are NF4 already: load the model anew.") from error
     uncalibrated = _round_the_rest(layers, config, on_layer)
     seconds = time.monotonic() - started
-    losses["nearest"] = _nearest_loss(model, layers, streams.nearest, rows)
+    losses["nearest"] = _nearest_loss(model, layers, streams.rounder.nearest, rows)
     losses["calibrated"] = mean_loss(model, measured_inputs(rows))
     report = CalibrationReport(
         rows=rows.source,
@@ -276,10 +276,10 @@ def _notes(rows: CalibrationRows, streams: Streams, heard: Heard, uncalibrated: 
     for names, why in ((scattered, "not seeing the rows in their order"), (unreached, "not reached by the rows")):
         if names:
             notes.append(f"{counted(len(names), 'layer')} rounded to nearest, {why} ({names[0]}, …).")
-    if streams.resumed:
-        groups = counted(streams.resumed, "group")
+    if streams.rounder.resumed:
+        groups = counted(streams.rounder.resumed, "group")
         notes.append(f"{groups} of layers of an earlier run taken over; the seconds are of this one alone.")
-    again = [name for name in streams.nearest if heard.calls[name] > 1]
+    again = [name for name in streams.rounder.nearest if heard.calls[name] > 1]
     if again:
         layers = f"{counted(len(again), 'layer')} {'is' if len(again) == 1 else 'are'}"
         notes.append(f"{layers} called more than once, and calibrated on the first call ({again[0]}, …).")

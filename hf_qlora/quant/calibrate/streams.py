@@ -35,15 +35,15 @@ from transformers.pytorch_utils import Conv1D
 from hf_qlora.config import NF4Config
 from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.grams import TOKENS_AT_A_TIME, Grams
-from hf_qlora.quant.calibrate.group import Packed, round_group
+from hf_qlora.quant.calibrate.group import Packed
 from hf_qlora.quant.calibrate.report import LayerCalibration
 from hf_qlora.quant.calibrate.rounded import RoundedLayer
+from hf_qlora.quant.calibrate.rounder import Rounder
 from hf_qlora.quant.calibrate.rows import CalibrationRows
 from hf_qlora.quant.calibrate.settings import Calibration
 from hf_qlora.quant.calibrate.siblings import Forward, Heard, in_rows, replaced_forwards
 from hf_qlora.quant.calibrate.turns import Turn
 from hf_qlora.quant.linear4bit import Linear4bit, become_linear4bit, dense_weight
-from hf_qlora.quant.packing import quantize_weight
 
 
 OnLayer = Callable[[str, Tensor, Linear4bit], None]
@@ -110,7 +110,8 @@ class Streams:
         progress: Any = None,
     ) -> None:
         self.layers, self.config, self.calibration, self.rows = dict(layers), config, calibration, rows
-        self.masks, self.base, self.on_layer, self.kept = masks or {}, base or {}, on_layer, kept
+        self.masks, self.on_layer = masks or {}, on_layer
+        self.rounder = Rounder(self.layers, config, calibration, base or {}, kept)
         self.group_of = {name: group for group in heard.groups for name in group}
         self.order = {group[0]: number for number, group in enumerate(heard.groups)}
         self.calls = Counter({name: n for name, n in heard.calls.items() if name not in heard.scattered})
@@ -118,12 +119,8 @@ class Streams:
         self.batches: list[_Batch] = []
         self.grams: dict[str, Grams] = {}  # by the name of the group's first layer
         self.rounded: dict[str, RoundedLayer] = {}
-        self.holders = Counter(id(layer.weight) for layer in layers.values())
-        self.shared: dict[int, tuple[Tensor, Packed]] = {}  # by the parameter's id, which is kept for it
-        self.nearest: dict[str, Packed] = {}
         self.found: list[LayerCalibration] = []
         self.singular: list[str] = []
-        self.resumed = 0
         self.scattered = sorted(heard.scattered)
         self.guards: list[Any] = []
         self.progress = progress
@@ -210,7 +207,7 @@ class Streams:
         for batch in self.batches:
             batch.left.pop(name, None)
         self.rounded.pop(name, None)
-        self.nearest.pop(name, None)
+        self.rounder.forget(name)
         self.scattered.append(name)
         self.restore(name)
 
@@ -221,9 +218,9 @@ class Streams:
             names = self._names(first)
             if self._tokens_in_all(names[0], batch, student) < x.shape[-1]:
                 self.singular.append(names[0])
-            known = self._known(names, x.device)
+            known = self.rounder.known(names, x.device)
             if known is not None:
-                self._use(names, known)
+                self.rounded |= known
                 return
             gram = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
             cross = torch.zeros_like(gram) if self.calibration.correction else None
@@ -237,68 +234,11 @@ class Streams:
     def _names(self, first: str) -> list[str]:
         return [name for name in self.group_of[first] if name in self.calls]
 
-    def _known(self, names: list[str], device: torch.device) -> list[Packed] | None:
-        """The group as an earlier run rounded it, or layers that hold the same weights."""
-        packed: list[Packed] | None = self.kept.get(self._like(names), device) if self.kept else None
-        self.resumed += packed is not None
-        if packed is not None:
-            return packed
-        shared = [self.shared[key][1] for name in names if (key := id(self.layers[name].weight)) in self.shared]
-        return shared if len(shared) == len(names) else None
-
-    def _like(self, names: list[str]) -> dict[str, Packed]:
-        """What is packed as the group will be."""
-        if self.calibration.scales == "base":
-            return {name: self.base[name] for name in names}
-        return {name: self._nearest(name) for name in names}
-
-    def _nearest(self, name: str) -> Packed:
-        if name not in self.nearest:
-            self.nearest[name] = quantize_weight(dense_weight(self.layers[name]), self.config)
-        return self.nearest[name]
-
     def _round(self, first: str) -> None:
         names, grams = self._names(first), self.grams.pop(first)
         if names:
             grams.finish()
-            packed = self._packed(names, {name: dense_weight(self.layers[name]) for name in names}, grams)
-            if self.kept:
-                self.kept.put(names, packed)
-            self._use(names, packed)
-
-    def _use(self, names: list[str], packed: list[Packed]) -> None:
-        for name, own in zip(names, packed, strict=True):
-            layer = self.layers[name]
-            self.rounded[name] = RoundedLayer(
-                layer.bias, own, self._nearest(name), self.base.get(name), self.config.compute_dtype
-            )
-            if self.holders[id(layer.weight)] > 1:
-                self.shared.setdefault(id(layer.weight), (layer.weight, own))
-
-    def _packed(self, names: list[str], weights: Mapping[str, Tensor], grams: Grams) -> list[Packed]:
-        found = {name: self.shared.get(id(self.layers[name].weight), (None, None))[1] for name in names}
-        new = [name for name in names if found[name] is None]
-        if not new:  # all hold weights of layers that other batches came to first
-            return [packed for packed in found.values() if packed is not None]
-        if not grams.are_finite():
-            when = "after the layers before it were rounded" if grams.finite else "in some rows"
-            raise CalibrationError(
-                f"The inputs of {new[0]} have NaN or infinite values {when}. Leave out the rows that do this, or "
-                "load the model in a wider dtype."
-            )
-        scales = [self.base[name][1] for name in new] if self.calibration.scales == "base" else None
-        with torch.autocast(grams.gram.device.type, enabled=False):
-            packed = round_group(
-                [weights[name] for name in new],
-                grams.gram,
-                grams.take_cross(),
-                self.config,
-                self.calibration,
-                dtype=weights[new[0]].dtype,
-                scales=scales,
-            )
-        found.update(zip(new, packed, strict=True))
-        return [packed for packed in found.values() if packed is not None]
+            self.rounded |= self.rounder.round(names, grams)
 
     def _unpadded(self, name: str, batch: _Batch, x: Tensor) -> Tensor:
         """One stream's inputs or outputs of a layer, (tokens, features), without padding."""
