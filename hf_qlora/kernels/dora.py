@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_qlora.kernels.emulated import widened
 from hf_qlora.kernels.factors import Factors
-from hf_qlora.kernels.functional import Adapter, SharedInput, Unpack, adapter_backward, kept_factors
+from hf_qlora.kernels.functional import Adapter, SharedInput, Unpack, adapter_backward, input_gradient, kept_factors
 
 
 def dora_linear(
@@ -66,12 +67,11 @@ class _DoraLinear(torch.autograd.Function):
     ) -> Tensor:
         assert adapter.row_squares is not None
         ctx.unpack, ctx.shared, ctx.scaling = unpack, shared, adapter.scaling
-        flat = x.reshape(-1, x.shape[-1])
-        W = unpack()
+        flat, W = widened(x.reshape(-1, x.shape[-1])), widened(unpack())
         s = flat @ A.to(flat.dtype).t()
         z = (flat @ W.t()).addmm_(s, B.to(flat.dtype).t(), alpha=adapter.scaling)
         norm = weight_norm(W, adapter.row_squares(W), A, B, adapter.scaling)
-        ratio = magnitude.to(norm.dtype) / norm
+        ratio, z = magnitude.to(norm.dtype) / norm, z.to(x.dtype)
         x_kept = factors or (x if ctx.needs_input_grad[6] else None, None)
         ctx.save_for_backward(*x_kept, A, B, s, z, norm, ratio)
         ctx.shape = x.shape
@@ -89,15 +89,14 @@ class _DoraLinear(torch.autograd.Function):
         x = x if factor is None else x * factor
         flat = None if x is None else x.reshape(-1, x.shape[-1])
         whole = grad.reshape(-1, grad.shape[-1])
-        g = torch.mul(whole, ratio, out=torch.empty_like(whole))
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = g @ ctx.unpack() if ctx.shared is None else ctx.shared.add(g, ctx.unpack())
+        g = widened(torch.mul(whole, ratio, out=torch.empty_like(whole)))
+        flat = None if flat is None else flat.to(g.dtype)
+        dx = input_gradient(g, ctx.unpack(), ctx.shared) if ctx.needs_input_grad[0] else None
         dbias = whole.sum(0) if ctx.needs_input_grad[1] else None
         dmagnitude = None
         if ctx.needs_input_grad[8]:
             dmagnitude = ((whole * z).sum(0, dtype=norm.dtype) / norm).to(ctx.magnitude_dtype)
         wanted = (*ctx.needs_input_grad[6:8], False)
         dA, dB, _ = adapter_backward(g, flat, (A, B, None, s), (ctx.scaling, 0.0), None, wanted, dx, ctx.shared)
-        own = dx if ctx.shared is None else None
-        return (None if own is None else own.view(ctx.shape), dbias, None, None, None, None, dA, dB, dmagnitude)
+        own = None if dx is None or ctx.shared is not None else dx.view(ctx.shape).to(grad.dtype)
+        return (own, dbias, None, None, None, None, dA, dB, dmagnitude)

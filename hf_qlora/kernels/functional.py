@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_qlora.kernels.emulated import FEW_ROWS, is_emulated, widened
 from hf_qlora.kernels.factors import Factors, factors_of
 
 
@@ -111,7 +112,7 @@ def share(x: Tensor) -> tuple[Tensor, SharedInput]:
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shared: SharedInput) -> Tensor:
-        ctx.shared, ctx.shape = shared, x.shape
+        ctx.shared, ctx.shape, ctx.dtype = shared, x.shape, x.dtype
         ctx.set_materialize_grads(False)
         return x.detach()  # and no view, which would keep x
 
@@ -121,7 +122,7 @@ class _Gate(torch.autograd.Function):
         dx = ctx.shared.take()
         if dx is None:
             return grad, None
-        whole = dx.view(ctx.shape)
+        whole = dx.view(ctx.shape).to(ctx.dtype)
         return whole if grad is None else whole + grad, None
 
 
@@ -152,7 +153,7 @@ def lora_linear(
         shared: what `share` returned with x; x's gradient is then summed there.
     """
     if not (adapters or torch.is_grad_enabled()):  # the bookkeeping of a node takes as long as a small product
-        return _frozen_product(x, unpack(), bias)
+        return _frozen_product(x, unpack(), bias).to(x.dtype)
     tensors = [tensor for adapter in adapters for tensor in (adapter.A, adapter.B, adapter.gain)]
     settings = tuple((adapter.scaling, adapter.dropout) for adapter in adapters)
     factors = kept_factors(x, shared, adapters)
@@ -167,8 +168,11 @@ def kept_factors(x: Tensor, shared: SharedInput | None, adapters: Sequence[Adapt
 
 
 def _frozen_product(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """In the dtype that the product is made in."""
     flat = x.reshape(-1, x.shape[-1])
-    result = x.new_empty(*x.shape[:-1], len(W))
+    if len(flat) > FEW_ROWS and is_emulated(x):
+        flat, W, bias = flat.float(), W.float(), None if bias is None else bias.float()
+    result = flat.new_empty(*x.shape[:-1], len(W))
     y = result.view(len(flat), len(W))
     if bias is None:
         torch.mm(flat, W.t(), out=y)
@@ -194,7 +198,7 @@ def add_adapters(y: Tensor, x: Tensor, adapters: Sequence[tuple[Tensor, Tensor, 
     for A, B, c in adapters:
         if rows == 1:
             _add_row(y.view(-1), x.reshape(-1), A, B, c)
-        elif rows <= A.shape[0]:
+        elif rows <= A.shape[0] or is_emulated(x):
             s = x.reshape(-1, K).to(A.dtype) @ A.t()
             y.view(rows, N).add_(_times(s, c) @ B.t())
         else:
@@ -226,7 +230,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.unpack, ctx.settings, ctx.shared = unpack, settings, shared
         result = _frozen_product(x, unpack(), bias)
-        flat, y = x.reshape(-1, x.shape[-1]), result.view(-1, result.shape[-1])
+        flat, y = x.reshape(-1, x.shape[-1]).to(result.dtype), result.view(-1, result.shape[-1])
         kept: list[Tensor | None] = [*(factors or (x if any(ctx.needs_input_grad[6::3]) else None, None))]
         ctx.random = []
         for (scaling, dropout), (A, B, gain) in zip(settings, _in_threes(tensors), strict=True):
@@ -238,25 +242,29 @@ class _LoraLinear(torch.autograd.Function):
                 y.addmm_(_times(s, scaling * gain), B.to(flat.dtype).t())
             kept += [A, B, gain, s]
         ctx.save_for_backward(*kept)
-        return result  # and not a view of it, which nobody could change in place
+        return result.to(x.dtype)  # and not a view of it, which nobody could change in place
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, factor, *kept = ctx.saved_tensors
         x = x if factor is None else x * factor
-        g, shape = grad.reshape(-1, grad.shape[-1]), grad.shape[:-1]
-        flat = None if x is None else x.reshape(-1, x.shape[-1])
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = g @ ctx.unpack() if ctx.shared is None else ctx.shared.add(g, ctx.unpack())
+        g, shape = widened(grad.reshape(-1, grad.shape[-1])), grad.shape[:-1]
+        flat = None if x is None else x.reshape(-1, x.shape[-1]).to(g.dtype)
+        dx = input_gradient(g, ctx.unpack(), ctx.shared) if ctx.needs_input_grad[0] else None
         dbias = g.sum(0) if ctx.needs_input_grad[1] else None
         results: list[Tensor | None] = []
         for i, (settings, state) in enumerate(zip(ctx.settings, ctx.random, strict=True)):
             wanted = ctx.needs_input_grad[6 + 3 * i : 9 + 3 * i]
             results += adapter_backward(g, flat, kept[4 * i : 4 * i + 4], settings, state, wanted, dx, ctx.shared)
-        own = dx if ctx.shared is None else None
-        return (None if own is None else own.view(*shape, own.shape[-1]), dbias, None, None, None, None, *results)
+        own = None if dx is None or ctx.shared is not None else dx.view(*shape, dx.shape[-1]).to(grad.dtype)
+        return (own, None if dbias is None else dbias.to(grad.dtype), None, None, None, None, *results)
+
+
+def input_gradient(g: Tensor, W: Tensor, shared: SharedInput | None) -> Tensor:
+    """g W, or the sum that it is added to."""
+    W = W.to(g.dtype)
+    return g @ W if shared is None else shared.add(g, W)
 
 
 def adapter_backward(

@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -26,6 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from hf_qlora.kernels.emulated import head_gradient, head_product
+from hf_qlora.kernels.planned import kind_of, planned_device
 
 
 logger = logging.getLogger(__name__)
@@ -36,9 +38,6 @@ logger = logging.getLogger(__name__)
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 # Of those, how many are in float32 at once: on a CPU what its cache holds (0.59; 0.66 with the whole chunk).
 BLOCK_BYTES = {"cpu": 2**21}
-
-# For what device a run on tensors without data is a plan; None: it is a real one.
-planned_device: ContextVar[str | None] = ContextVar("planned_device", default=None)
 
 # The sum of the losses, what it is divided by, the index of the rows kept (None: all), and the gradients of the sum
 # with respect to these rows and to the parameters. They are divided in backward, together with the multiplication by
@@ -176,15 +175,9 @@ def _frozen_chunks(
     total, dh = W.new_zeros((), dtype=wide), torch.empty_like(h)
     for rows in chunks:
         part, z = h[rows].to(W.dtype), buffer[: rows.stop - rows.start]
-        if bias is None:
-            torch.mm(part, W.t(), out=z)
-        else:
-            torch.addmm(bias, part, W.t(), out=z)
+        head_product(part, W, bias, z)
         total += _to_gradient(z, target[rows], smoothing, BLOCK_BYTES.get(z.device.type, chunk_bytes))
-        if W.dtype == h.dtype:
-            torch.mm(z, W, out=dh[rows])
-        else:
-            dh[rows] = z @ W
+        head_gradient(z, W, dh[rows])
     return total, dh
 
 
@@ -245,7 +238,7 @@ def _triton_is_right(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _chunk_bytes(tensor: Tensor) -> int:
-    return CHUNK_BYTES.get(planned_device.get() or tensor.device.type, CHUNK_BYTES["cuda"])
+    return CHUNK_BYTES.get(kind_of(tensor), CHUNK_BYTES["cuda"])
 
 
 def _chunks(tensor: Tensor, row_bytes: int, chunk_bytes: int) -> list[slice]:

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from hf_qlora.kernels.emulated import head_product, is_emulated
 from hf_qlora.layers import rowwise  # noqa: F401  # its rules
 from hf_qlora.layers.forward import is_hooked
 from hf_qlora.layers.logits import FrozenHead, HeadCall, Recipe, lazy_logits
@@ -123,7 +124,8 @@ class ChunkedHead(Subclassed):
             # torch multiplies by a frozen weight sequence by sequence, with a copy of the weight for each.
             K = hidden.shape[-1]
             whole = hidden.contiguous().view(hidden.numel() // K, K).view(hidden.shape)
-            result: Tensor = apply(whole, *args, **kwargs)
+            in_parts = not (args or kwargs) and _is_emulated(self, whole)
+            result: Tensor = _logits_in_parts(self, whole) if in_parts else apply(whole, *args, **kwargs)
             return result
         parameters = tuple(parameter for parameter in self.parameters() if parameter.requires_grad)
         if not (hidden.requires_grad or parameters) or _is_bound(self):
@@ -138,6 +140,21 @@ class ChunkedHead(Subclassed):
         frozen = None if parameters else _frozen_head(self, hidden, empty.dtype)
         call = HeadCall(self, apply, functools.partial(_adapters, self), frozen, parameters, autocast)
         return lazy_logits(Recipe(call), hidden, (*hidden.shape[:-1], empty.shape[-1]), empty.dtype)
+
+
+def _is_emulated(head: Any, hidden: Tensor) -> bool:
+    """Whether a head's own product would be plain loops, and may be made otherwise: where it is nothing but that."""
+    plain = head._own_class is nn.Linear and hidden.dtype == head.weight.dtype and is_emulated(hidden)
+    kind = hidden.device.type
+    return plain and not (
+        torch.is_grad_enabled() or torch.is_autocast_enabled(kind) or torch.compiler.is_compiling() or _is_bound(head)
+    )
+
+
+def _logits_in_parts(head: Any, hidden: Tensor) -> Tensor:
+    logits = hidden.new_empty(*hidden.shape[:-1], len(head.weight))
+    head_product(hidden.view(-1, hidden.shape[-1]), head.weight, head.bias, logits.view(-1, len(head.weight)))
+    return logits
 
 
 def _is_bound(head: nn.Module) -> bool:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from hf_qlora.kernels.functional import frozen_linear
 from hf_qlora.quant.calibrate.group import Packed
 from hf_qlora.quant.calibrate.report import LayerCalibration
 from hf_qlora.quant.dequantize import dequantize_weight
@@ -37,7 +38,7 @@ class RoundedLayer:
         codes, state = packed or self.own
         dtype: Any = self.compute_dtype or state.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        return nn.functional.linear(x.to(dtype), dequantize_weight(codes, state, dtype), bias).to(x.dtype)
+        return frozen_linear(x.to(dtype), lambda: dequantize_weight(codes, state, dtype), bias).to(x.dtype)
 
     def measure(self, x: Tensor, expected: Tensor, found: Tensor) -> None:
         """Take in tokens: their inputs in the quantized model, the outputs in the dense one, and those found."""

@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.config import NF4Config
+from hf_qlora.kernels.emulated import is_emulated
+from hf_qlora.kernels.functional import frozen_linear
 from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.grams import TOKENS_AT_A_TIME, Grams
 from hf_qlora.quant.calibrate.group import Packed
@@ -189,7 +191,7 @@ class Streams:
                 _refuse(name)
             teacher, student = x.chunk(2)
             rounded, tokens = self.rounded[name], partial(self._unpadded, name, batch)
-            expected, found = forward(teacher), rounded.product(student)
+            expected, found = self._as_it_is(name, forward, teacher), rounded.product(student)
             if batch.held_out or not self.rows.held_out:
                 rounded.measure(tokens(student), tokens(expected), tokens(found))
             batch.left[name] -= 1
@@ -200,6 +202,14 @@ class Streams:
             return torch.cat([expected, found])
 
         return both
+
+    def _as_it_is(self, name: str, forward: Forward, x: Tensor) -> Tensor:
+        """What the layer makes of x."""
+        layer: Any = self.layers[name]
+        if is_emulated(x) and type(layer) in (nn.Linear, Conv1D) and layer.weight.dtype == x.dtype:
+            return frozen_linear(x, partial(dense_weight, layer), layer.bias)
+        made: Tensor = forward(x)
+        return made
 
     def _give_up(self, name: str) -> None:
         """A layer that does not see the rows in their order, though it seemed to, is left as it is."""

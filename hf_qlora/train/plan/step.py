@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.utils import import_utils
 
-from hf_qlora.kernels.loss import planned_device
+from hf_qlora.kernels.planned import planned_device
 from hf_qlora.quant.linear4bit import Linear4bit
 from hf_qlora.train.plan.attention import AttentionOf
 from hf_qlora.train.plan.checkpointing import Stages

@@ -1,0 +1,207 @@
+"""Where the processor does not multiply in a narrow dtype, the nodes multiply in float32 and round what they return.
+
+Oracle: float64, from the same narrow inputs. What is returned in a narrow dtype is within one rounding of it; adapters
+and their gradients, which are in float32, as near as float32's sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import llama, tokens
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from hf_qlora import NF4Config, QLoRAConfig, quantize_model
+from hf_qlora.kernels import emulated
+from hf_qlora.kernels.dora import dora_linear
+from hf_qlora.kernels.functional import Adapter, add_adapters, frozen_linear, lora_linear, share
+from hf_qlora.kernels.loss import linear_cross_entropy
+from hf_qlora.kernels.planned import planned_device
+
+
+K, N, ROWS = 48, 80, 12
+NARROW = [torch.bfloat16, torch.float16]
+SUMS = 1e-5  # float32's, of 80 products and less, relative to the largest value
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor without such instructions, wherever this runs."""
+    monkeypatch.setattr(emulated, "_has_loops", lambda dtype: True)
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Half a step, of the largest value; and float32's sums below it."""
+    return torch.finfo(dtype).eps / 2 + SUMS
+
+
+def make_adapter(gain: bool = False, **more: Any) -> Adapter:
+    A, B = torch.randn(4, K, requires_grad=True), torch.randn(N, 4, requires_grad=True)
+    return Adapter(A, B, 0.7, torch.tensor([1.3], requires_grad=True) if gain else None, **more)
+
+
+def of(adapter: Adapter, dtype: torch.dtype) -> list[Tensor]:
+    given = (adapter.A, adapter.B, adapter.gain)
+    return [t.detach().to(dtype).requires_grad_(True) for t in given if t is not None]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_output_and_gradients_are_float64s_but_for_one_rounding(dtype: torch.dtype, gain: bool, count: int) -> None:
+    x, W = torch.randn(ROWS, K).to(dtype).requires_grad_(True), torch.randn(N, K).to(dtype)
+    bias, g = torch.randn(N).to(dtype).requires_grad_(True), torch.randn(ROWS, N).to(dtype)
+    adapters = [make_adapter(gain) for _ in range(count)]
+    y = lora_linear(x, lambda: W, bias, adapters)
+    own = [t for a in adapters for t in (a.A, a.B, a.gain) if t is not None]
+    found = torch.autograd.grad(y, [x, bias, *own], g)
+
+    exact_x, exact_bias = (t.detach().double().requires_grad_(True) for t in (x, bias))
+    exact = exact_x @ W.double().t() + exact_bias
+    leaves = []
+    for adapter in adapters:
+        A, B, *c = of(adapter, torch.float64)
+        exact = exact + (exact_x @ A.t() @ B.t()) * adapter.scaling * (c[0] if c else 1)
+        leaves += [A, B, *c]
+    expected = torch.autograd.grad(exact, [exact_x, exact_bias, *leaves], g.double())
+
+    assert y.dtype == found[0].dtype == found[1].dtype == dtype
+    assert off(y, exact) <= rounding(dtype)
+    assert off(found[0], expected[0]) <= rounding(dtype)
+    assert off(found[1], expected[1]) <= rounding(dtype)
+    for one, other in zip(found[2:], expected[2:], strict=True):
+        assert one.dtype == torch.float32
+        assert off(one, other) <= SUMS
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_inputs_that_are_shared_sum_their_gradients_unrounded(dtype: torch.dtype) -> None:
+    x = torch.randn(ROWS, K).to(dtype).requires_grad_(True)
+    weights, adapters = [torch.randn(N, K).to(dtype) for _ in range(3)], [make_adapter() for _ in range(3)]
+    given, shared = share(x)
+    parts = [lora_linear(given, lambda W=W: W, None, [a], shared) for W, a in zip(weights, adapters, strict=True)]
+    g = torch.randn(ROWS, N).to(dtype)
+    (found,) = torch.autograd.grad(parts, [x], [g, g, g])
+    merged = sum(W.double() + 0.7 * a.B.double() @ a.A.double() for W, a in zip(weights, adapters, strict=True))
+    assert found.dtype == dtype
+    assert off(found, g.double() @ merged) <= rounding(dtype)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_dora(dtype: torch.dtype) -> None:
+    x, W = torch.randn(ROWS, K).to(dtype).requires_grad_(True), torch.randn(N, K).to(dtype)
+    magnitude = torch.rand(N).add(0.5).requires_grad_(True)
+    adapter = make_adapter(magnitude=magnitude, row_squares=lambda W: W.float().square().sum(1))
+    y, g = dora_linear(x, lambda: W, None, adapter), torch.randn(ROWS, N).to(dtype)
+    found = torch.autograd.grad(y, [x, adapter.A, adapter.B, magnitude], g)
+
+    A, B = of(adapter, torch.float64)
+    m, exact_x = (t.detach().double().requires_grad_(True) for t in (magnitude, x))
+    whole = W.double() + 0.7 * B @ A
+    exact = (exact_x @ whole.t()) * (m / whole.norm(dim=1).detach())
+    expected = torch.autograd.grad(exact, [exact_x, A, B, m], g.double())
+    assert y.dtype == found[0].dtype == dtype
+    # g is rounded once more, where it is multiplied by m / n; and what m's gradient is summed of is kept narrow.
+    for one, other in zip((y, *found), (exact, *expected), strict=True):
+        assert off(one, other) <= 2 * rounding(dtype)
+
+
+@pytest.mark.parametrize("shape", [(ROWS, K), (3, 4, K), (1, K), (2, K), (0, K)], ids=str)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_without_gradients(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, W, bias = torch.randn(*shape).to(dtype), torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
+    adapter = make_adapter()
+    with torch.no_grad():
+        y = frozen_linear(x, lambda: W, bias)
+        added = add_adapters(y.clone(), x, [(adapter.A, adapter.B, 0.7)])
+    assert y.dtype == added.dtype == dtype
+    assert y.shape == (*shape[:-1], N)
+    if not x.numel():
+        return
+    expected = x.double() @ W.double().t() + bias.double()
+    with_adapter = y.double() + 0.7 * (x.double() @ adapter.A.double().t() @ adapter.B.double().t())
+    assert off(y, expected) <= 2 * rounding(dtype)  # loops, of one row or two, add up in float32 and round too
+    assert off(added, with_adapter) <= 2 * rounding(dtype)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_the_loss_behind_a_head_is_multiplied_in_parts(
+    dtype: torch.dtype, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emulated, "BLOCK_BYTES", 4 * K * 33)  # of 80 classes: 33, 33 and 14
+    h, W = torch.randn(ROWS, K).to(dtype).requires_grad_(True), torch.randn(N, K).to(dtype)
+    bias, target = torch.randn(N).to(dtype) if biased else None, torch.randint(N, (ROWS,))
+    loss = linear_cross_entropy(h, lambda: W, bias, target)
+    (found,) = torch.autograd.grad(loss, [h])
+    exact_h = h.detach().double().requires_grad_(True)
+    logits = exact_h @ W.double().t() + (0 if bias is None else bias.double())
+    expected = nn.functional.cross_entropy(logits, target)
+    # Logits and their gradients are rounded to the model's dtype in between.
+    assert off(loss.detach(), expected.detach()) <= 2 * rounding(dtype)
+    assert off(found, torch.autograd.grad(expected, [exact_h])[0]) <= 4 * rounding(dtype)
+
+
+def test_a_model_in_bfloat16_trains_as_with_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss, gradients and logits of an eval forward, with the loops and without, against float32's."""
+
+    def run(dtype: torch.dtype) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = get_peft_model(
+            llama().to(torch.bfloat16).to(dtype),
+            QLoRAConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+        )
+        ids = tokens()
+        loss = model.train()(input_ids=ids, labels=ids).loss
+        loss.backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        with torch.no_grad():
+            logits = model.eval()(input_ids=ids).logits
+        return {"loss": loss.detach(), "gradient": torch.cat(gradients), "logits": logits}
+
+    found, wide = run(torch.bfloat16), run(torch.float32)
+    monkeypatch.setattr(emulated, "_has_loops", lambda dtype: False)
+    narrow = run(torch.bfloat16)
+    assert found["logits"].dtype == torch.bfloat16
+    for name, expected in wide.items():
+        error = (found[name].double() - expected.double()).norm()
+        # Fewer roundings; up to chance, which has a say in either.
+        assert error <= 1.5 * (narrow[name].double() - expected.double()).norm()
+        assert error <= 0.05 * expected.double().norm()
+
+
+def test_an_nf4_layer_multiplies_what_it_always_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight is rounded to the compute dtype first, as where there are instructions for it."""
+    layer = nn.Sequential(nn.Linear(K, N)).to(torch.bfloat16)
+    quantize_model(layer, NF4Config())
+    x = torch.randn(ROWS, K).bfloat16()
+    with torch.no_grad():
+        expected = x.double() @ layer[0].dequantize(torch.bfloat16).double().t() + layer[0].bias.double()
+        assert off(layer(x), expected) <= rounding(torch.bfloat16)
+
+
+def test_what_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert emulated.is_emulated(torch.zeros(1, dtype=torch.bfloat16))
+    assert emulated.is_emulated(torch.zeros(1, dtype=torch.float16))
+    for dtype in (torch.float32, torch.float64, torch.int64):
+        assert not emulated.is_emulated(torch.zeros(1, dtype=dtype))
+    planned = torch.zeros(1, dtype=torch.bfloat16, device="meta")
+    assert not emulated.is_emulated(planned)
+    token = planned_device.set("cpu")
+    assert emulated.is_emulated(planned)
+    planned_device.reset(token)
+    monkeypatch.setattr(emulated, "_has_loops", lambda dtype: False)
+    assert not emulated.is_emulated(torch.zeros(1, dtype=torch.bfloat16))
