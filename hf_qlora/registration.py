@@ -127,6 +127,8 @@ PRIVATE = {
     "transformers:PreTrainedConfig._attn_implementation": "quant.calibrate.kept",
     "bitsandbytes.functional:has_avx512bf16": "quant.repacked",
     "torch:ops.bitsandbytes.gemv_4bit.default": "quant.repacked",
+    "torch:ops.mkldnn._is_mkldnn_bf16_supported": "kernels.emulated",
+    "torch:ops.mkldnn._is_mkldnn_fp16_supported": "kernels.emulated",
     "transformers.quantizers.base:get_keys_to_not_convert": "quant.selection",
     "transformers.modeling_utils:AttentionInterface.get_interface": "layers.attention",
     "transformers.modeling_utils:PreTrainedModel._set_gradient_checkpointing": "registration, layers.checkpointing",

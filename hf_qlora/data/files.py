@@ -13,12 +13,12 @@ from hf_qlora.data.errors import DataError, first_line, offline, short
 
 
 MAX_ROWS = 20_000  # of a data set on the Hub
-SAVED = "what save_to_disk writes; in Python, give what datasets.load_from_disk returns, or write that by its to_json"
-NO_DATA = {  # by a file in a folder: what that is
-    "config.json": "a model's, and not of data",
-    "adapter_config.json": "an adapter's, and not of data",
-    "dataset_dict.json": SAVED,
-    "dataset_info.json": SAVED,
+SAVED = "what save_to_disk writes; in Python, give what datasets.load_from_disk returns"
+NO_DATA = {  # by files in a folder: what that is
+    ("config.json",): "a model's, and not of data",
+    ("adapter_config.json",): "an adapter's, and not of data",
+    ("dataset_dict.json",): f"{SAVED}, one part of it",
+    ("state.json", "dataset_info.json"): SAVED,
 }
 
 
@@ -45,9 +45,9 @@ def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     Raises:
         DataError: there are none, or it is not of data but a model's, or one that `datasets` saved.
     """
-    for name, what in NO_DATA.items():
-        if (folder / name).is_file():
-            raise DataError(f"The folder {folder} is {what} (by {name}).")
+    for names, what in NO_DATA.items():
+        if all((folder / name).is_file() for name in names):
+            raise DataError(f"The folder {folder} is {what} (by {' and '.join(names)}).")
     files = sorted(file for file in folder.iterdir() if ends_in(file, suffixes))
     if not files:
         inner = sorted({file.parent.name for file in folder.glob("*/*") if ends_in(file, suffixes)})

@@ -14,6 +14,7 @@ from hf_qlora import assets
 from hf_qlora.data.errors import first_line, offline
 from hf_qlora.demo.errors import DemoError, explained
 from hf_qlora.demo.examples import NO_LABEL, Example, collate
+from hf_qlora.kernels.emulated import is_emulated
 
 
 ANSWER_TOKENS = 40
@@ -47,10 +48,12 @@ def load_chat_model(base: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel
 
 
 def load_dense_model(base: str) -> PreTrainedModel:
-    """In bfloat16 (float32 on GPUs that only emulate it), on the GPU if there is one."""
+    """In bfloat16 (float32 on processors and GPUs that only emulate it), on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    narrow = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if narrow else torch.float32
+    emulated = is_emulated(torch.empty(0, dtype=torch.bfloat16))
+    if device == "cuda":
+        emulated = not torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.float32 if emulated else torch.bfloat16
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device)
     return model.eval()
 

@@ -50,18 +50,19 @@ _TRANSFORMERS_DESCRIPTION = (
 _VERSIONS = re.compile(r"(- (PEFT|TRL|Transformers|Pytorch|Datasets|Tokenizers):? \S+ )*")
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.\-]{0,63}")
 _HARMLESS = str.maketrans({"<": "\u2039", ">": "\u203a", "`": "'"})  # angle quotation marks
-LONGEST = 200
+LONGEST, LONGEST_SENTENCE = 200, 400
+_SAME_PLACE = {"quantized": "(?:quantized|merged)", "merged": "(?:quantized|merged)"}  # a model is one of them
 
 
-def code(value: Any) -> str:
+def code(value: Any, longest: int = LONGEST) -> str:
     """A value as one line of Markdown code that also fits into a table: nothing in it is markup."""
-    return f"`{one_line(value).replace('|', chr(92) + '|')}`"
+    return f"`{one_line(value, longest).replace('|', chr(92) + '|')}`"
 
 
-def one_line(value: Any) -> str:
+def one_line(value: Any, longest: int = LONGEST) -> str:
     text = "".join(character if character.isprintable() else " " for character in str(value))
     text = " ".join(text.translate(_HARMLESS).split())
-    return (text[: LONGEST - 1] + "…" if len(text) > LONGEST else text) or "-"
+    return (text[: longest - 1] + "…" if len(text) > longest else text) or "-"
 
 
 def literal(value: str) -> str:
@@ -129,17 +130,20 @@ def extend(card: ModelCard, block: str, facts: Mapping[str, Any], data: Mapping[
     Args:
         block: "adapter", "training", "quantized" or "merged", as in the template.
         facts: for the template; `license` is added, as it is in the end.
-        data: fields of `ModelCardData`; lists are added to, None is left out.
+        data: fields of `ModelCardData`; lists are added to, and None takes out what an earlier block has written.
     """
     card.text = without_boilerplate(card.text, trained=block == "training")
     # Not past another beginning: a user may have removed an end, and what follows is theirs.
     inside = "(?:(?!<!-- hf_qlora ).)*?"
-    marked = re.compile(rf"<!-- hf_qlora {block}([0-9a-f ]*)-->{inside}<!-- /hf_qlora {block} -->\n?", re.DOTALL)
+    place = _SAME_PLACE.get(block, block)
+    marked = re.compile(rf"<!-- hf_qlora {place}([0-9a-f ]*)-->{inside}<!-- /hf_qlora {place} -->\n?", re.DOTALL)
     found = marked.search(card.text)
     before, now = set(found[1].split() if found else []), []
     for key, value in data.items():
         if value is not None:
             now += _merge(card.data, key, value, before)
+        elif _digest(key, card.data.get(key)) in before:
+            card.data[key] = None
     body = render(block, {**facts, "license": _license(card.data)})
     text = f"<!-- hf_qlora {' '.join([block, *now])} -->\n\n{body.strip()}\n\n<!-- /hf_qlora {block} -->\n"
     gap = "\n\n"

@@ -2,71 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_qlora.hub import card
-from hf_qlora.hub.facts import base_id, base_license, linked
+from hf_qlora.hub.facts import LICENSE, base_id, base_license, linked
 from hf_qlora.hub.quantized import FORMAT_TAGS, MODEL_PLACEHOLDER, auto_class
 from hf_qlora.identity import is_local
 from hf_qlora.saving import versions
 
 
-def write_merged_card(
-    folder: Path,
-    kind: str,
-    dtype: str,
-    base: str,
-    source: Path,
-    adapters: Sequence[str],
-    rows: Mapping[str, Any],
-    packed: bool,
-) -> None:
+@dataclass(frozen=True)
+class Merged:
+    """What was merged.
+
+    Attributes:
+        kind: the name of the model's class.
+        dtype: of its dense weights.
+        packed: whether the others are in 4 bits.
+        base: the id or path of what the adapters were merged into.
+        base_folder: that it was read from.
+        adapters: names in memory, ids or paths.
+        adapter_folder: that the adapter was read from, if it was.
+    """
+
+    kind: str
+    dtype: str
+    packed: bool
+    base: str
+    base_folder: Path
+    adapters: list[str]
+    adapter_folder: Path | None = None
+
+
+def write_merged_card(folder: Path, merged: Merged, rows: Mapping[str, str]) -> None:
     """Put what a merged model is into the card of its folder; what a user wrote there stays.
 
     Args:
-        kind: the name of its class.
-        base: the id or path of what the adapters were merged into.
-        source: the folder that it was read from.
-        adapters: names in memory, ids or paths.
         rows: of the table.
-        packed: whether it is in 4 bits.
     """
     found = card.load(folder)
     if found is None:
         return
-    auto, task = auto_class(kind)
-    name = linked(base, None)
     if not found.text.strip():
-        found.text = f"# {card.code(f'{Path(base).name} with an adapter')}\n"
-    licence = base_license(str(source)) or base_license(base)
+        found.text = "# Merged model\n"
+    auto, task = auto_class(merged.kind)
+    base, adapter = _licenses(merged)
+    licence = base if adapter in ({}, base) else {}
     facts = {
-        "base": name,
-        "adapters": ", ".join(_named(adapter) for adapter in adapters),
+        "base": linked(merged.base, None),
+        "adapters": ", ".join(map(_named, merged.adapters)),
         "merged": {
-            "Class": f"{card.code(kind)} in {card.code(dtype)}{', NF4' if packed else ''}",
-            **{key: card.code(value) for key, value in rows.items()},
+            "Class": f"{card.code(merged.kind)} in {card.code(merged.dtype)}{', NF4' if merged.packed else ''}",
+            **{key: card.code(value, card.LONGEST_SENTENCE) for key, value in rows.items()},
             "Versions": card.code(", ".join(f"{name} {version}" for name, version in versions().items())),
         },
         "auto": auto,
         "here": card.literal(MODEL_PLACEHOLDER),
-        "dtype": dtype,
-        "packed": packed,
-        "license_of_base": licence.get("license") == found.data.get("license", licence.get("license")),
+        "dtype": merged.dtype,
+        "packed": merged.packed,
+        "licenses": {
+            name: card.code(given.get("license", "not stated"))
+            for name, given in (("base", base), ("adapter", adapter))
+        },
     }
-    known = base_id(base)
-    metadata = {
-        "library_name": "transformers",
-        "base_model": known,
-        "base_model_relation": "finetune" if known else None,
-        "pipeline_tag": task,
-        "tags": ["hf_qlora", *(FORMAT_TAGS if packed else ()), *([f"base_model:finetune:{known}"] if known else ())],
-    }
-    card.extend(found, "merged", facts, metadata | licence)
+    card.extend(found, "merged", facts, _metadata(merged, task) | dict.fromkeys(LICENSE) | licence)
     card.write(folder, found)
+
+
+def _licenses(merged: Merged) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those of the base and of the adapter, as far as they are known here."""
+    base = base_license(str(merged.base_folder)) or base_license(merged.base)
+    return base, {} if merged.adapter_folder is None else base_license(str(merged.adapter_folder))
 
 
 def _named(adapter: str) -> str:
     """A name in memory is no id, though the Hub might have one like it."""
     return linked(adapter, None) if "/" in adapter or is_local(adapter) else card.code(adapter)
+
+
+def _metadata(merged: Merged, task: str | None) -> dict[str, Any]:
+    known = base_id(merged.base)
+    tags = ["hf_qlora", *(FORMAT_TAGS if merged.packed else ()), *([f"base_model:finetune:{known}"] if known else ())]
+    return {
+        "library_name": "transformers",
+        "base_model": known,
+        "base_model_relation": "finetune" if known else None,
+        "pipeline_tag": task,
+        "tags": tags,
+    }

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import transformers
 from torch import nn
 
 from hf_qlora.config import NF4Config
 from hf_qlora.hub import card
-from hf_qlora.hub.facts import PLACEHOLDER, TASKS, base_id, base_license, linked, quantization_of
+from hf_qlora.hub.facts import LICENSE, PLACEHOLDER, TASKS, base_id, base_license, linked, quantization_of
 from hf_qlora.saving import versions
 
 
@@ -34,13 +35,13 @@ def write_quantized_card(
     auto, task = auto_class(type(model).__name__)
     name = linked(base, None)
     if not found.text.strip():
-        found.text = f"# {card.code(f'{Path(base).name} in NF4')}\n"
+        found.text = f"# {card.code(f'{PureWindowsPath(base_id(base) or base).name} in NF4')}\n"
     licence = base_license(str(source)) or base_license(base)
     dtype = str(getattr(model, "dtype", None))
     table = {
         "Base": f"{name}, {card.code(type(model).__name__)} in {card.code(dtype.removeprefix('torch.'))}",
         "Quantized": quantization_of(config),
-        **{key: card.code(value) for key, value in rows.items()},
+        **{key: card.code(value, card.LONGEST_SENTENCE) for key, value in rows.items()},
         "Versions": card.code(", ".join(f"{name} {version}" for name, version in versions().items())),
     }
     facts = {
@@ -52,7 +53,7 @@ def write_quantized_card(
         "settings": _settings(config),
         "license_of_base": licence.get("license") == found.data.get("license", licence.get("license")),
     }
-    card.extend(found, "quantized", facts, _metadata(base, task) | licence)
+    card.extend(found, "quantized", facts, _metadata(base, task) | dict.fromkeys(LICENSE) | licence)
     card.write(folder, found)
 
 
@@ -61,7 +62,7 @@ def auto_class(kind: str) -> tuple[str, str | None]:
     for _, auto, task in TASKS.values():
         if auto != "AutoModel" and kind.replace("LMHeadModel", "ForCausalLM").endswith(auto.removeprefix("AutoModel")):
             return auto, task
-    return kind, None
+    return kind if hasattr(transformers, kind) else "AutoModel", None
 
 
 def _settings(config: NF4Config) -> str:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
@@ -38,10 +38,7 @@ def attach(model: PreTrainedModel, adapter: Path, config: LoraConfig) -> PeftMod
     Raises:
         MergeError: it does not fit.
     """
-    with _refused(adapter):
-        peft_model: PeftModel = PeftModel.from_pretrained(model, str(adapter), ADAPTER, config=config)
-        _check_whole(peft_model.load_adapter(str(adapter), ADAPTER), adapter)  # again, for what it returns
-    return peft_model
+    return _attached(model, adapter, config)
 
 
 def attach_without_weights(model: PreTrainedModel, adapter: Path, config: LoraConfig) -> PeftModel:
@@ -50,13 +47,7 @@ def attach_without_weights(model: PreTrainedModel, adapter: Path, config: LoraCo
     Raises:
         MergeError: it does not fit, or is not finite.
     """
-    taken = copy.deepcopy(config)
-    taken.inference_mode = True
-    with _refused(adapter):
-        peft_model: PeftModel = get_peft_model(model, taken, ADAPTER, low_cpu_mem_usage=True)
-        with _adapters_stay(peft_model):
-            found = peft_model.load_adapter(str(adapter), ADAPTER, torch_device="cpu", low_cpu_mem_usage=True)
-        _check_whole(found, adapter)
+    peft_model = _attached(model, adapter, config, low_cpu_mem_usage=True)
     adopt(peft_model)
     for name, parameter in peft_model.named_parameters():
         own = f".{ADAPTER}." in f".{name}."
@@ -67,25 +58,39 @@ def attach_without_weights(model: PreTrainedModel, adapter: Path, config: LoraCo
     return peft_model
 
 
-def _check_whole(found: Any, adapter: Path) -> None:
-    """Refuse what PEFT, by what `load_adapter` returned, did not find in the file or in the model."""
-    left_over = [name for name in found.unexpected_keys if ".lora_" in name]
+def _attached(model: PreTrainedModel, adapter: Path, config: LoraConfig, low_cpu_mem_usage: bool = False) -> PeftModel:
+    taken = copy.deepcopy(config)
+    taken.inference_mode = True
+    device = "cpu" if low_cpu_mem_usage else str(model.device)
+    try:
+        peft_model: PeftModel = get_peft_model(model, taken, ADAPTER, low_cpu_mem_usage=low_cpu_mem_usage)
+        with _adapters_stay(peft_model) if low_cpu_mem_usage else nullcontext():
+            found = peft_model.load_adapter(
+                str(adapter), ADAPTER, torch_device=device, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+    except AdapterError as error:
+        raise MergeError(f"{error} {RESIZED}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except KeyError as error:  # of a trained module whose weights are not in the file
+        raise _unfit(adapter, f"it has no weights for {_short(str(error.args[0]))}.") from error
+    except (OSError, RuntimeError, NoMatchingPeftModuleError) as error:
+        raise _unfit(adapter, first_sentence(error)) from error
+    # PEFT writes biases of trained modules under names that it does not read, too.
+    left_over = [name for name in found.unexpected_keys if ".modules_to_save." not in name]
     for names, what in ((found.missing_keys, "has no weights for"), (left_over, "has weights for what is not there:")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            name = names[0].removeprefix("base_model.model.").replace(f".{ADAPTER}.", ".")
-            raise MergeError(f"The adapter {adapter} does not fit the base: it {what} {name}{more}. {RESIZED}")
+            raise _unfit(adapter, f"it {what} {_short(names[0])}{more}.")
+    return peft_model
 
 
-@contextmanager
-def _refused(adapter: Path) -> Iterator[None]:
-    """PEFT's errors, in words."""
-    try:
-        yield
-    except AdapterError as error:
-        raise MergeError(f"{error} {RESIZED}") from error
-    except (OSError, RuntimeError, NoMatchingPeftModuleError) as error:
-        raise MergeError(f"The adapter {adapter} does not fit the base: {first_sentence(error)} {RESIZED}") from error
+def _unfit(adapter: Path, why: str) -> MergeError:
+    return MergeError(f"The adapter {adapter} does not fit the base: {why} {RESIZED}")
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(f".{ADAPTER}.", ".")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hf_qlora.config.record import write_json
 from hf_qlora.hub import card
-from hf_qlora.hub.merged import write_merged_card
+from hf_qlora.hub.merged import Merged, write_merged_card
 from hf_qlora.merge.folder import RECORD_NAME
 from hf_qlora.saving import versions
 
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 
 
-def describe(folder: Path, report: MergeReport, kind: str, source: Path, before: Path) -> None:
+def describe(folder: Path, report: MergeReport, kind: str, base: Path, adapter: Path | None, before: Path) -> None:
     """Write card and record into the merged model's folder.
 
     Args:
         kind: the name of the model's class.
-        source: the folder that the base was read from.
+        base, adapter: the folders that they were read from.
         before: the folder that is replaced, whose card goes on.
     """
-    base = report.original or report.base
+    name = report.original or report.base
     card.carry(before, folder)
-    write_merged_card(
-        folder,
-        kind,
-        report.dtype,
-        "" if base == kind else base,
-        source,
-        report.adapters,
-        report.card_rows(),
+    merged = Merged(
+        kind=kind,
+        dtype=report.dtype,
         packed=report.onto == "nf4",
+        base="" if name == kind else name,
+        base_folder=base,
+        adapters=report.adapters,
+        adapter_folder=adapter,
     )
+    write_merged_card(folder, merged, report.card_rows())
     if report.calibration is not None:
         write_json(folder / RECORD_NAME, _record(report))
 

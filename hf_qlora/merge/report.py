@@ -140,7 +140,13 @@ class MergeReport:
         left_out = NOT_IN_A_CARD if self.logits is not None else (*NOT_IN_A_CARD, "logits")
         found = {name.capitalize(): line for name, line in self._lines() if name not in left_out}
         notes = [] if self.calibration is None else self.calibration.notes
-        return {"Weights are": self._meaning, **found, **{f"Note {n}": note for n, note in enumerate(notes, 1)}}
+        base = {"Base": "another one than the adapter was trained on"} if self.another_base else {}
+        return {
+            "Weights are": self._meaning,
+            **base,
+            **found,
+            **{f"Note {number}": note for number, note in enumerate(notes, 1)},
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the model, as JSON types."""
@@ -177,7 +183,7 @@ class MergeReport:
             self.model.save_pretrained(stage, **kwargs)
             if tokenizer is not None:
                 tokenizer.save_pretrained(stage)
-            describe(stage, self, type(self.model).__name__, Path(self.original or self.base), target)
+            describe(stage, self, type(self.model).__name__, Path(self.original or self.base), None, target)
         self.output = os.fspath(save_directory)
 
     def show(self, console: Console | None = None) -> None:

@@ -32,7 +32,8 @@ def adapter_source(adapter: str) -> tuple[Path, LoraConfig]:
         MergeError: not there, no LoRA adapter, or without weights.
         AdapterFileError: an adapter of ours that is not whole.
     """
-    folder = _folder(adapter, None, (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *TOKENIZER_FILES, TEMPLATES), "The adapter")
+    files_of_it = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, constants.REPOCARD_NAME, *TOKENIZER_FILES, TEMPLATES)
+    folder = _folder(adapter, None, files_of_it, "The adapter")
     if not (folder / ADAPTER_CONFIG).is_file():
         raise MergeError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}.")
     ours = files.adapter_folder(folder)

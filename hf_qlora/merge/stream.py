@@ -234,7 +234,7 @@ class _Job:
             )
         if sources.copy_beside(self.base_folder, self.adapter_folder, stage):
             report.notes.append("The tokenizer is the adapter's.")
-        describe(stage, report, kind.__name__, self.base_folder, target)
+        describe(stage, report, kind.__name__, self.base_folder, self.adapter_folder, target)
 
 
 def _job(adapter: str, onto: Onto, base: str | None, dtype: str | None, trained_on: str) -> _Job:

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import pickle
 import pkgutil
+import platform
 import tempfile
 import warnings
 import weakref
@@ -1005,6 +1006,21 @@ def _() -> None:
 
 
 @contract("bitsandbytes.functional:has_avx512bf16")
+@contract("torch:ops.mkldnn._is_mkldnn_bf16_supported")
+def _() -> None:
+    """Where the processor has AVX512-BF16, and not where x86 has AVX2 at most, but for its late VNNI."""
+    found = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert isinstance(found, bool)
+    assert found or not torch.cpu._is_avx512_bf16_supported()
+    if platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        assert not found
+
+
+@contract("torch:ops.mkldnn._is_mkldnn_fp16_supported")
+def _() -> None:
+    assert isinstance(torch.ops.mkldnn._is_mkldnn_fp16_supported(), bool)
+
+
 @contract("torch:ops.bitsandbytes.gemv_4bit.default")
 def _() -> None:
     """Where it says yes, the operation reads the repacked form, whose rows of scales are the blocks, in bfloat16."""

@@ -77,9 +77,12 @@ def test_what_datasets_saved_is_named(tmp_path: Path) -> None:
     rows = Dataset.from_list([{"text": "a"}])
     rows.save_to_disk(tmp_path / "one")
     DatasetDict(train=rows).save_to_disk(tmp_path / "parts")
-    for folder in ("one", "parts"):
-        with pytest.raises(DataError, match=r"is what save_to_disk writes; in Python, give what datasets\.load_from"):
+    for folder, what in (("one", r"returns \(by"), ("parts", r"returns, one part of it \(by")):
+        with pytest.raises(DataError, match=rf"is what save_to_disk writes.* datasets\.load_from_disk {what}"):
             read_documents(str(tmp_path / folder))
+    (tmp_path / "states").mkdir()
+    (tmp_path / "states" / "state.json").write_text(lines(ROWS))
+    assert read_documents(str(tmp_path / "states"))[0] == ["a", "b"]
 
 
 def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from hf_qlora.demo import DemoError, Settings
 from hf_qlora.demo.chats import read_chats
 from hf_qlora.demo.examples import encode
-from hf_qlora.demo.models import load_chat_model, perplexity
+from hf_qlora.demo.models import load_chat_model, load_dense_model, perplexity
+from hf_qlora.kernels import emulated
 
 
 def test_perplexity_is_that_of_every_answer_token_alone(
@@ -41,3 +42,12 @@ def test_a_model_without_a_chat_template_is_refused(
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(DemoError, match="has no chat template; choose a model made for chat"):
         load_chat_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(("loops", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_the_dtype_is_one_that_the_processor_multiplies_in(
+    loops: bool, dtype: torch.dtype, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emulated, "_has_loops", lambda _: loops)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load_dense_model(settings.model).dtype == dtype

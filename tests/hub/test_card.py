@@ -392,12 +392,15 @@ def test_a_merged_model_has_the_licence_of_a_base_on_the_hub(
     hub: Hub, base_files: dict[str, bytes], model: Model, tmp_path: Path
 ) -> None:
     model.push_to_hub(REPO)
+    card = hub.tree(REPO)["README.md"].replace(b"---\n", b"---\nlicense: mit\n", 1)
+    hub.put(REPO, {**hub.tree(REPO), "README.md": card})
     hub.put(BASE, {**base_files, "README.md": b"---\nlicense: mit\n---\n"})
     merge_files(REPO, tmp_path / "merged")
     text = text_of(tmp_path / "merged")
     data = check_well_formed(text)
     assert (data.license, data.base_model, data.base_model_relation) == ("mit", BASE, "finetune")
     assert f"[`{REPO}`](https://huggingface.co/{REPO}) merged into it." in text
+    assert "The base's: `mit`. The adapter's: `mit`." in text
 
 
 def test_a_hub_that_does_not_know_the_base_is_no_error(hub: Hub, model: Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from huggingface_hub import ModelCard
 from merging import adapted, logits, relative
 
 from hf_qlora import merge
-from hf_qlora.hub.merged import write_merged_card
+from hf_qlora.hub.merged import Merged, write_merged_card
 from hf_qlora.merge.stream import merge_files
+from hf_qlora.quantize_files import quantize_files
 
 
 Saved = Callable[..., tuple[Path, Path]]
@@ -39,11 +41,12 @@ def test_from_files_it_says_what_is_merged_and_not_where_it_was(saved: Saved, tm
         "pipeline_tag": "text-generation",
         "tags": ["hf_qlora"],
     }
+    assert card.text.startswith("# Merged model\n")
     assert "`base` with the adapter `adapter` merged into it.\n" in card.text
     assert "| Weights are | `the base that the adapter was trained on, dense, plus ΔW` |" in card.text
     assert f"| Kept | `{report.kept:.1%} of the adapter, by weights` |" in card.text
     assert "needs neither PEFT nor bitsandbytes." in card.text
-    assert "`apache-2.0`, as the base." in card.text
+    assert "`apache-2.0`. The base's: `apache-2.0`. The adapter's: `not stated`." in card.text
     assert str(tmp_path) not in card.content
     assert "not compared" not in card.text
 
@@ -87,9 +90,8 @@ def test_what_a_user_wrote_stays_where_a_model_is_replaced(way: str, saved: Save
 
 
 def test_ids_of_the_hub_are_linked(tmp_path: Path) -> None:
-    write_merged_card(
-        tmp_path, "BertForSequenceClassification", "float32", "me/base", tmp_path, ["me/adapter", "default"], {}, False
-    )
+    merged = Merged("BertForSequenceClassification", "float32", False, "me/base", tmp_path, ["me/adapter", "default"])
+    write_merged_card(tmp_path, merged, {})
     card = card_of(tmp_path)
     link = "[`me/{0}`](https://huggingface.co/me/{0})"
     assert f"{link.format('base')} with the adapter {link.format('adapter')}, `default` merged into it." in card.text
@@ -97,6 +99,74 @@ def test_ids_of_the_hub_are_linked(tmp_path: Path) -> None:
     assert card.data.base_model_relation == "finetune"
     assert card.data.pipeline_tag == "text-classification"
     assert "AutoModelForSequenceClassification.from_pretrained" in card.text
+
+
+@pytest.mark.parametrize(
+    ("of_base", "of_adapter", "license"),
+    [
+        ("mit", "mit", "mit"),
+        ("mit", "cc-by-nc-4.0", None),
+        ("mit", None, "mit"),
+        (None, "mit", None),
+        (None, None, None),
+    ],
+)
+def test_the_licence_is_stated_where_base_and_adapter_agree(
+    of_base: str | None, of_adapter: str | None, license: str | None, saved: Saved, tmp_path: Path
+) -> None:
+    base, adapter = saved(target_modules=["q_proj"])
+    for folder, given in ((base, of_base), (adapter, of_adapter)):
+        (folder / "README.md").write_text(f"---\nlicense: {given}\n---\n" if given else "# No licence\n")
+    merge_files(str(adapter), tmp_path / "out", base=str(base))
+    card = card_of(tmp_path / "out")
+    assert card.data.license == license
+    said = f"The base's: `{of_base or 'not stated'}`. The adapter's: `{of_adapter or 'not stated'}`."
+    assert said in card.text
+
+
+def test_nothing_of_a_merge_that_is_replaced_stays(saved: Saved, tmp_path: Path) -> None:
+    base, adapter = saved(target_modules=["q_proj"])
+    out = tmp_path / "out"
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: my-terms\n---\n")
+    merge_files(str(adapter), out, base=str(base))
+    write_merged_card(out, Merged("LlamaForCausalLM", "float32", False, "me/base", base, ["default"]), {})
+    assert card_of(out).data.base_model == "me/base"
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    shutil.copytree(base, tmp_path / "other")
+    merge_files(str(adapter), out, base=str(tmp_path / "other"), overwrite=True)
+    card = card_of(out)
+    assert card.data.license == "mit"
+    assert not {"base_model", "base_model_relation", "license_name"} & card.data.to_dict().keys()
+    assert not re.search("my-terms|`base`|me/base", card.content)
+    (tmp_path / "other" / "README.md").unlink()
+    merge_files(str(adapter), out, base=str(tmp_path / "other"), overwrite=True)
+    assert card_of(out).data.license is None
+    quantize_files(str(tmp_path / "other"), out, overwrite=True, device="cpu")
+    card = card_of(out)
+    assert card.text.count("<!-- hf_qlora ") == 1
+    assert "merged into it" not in card.text
+    assert card.data.tags == ["hf_qlora", "bitsandbytes", "4-bit", "nf4"]
+
+
+@pytest.mark.parametrize("onto", ["dequantized", "original", "nf4"])
+def test_another_base_is_said(onto: str, saved: Saved, tmp_path: Path) -> None:
+    base, adapter = saved(target_modules=["q_proj"])
+    torch.manual_seed(9)
+    llama().save_pretrained(base)
+    merge_files(str(adapter), tmp_path / "out", onto, str(base), force=True)
+    assert "| Base | `another one than the adapter was trained on` |" in card_of(tmp_path / "out").text
+
+
+def test_sentences_are_not_cut(tmp_path: Path) -> None:
+    note = "A sentence of which each word counts. " * 8
+    merged = Merged("LlamaForCausalLM", "float32", True, "base", tmp_path, ["default"])
+    write_merged_card(tmp_path, merged, {"Note 1": note})
+    assert f"| Note 1 | `{note.strip()}` |" in card_of(tmp_path).text
+
+
+def test_a_class_that_is_not_transformers_is_not_imported_from_it(tmp_path: Path) -> None:
+    write_merged_card(tmp_path, Merged("MyThing", "float32", False, "base", tmp_path, ["default"]), {})
+    assert "from transformers import AutoModel\n" in card_of(tmp_path).text
 
 
 def test_a_card_that_cannot_be_read_is_left_alone(saved: Saved, tmp_path: Path) -> None:

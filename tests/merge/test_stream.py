@@ -27,7 +27,7 @@ from torch import nn
 from hf_qlora import NF4Config, QLoRAConfig, merge
 from hf_qlora.files import AdapterFileError
 from hf_qlora.layers.errors import MergeError
-from hf_qlora.merge import sources
+from hf_qlora.merge import attach, sources
 from hf_qlora.merge.report import MergeRefused
 from hf_qlora.merge.seen import NOT_SAID, SAME
 from hf_qlora.merge.stream import merge_files
@@ -636,6 +636,39 @@ def test_a_stock_adapter_of_another_architecture_is_refused(
     with pytest.raises(MergeError, match=rf"adapter does not fit the base: .*{message}"):
         merge_files(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "base"), force=True, **how)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ("base_model.model.score.weight", r"has weights for what is not there: score\.weight"),
+        ("", r"has no weights for lm_head\.weight"),
+    ],
+    ids=["under another name", "not in the file"],
+)
+def test_a_trained_head_of_a_stock_adapter_is_not_left_out(there: str, message: str, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    get_peft_model(llama(), config).save_pretrained(tmp_path / "adapter")
+    llama().save_pretrained(tmp_path / "base")
+    file, settings = (tmp_path / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    tensors = load_file(file)
+    head = tensors.pop("base_model.model.lm_head.weight")
+    save_file({**tensors, **({there: head} if there else {})}, file)
+    if there:  # as of a model whose head is called so
+        settings.write_text(settings.read_text().replace('"lm_head"', '"score"'))
+    with pytest.raises(MergeError, match=rf"does not fit the base: it {message}"):
+        merge_files(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "base"))
+
+
+def test_a_device_that_is_full_is_not_taken_for_another_base(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = saved(target_modules=["q_proj"])
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(attach, "get_peft_model", full)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        merge_files(str(adapter), adapter.parent / "merged", base=str(base))
 
 
 @pytest.mark.parametrize(
