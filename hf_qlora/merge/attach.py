@@ -32,33 +32,12 @@ RESIZED = (
 _MOVE = "_move_adapter_to_device_of_base_layer"  # a method of PEFT's layers
 
 
-def attach(model: PreTrainedModel, adapter: Path, config: LoraConfig) -> PeftModel:
-    """An adapter on a base with its weights.
+def attach(model: PreTrainedModel, adapter: Path, config: LoraConfig, low_cpu_mem_usage: bool = False) -> PeftModel:
+    """An adapter on a base.
 
     Raises:
         MergeError: it does not fit.
     """
-    return _attached(model, adapter, config)
-
-
-def attach_without_weights(model: PreTrainedModel, adapter: Path, config: LoraConfig) -> PeftModel:
-    """An adapter, which has its weights, on a base on the meta device.
-
-    Raises:
-        MergeError: it does not fit, or is not finite.
-    """
-    peft_model = _attached(model, adapter, config, low_cpu_mem_usage=True)
-    adopt(peft_model)
-    for name, parameter in peft_model.named_parameters():
-        own = f".{ADAPTER}." in f".{name}."
-        if own and parameter.is_meta:
-            raise MergeError(f"The adapter {adapter} has no weights for {name.removeprefix('base_model.model.')}.")
-        if own and not parameter.isfinite().all():
-            raise MergeError(f"The adapter {adapter} has NaN or infinite values in {name}; its training diverged.")
-    return peft_model
-
-
-def _attached(model: PreTrainedModel, adapter: Path, config: LoraConfig, low_cpu_mem_usage: bool = False) -> PeftModel:
     taken = copy.deepcopy(config)
     taken.inference_mode = True
     device = "cpu" if low_cpu_mem_usage else str(model.device)
@@ -82,6 +61,23 @@ def _attached(model: PreTrainedModel, adapter: Path, config: LoraConfig, low_cpu
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise _unfit(adapter, f"it {what} {_short(names[0])}{more}.")
+    return peft_model
+
+
+def attach_without_weights(model: PreTrainedModel, adapter: Path, config: LoraConfig) -> PeftModel:
+    """An adapter, which has its weights, on a base on the meta device.
+
+    Raises:
+        MergeError: it does not fit, or is not finite.
+    """
+    peft_model = attach(model, adapter, config, low_cpu_mem_usage=True)
+    adopt(peft_model)
+    for name, parameter in peft_model.named_parameters():
+        own = f".{ADAPTER}." in f".{name}."
+        if own and parameter.is_meta:
+            raise MergeError(f"The adapter {adapter} has no weights for {name.removeprefix('base_model.model.')}.")
+        if own and not parameter.isfinite().all():
+            raise MergeError(f"The adapter {adapter} has NaN or infinite values in {name}; its training diverged.")
     return peft_model
 
 
