@@ -18,7 +18,15 @@ from torch.autograd.function import once_differentiable
 
 from hf_qlora.kernels.emulated import widened
 from hf_qlora.kernels.factors import Factors
-from hf_qlora.kernels.functional import Adapter, SharedInput, Unpack, adapter_backward, input_gradient, kept_factors
+from hf_qlora.kernels.functional import (
+    Adapter,
+    SharedInput,
+    Unpack,
+    adapter_backward,
+    input_gradient,
+    kept_factors,
+    without_autocast,
+)
 
 
 def dora_linear(
@@ -85,18 +93,23 @@ class _DoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, factor, A, B, s, z, norm, ratio = ctx.saved_tensors
-        x = x if factor is None else x * factor
-        flat = None if x is None else x.reshape(-1, x.shape[-1])
-        whole = grad.reshape(-1, grad.shape[-1])
-        g = widened(torch.mul(whole, ratio, out=torch.empty_like(whole)))
-        flat = None if flat is None else flat.to(g.dtype)
-        dx = input_gradient(g, ctx.unpack(), ctx.shared) if ctx.needs_input_grad[0] else None
-        dbias = whole.sum(0) if ctx.needs_input_grad[1] else None
-        dmagnitude = None
-        if ctx.needs_input_grad[8]:
-            dmagnitude = ((whole * z).sum(0, dtype=norm.dtype) / norm).to(ctx.magnitude_dtype)
-        wanted = (*ctx.needs_input_grad[6:8], False)
-        dA, dB, _ = adapter_backward(g, flat, (A, B, None, s), (ctx.scaling, 0.0), None, wanted, dx, ctx.shared)
-        own = None if dx is None or ctx.shared is not None else dx.view(ctx.shape).to(grad.dtype)
-        return (own, dbias, None, None, None, None, dA, dB, dmagnitude)
+        with without_autocast(grad.device.type):
+            return _dora_backward(ctx, grad)
+
+
+def _dora_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, factor, A, B, s, z, norm, ratio = ctx.saved_tensors
+    x = x if factor is None else x * factor
+    flat = None if x is None else x.reshape(-1, x.shape[-1])
+    whole = grad.reshape(-1, grad.shape[-1])
+    g = widened(torch.mul(whole, ratio, out=torch.empty_like(whole)))
+    flat = None if flat is None else flat.to(g.dtype)
+    dx = input_gradient(g, ctx.unpack(), ctx.shared) if ctx.needs_input_grad[0] else None
+    dbias = whole.sum(0) if ctx.needs_input_grad[1] else None
+    dmagnitude = None
+    if ctx.needs_input_grad[8]:
+        dmagnitude = ((whole * z).sum(0, dtype=norm.dtype) / norm).to(ctx.magnitude_dtype)
+    wanted = (*ctx.needs_input_grad[6:8], False)
+    dA, dB, _ = adapter_backward(g, flat, (A, B, None, s), (ctx.scaling, 0.0), None, wanted, dx, ctx.shared)
+    own = None if dx is None or ctx.shared is not None else dx.view(ctx.shape).to(grad.dtype)
+    return (own, dbias, None, None, None, None, dA, dB, dmagnitude)

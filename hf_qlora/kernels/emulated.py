@@ -3,7 +3,7 @@
 On a CPU torch leaves products in bfloat16 and float16 to oneDNN, which takes those that the processor has instructions
 for. Elsewhere they are plain loops: on a core with AVX2 alone, 256 rows x 576 -> 1,536 in bfloat16 took 9 times as
 long as in float32, and the gradient of x 36 times. There, float32 copies are multiplied and the result is rounded
-once, as oneDNN does it. Of one or two rows the loops are faster.
+once, as oneDNN does it. For one or two rows, as in generating, the loops are faster.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from hf_qlora.kernels.planned import kind_of
 
 
 FEW_ROWS = 2
-BLOCK_BYTES = 2**24  # of a float32 copy of a part of a head's weight
+PART_BYTES = 2**24  # of a float32 copy of a part of a weight
 
 
 def is_emulated(tensor: Tensor) -> bool:
-    """Whether products of tensors like this one are plain loops."""
-    narrow = tensor.dtype in (torch.bfloat16, torch.float16)
-    return narrow and kind_of(tensor) == "cpu" and _has_loops(tensor.dtype)
+    """Whether products of tensors like this one are plain loops; compiled ones are the compiler's affair."""
+    if torch.compiler.is_compiling() or tensor.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return kind_of(tensor) == "cpu" and _has_loops(tensor.dtype)
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -31,13 +32,25 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.float() if is_emulated(tensor) else tensor
 
 
+def product_in_parts(x: Tensor, W: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """x Wᵀ + b, (rows, N), rounded to `out`'s dtype; of W, (N, K), which is narrow, a part at a time is copied."""
+    x = x.float()
+    for part in _parts(W):
+        product = x @ W[part].float().t()
+        out[:, part] = product if bias is None else product.add_(bias[part])
+
+
+def add_gradient_in_parts(dx: Tensor, g: Tensor, W: Tensor) -> Tensor:
+    """Add g W, of the same weight, to a float32 dx, (rows, K), in place."""
+    for part in _parts(W):
+        dx.addmm_(g[:, part].float(), W[part].float())
+    return dx
+
+
 def head_product(h: Tensor, W: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """h Wᵀ + b, (rows, V), of a weight, (V, K), that is too large to be copied as a whole."""
-    if is_emulated(W) and len(h) > FEW_ROWS:
-        h = h.float()
-        for part in _parts(W):
-            product = h @ W[part].float().t()
-            out[:, part] = product if bias is None else product.add_(bias[part])
+    """h Wᵀ + b, (rows, V), in W's dtype."""
+    if is_emulated(W):
+        product_in_parts(h, W, bias, out)
     elif bias is None:
         torch.mm(h, W.t(), out=out)
     else:
@@ -45,12 +58,9 @@ def head_product(h: Tensor, W: Tensor, bias: Tensor | None, out: Tensor) -> None
 
 
 def head_gradient(g: Tensor, W: Tensor, out: Tensor) -> None:
-    """g W, (rows, K), of the same weight, in `out`'s dtype."""
-    if is_emulated(W) and len(g) > FEW_ROWS:
-        total = g.new_zeros(len(g), W.shape[1], dtype=torch.float32)
-        for part in _parts(W):
-            total.addmm_(g[:, part].float(), W[part].float())
-        out.copy_(total)
+    """g W, (rows, K), in `out`'s dtype."""
+    if is_emulated(W):
+        out.copy_(add_gradient_in_parts(g.new_zeros(out.shape, dtype=torch.float32), g, W))
     elif W.dtype == out.dtype:
         torch.mm(g, W, out=out)
     else:
@@ -58,7 +68,7 @@ def head_gradient(g: Tensor, W: Tensor, out: Tensor) -> None:
 
 
 def _parts(W: Tensor) -> list[slice]:
-    rows = max(1, BLOCK_BYTES // (4 * W.shape[1]))
+    rows = max(1, PART_BYTES // (4 * W.shape[1]))
     return [slice(start, min(start + rows, len(W))) for start in range(0, len(W), rows)]
 
 

@@ -19,7 +19,7 @@ what it knows of any operation's consumers; so nothing need be known of which la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_qlora.kernels.emulated import FEW_ROWS, is_emulated, widened
+from hf_qlora.kernels.emulated import FEW_ROWS, add_gradient_in_parts, is_emulated, product_in_parts, widened
 from hf_qlora.kernels.factors import Factors, factors_of
 
 
@@ -74,7 +74,7 @@ class SharedInput:
         current = torch._C._current_graph_task_id()
         if self._pass != current:  # else left by a pass that did not want the input's gradient
             self._pass, self._dx, self._skinny = current, None, []
-        self._dx = g @ W if self._dx is None else self._dx.addmm_(g, W)
+        self._dx = add_product(self._dx, g, W)
         return self._dx
 
     def add_skinny(self, gs: Tensor, A: Tensor, alpha: float) -> None:
@@ -153,7 +153,8 @@ def lora_linear(
         shared: what `share` returned with x; x's gradient is then summed there.
     """
     if not (adapters or torch.is_grad_enabled()):  # the bookkeeping of a node takes as long as a small product
-        return _frozen_product(x, unpack(), bias).to(x.dtype)
+        wide = is_emulated(x) and x.numel() > FEW_ROWS * x.shape[-1]
+        return _frozen_product(x, unpack(), bias, wide).to(x.dtype)
     tensors = [tensor for adapter in adapters for tensor in (adapter.A, adapter.B, adapter.gain)]
     settings = tuple((adapter.scaling, adapter.dropout) for adapter in adapters)
     factors = kept_factors(x, shared, adapters)
@@ -167,14 +168,14 @@ def kept_factors(x: Tensor, shared: SharedInput | None, adapters: Sequence[Adapt
     return factors_of(x, shared is not None) if learns else None
 
 
-def _frozen_product(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-    """In the dtype that the product is made in."""
+def _frozen_product(x: Tensor, W: Tensor, bias: Tensor | None, wide: bool) -> Tensor:
+    """In x's dtype, or in float32."""
     flat = x.reshape(-1, x.shape[-1])
-    if len(flat) > FEW_ROWS and is_emulated(x):
-        flat, W, bias = flat.float(), W.float(), None if bias is None else bias.float()
-    result = flat.new_empty(*x.shape[:-1], len(W))
+    result = x.new_empty(*x.shape[:-1], len(W), dtype=torch.float32 if wide else x.dtype)
     y = result.view(len(flat), len(W))
-    if bias is None:
+    if wide:
+        product_in_parts(flat, W, bias, y)
+    elif bias is None:
         torch.mm(flat, W.t(), out=y)
     else:
         torch.addmm(bias, flat, W.t(), out=y)
@@ -199,8 +200,9 @@ def add_adapters(y: Tensor, x: Tensor, adapters: Sequence[tuple[Tensor, Tensor, 
         if rows == 1:
             _add_row(y.view(-1), x.reshape(-1), A, B, c)
         elif rows <= A.shape[0] or is_emulated(x):
-            s = x.reshape(-1, K).to(A.dtype) @ A.t()
-            y.view(rows, N).add_(_times(s, c) @ B.t())
+            wide = torch.promote_types(A.dtype, torch.float32) if is_emulated(x) else A.dtype
+            s = x.reshape(-1, K).to(wide) @ A.to(wide).t()
+            y.view(rows, N).add_(_times(s, c) @ B.to(wide).t())
         else:
             s = x.reshape(-1, K) @ A.to(x.dtype).t()
             y.view(rows, N).addmm_(_times(s, c), B.to(x.dtype).t())
@@ -229,7 +231,7 @@ class _LoraLinear(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         ctx.unpack, ctx.settings, ctx.shared = unpack, settings, shared
-        result = _frozen_product(x, unpack(), bias)
+        result = _frozen_product(x, unpack(), bias, wide=is_emulated(x))
         flat, y = x.reshape(-1, x.shape[-1]).to(result.dtype), result.view(-1, result.shape[-1])
         kept: list[Tensor | None] = [*(factors or (x if any(ctx.needs_input_grad[6::3]) else None, None))]
         ctx.random = []
@@ -247,24 +249,40 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, factor, *kept = ctx.saved_tensors
-        x = x if factor is None else x * factor
-        g, shape = widened(grad.reshape(-1, grad.shape[-1])), grad.shape[:-1]
-        flat = None if x is None else x.reshape(-1, x.shape[-1]).to(g.dtype)
-        dx = input_gradient(g, ctx.unpack(), ctx.shared) if ctx.needs_input_grad[0] else None
-        dbias = g.sum(0) if ctx.needs_input_grad[1] else None
-        results: list[Tensor | None] = []
-        for i, (settings, state) in enumerate(zip(ctx.settings, ctx.random, strict=True)):
-            wanted = ctx.needs_input_grad[6 + 3 * i : 9 + 3 * i]
-            results += adapter_backward(g, flat, kept[4 * i : 4 * i + 4], settings, state, wanted, dx, ctx.shared)
-        own = None if dx is None or ctx.shared is not None else dx.view(*shape, dx.shape[-1]).to(grad.dtype)
-        return (own, None if dbias is None else dbias.to(grad.dtype), None, None, None, None, *results)
+        with without_autocast(grad.device.type):
+            return _lora_backward(ctx, grad)
+
+
+def _lora_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, factor, *kept = ctx.saved_tensors
+    x = x if factor is None else x * factor
+    g, shape = widened(grad.reshape(-1, grad.shape[-1])), grad.shape[:-1]
+    flat = None if x is None else x.reshape(-1, x.shape[-1]).to(g.dtype)
+    dx = input_gradient(g, ctx.unpack(), ctx.shared) if ctx.needs_input_grad[0] else None
+    dbias = g.sum(0) if ctx.needs_input_grad[1] else None
+    results: list[Tensor | None] = []
+    for i, (settings, state) in enumerate(zip(ctx.settings, ctx.random, strict=True)):
+        wanted = ctx.needs_input_grad[6 + 3 * i : 9 + 3 * i]
+        results += adapter_backward(g, flat, kept[4 * i : 4 * i + 4], settings, state, wanted, dx, ctx.shared)
+    own = None if dx is None or ctx.shared is not None else dx.view(*shape, dx.shape[-1]).to(grad.dtype)
+    return (own, None if dbias is None else dbias.to(grad.dtype), None, None, None, None, *results)
 
 
 def input_gradient(g: Tensor, W: Tensor, shared: SharedInput | None) -> Tensor:
     """g W, or the sum that it is added to."""
-    W = W.to(g.dtype)
-    return g @ W if shared is None else shared.add(g, W)
+    return add_product(None, g, W) if shared is None else shared.add(g, W)
+
+
+def add_product(dx: Tensor | None, g: Tensor, W: Tensor) -> Tensor:
+    """Add g W to dx, in place where it is there; g may be wider than W."""
+    if g.dtype != W.dtype:
+        return add_gradient_in_parts(g.new_zeros(len(g), W.shape[1]) if dx is None else dx, g, W)
+    return g @ W if dx is None else dx.addmm_(g, W)
+
+
+def without_autocast(kind: str) -> AbstractContextManager[object]:
+    """Nothing is cast within it; of no cost where nothing is cast anyway."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def adapter_backward(

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from hf_qlora.kernels.emulated import head_product, is_emulated
+from hf_qlora.kernels.emulated import FEW_ROWS, head_product, is_emulated
 from hf_qlora.layers import rowwise  # noqa: F401  # its rules
 from hf_qlora.layers.forward import is_hooked
 from hf_qlora.layers.logits import FrozenHead, HeadCall, Recipe, lazy_logits
@@ -144,11 +144,10 @@ class ChunkedHead(Subclassed):
 
 def _is_emulated(head: Any, hidden: Tensor) -> bool:
     """Whether a head's own product would be plain loops, and may be made otherwise: where it is nothing but that."""
-    plain = head._own_class is nn.Linear and hidden.dtype == head.weight.dtype and is_emulated(hidden)
+    many = is_emulated(hidden) and hidden.numel() > FEW_ROWS * hidden.shape[-1]
+    plain = many and head._own_class is nn.Linear and hidden.dtype == head.weight.dtype
     kind = hidden.device.type
-    return plain and not (
-        torch.is_grad_enabled() or torch.is_autocast_enabled(kind) or torch.compiler.is_compiling() or _is_bound(head)
-    )
+    return plain and not (torch.is_grad_enabled() or torch.is_autocast_enabled(kind) or _is_bound(head))
 
 
 def _logits_in_parts(head: Any, hidden: Tensor) -> Tensor:

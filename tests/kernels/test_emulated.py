@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from architectures import llama, tokens
+from calibrating import rows_of, text
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_qlora import NF4Config, QLoRAConfig, quantize_model
 from hf_qlora.kernels import emulated
@@ -20,6 +22,7 @@ from hf_qlora.kernels.dora import dora_linear
 from hf_qlora.kernels.functional import Adapter, add_adapters, frozen_linear, lora_linear, share
 from hf_qlora.kernels.loss import linear_cross_entropy
 from hf_qlora.kernels.planned import planned_device
+from hf_qlora.quant.calibrate import streams
 
 
 K, N, ROWS = 48, 80, 12
@@ -58,12 +61,16 @@ def of(adapter: Adapter, dtype: torch.dtype) -> list[Tensor]:
     return [t.detach().to(dtype).requires_grad_(True) for t in given if t is not None]
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, ROWS])
 @pytest.mark.parametrize("count", [0, 1, 2])
 @pytest.mark.parametrize("gain", [False, True])
 @pytest.mark.parametrize("dtype", NARROW)
-def test_output_and_gradients_are_float64s_but_for_one_rounding(dtype: torch.dtype, gain: bool, count: int) -> None:
-    x, W = torch.randn(ROWS, K).to(dtype).requires_grad_(True), torch.randn(N, K).to(dtype)
-    bias, g = torch.randn(N).to(dtype).requires_grad_(True), torch.randn(ROWS, N).to(dtype)
+def test_output_and_gradients_are_float64s_but_for_one_rounding(
+    dtype: torch.dtype, gain: bool, count: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emulated, "PART_BYTES", 4 * K * 33)  # of 80 outputs: 33, 33 and 14
+    x, W = torch.randn(rows, K).to(dtype).requires_grad_(True), torch.randn(N, K).to(dtype)
+    bias, g = torch.randn(N).to(dtype).requires_grad_(True), torch.randn(rows, N).to(dtype)
     adapters = [make_adapter(gain) for _ in range(count)]
     y = lora_linear(x, lambda: W, bias, adapters)
     own = [t for a in adapters for t in (a.A, a.B, a.gain) if t is not None]
@@ -79,6 +86,10 @@ def test_output_and_gradients_are_float64s_but_for_one_rounding(dtype: torch.dty
     expected = torch.autograd.grad(exact, [exact_x, exact_bias, *leaves], g.double())
 
     assert y.dtype == found[0].dtype == found[1].dtype == dtype
+    assert y.shape == (rows, N)
+    if not rows:
+        assert all(not gradient.any() for gradient in found)
+        return
     assert off(y, exact) <= rounding(dtype)
     assert off(found[0], expected[0]) <= rounding(dtype)
     assert off(found[1], expected[1]) <= rounding(dtype)
@@ -127,6 +138,7 @@ def test_without_gradients(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     with torch.no_grad():
         y = frozen_linear(x, lambda: W, bias)
         added = add_adapters(y.clone(), x, [(adapter.A, adapter.B, 0.7)])
+        narrow = add_adapters(y.clone(), x, [(adapter.A.to(dtype), adapter.B.to(dtype), 0.7)])
     assert y.dtype == added.dtype == dtype
     assert y.shape == (*shape[:-1], N)
     if not x.numel():
@@ -135,6 +147,7 @@ def test_without_gradients(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     with_adapter = y.double() + 0.7 * (x.double() @ adapter.A.double().t() @ adapter.B.double().t())
     assert off(y, expected) <= 2 * rounding(dtype)  # loops, of one row or two, add up in float32 and round too
     assert off(added, with_adapter) <= 2 * rounding(dtype)
+    assert off(narrow, with_adapter) <= 8 * rounding(dtype)  # of A and B too, whose roundings add up over r
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -142,10 +155,13 @@ def test_without_gradients(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 def test_the_loss_behind_a_head_is_multiplied_in_parts(
     dtype: torch.dtype, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(emulated, "BLOCK_BYTES", 4 * K * 33)  # of 80 classes: 33, 33 and 14
+    monkeypatch.setattr(emulated, "PART_BYTES", 4 * K * 33)  # of 80 classes: 33, 33 and 14
+    parts = _Widened()
     h, W = torch.randn(ROWS, K).to(dtype).requires_grad_(True), torch.randn(N, K).to(dtype)
     bias, target = torch.randn(N).to(dtype) if biased else None, torch.randint(N, (ROWS,))
-    loss = linear_cross_entropy(h, lambda: W, bias, target)
+    with parts:
+        loss = linear_cross_entropy(h, lambda: W, bias, target)
+    assert parts.of_weights(K) == [33, 33, 14] * 2  # for the logits, and for their gradient
     (found,) = torch.autograd.grad(loss, [h])
     exact_h = h.detach().double().requires_grad_(True)
     logits = exact_h @ W.double().t() + (0 if bias is None else bias.double())
@@ -183,7 +199,101 @@ def test_a_model_in_bfloat16_trains_as_with_instructions_for_it(monkeypatch: pyt
         assert error <= 0.05 * expected.double().norm()
 
 
-def test_an_nf4_layer_multiplies_what_it_always_has(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Widened(TorchDispatchMode):
+    """The shapes of what is cast to float32 within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and result.dtype == torch.float32:
+            self.shapes.append(result.shape)
+        return result
+
+    def of_weights(self, width: int) -> list[int]:
+        return [shape[0] for shape in self.shapes if len(shape) == 2 and shape[1] == width and shape[0] != ROWS]
+
+
+def test_an_output_head_in_eval_mode_is_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulated, "PART_BYTES", 4 * 128 * 60)
+    base = llama().to(torch.bfloat16)
+    model = get_peft_model(base, QLoRAConfig(r=4, target_modules=["q_proj"])).eval()
+    hidden, parts = torch.randn(ROWS, 128).bfloat16(), _Widened()
+    with torch.no_grad(), parts:
+        found = model.get_base_model().lm_head(hidden)
+    assert len(parts.of_weights(128)) == -(-len(base.lm_head.weight) // 60)
+    assert off(found, hidden.double() @ base.lm_head.weight.double().t()) <= rounding(torch.bfloat16)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_backward_within_autocast(dora: bool) -> None:
+    """Which PyTorch advises against, and people do."""
+    x = torch.randn(ROWS, K).bfloat16().requires_grad_(True)
+    W, more = torch.randn(N, K).bfloat16(), {}
+    if dora:
+        more = {"magnitude": torch.rand(N).add(0.5), "row_squares": lambda W: W.float().square().sum(1)}
+    adapter = make_adapter(**more)
+
+    y = dora_linear(x, lambda: W, None, adapter) if dora else lora_linear(x, lambda: W, None, [adapter])
+    leaves, g = [x, adapter.A, adapter.B], torch.randn(ROWS, N).bfloat16()
+    expected = torch.autograd.grad(y, leaves, g, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, leaves, g)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_dropout_has_one_mask() -> None:
+    x, W = torch.randn(ROWS, K).bfloat16().requires_grad_(True), torch.randn(N, K).bfloat16()
+    adapter, g = make_adapter(dropout=0.5), torch.randn(ROWS, N).bfloat16()
+    torch.manual_seed(3)
+    y = lora_linear(x, lambda: W, None, [adapter])
+    found = torch.autograd.grad(y, [x, adapter.A], g)
+    torch.manual_seed(3)
+    wide, A = x.detach().float().requires_grad_(True), adapter.A.detach().requires_grad_(True)
+    dropped = nn.functional.dropout(wide, 0.5)
+    exact = wide @ W.float().t() + 0.7 * dropped @ A.t() @ adapter.B.t()
+    expected = torch.autograd.grad(exact, [wide, A], g.float())
+    assert off(y, exact) <= rounding(torch.bfloat16)
+    assert off(found[0], expected[0]) <= rounding(torch.bfloat16)
+    assert off(found[1], expected[1]) <= SUMS
+
+
+def test_the_dense_stream_of_a_calibration_is_multiplied_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without instructions its layers' errors are those of the same in float32 products, and no loop is run."""
+    rows, config = rows_of(text()), NF4Config()
+    products = _Products()
+    model = llama().to(torch.bfloat16)
+    with products:
+        Streams = streams.Streams
+        run_streams = Streams.run
+
+        def only_here(self: Any, *args: Any) -> None:
+            products.counting = True
+            run_streams(self, *args)
+            products.counting = False
+
+        monkeypatch.setattr(Streams, "run", only_here)
+        quantize_model(model, config, calibration=rows)
+    assert not products.narrow
+
+
+class _Products(TorchDispatchMode):
+    """Matrix products of narrow tensors within it, while it counts: attention's are no `mm`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counting, self.narrow = False, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and self.counting:
+            self.narrow += result.dtype == torch.bfloat16
+        return result
+
+
+def test_an_nf4_layer_multiplies_what_it_always_has() -> None:
     """The weight is rounded to the compute dtype first, as where there are instructions for it."""
     layer = nn.Sequential(nn.Linear(K, N)).to(torch.bfloat16)
     quantize_model(layer, NF4Config())

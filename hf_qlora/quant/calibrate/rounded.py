@@ -36,7 +36,9 @@ class RoundedLayer:
     def product(self, x: Tensor, packed: Packed | None = None) -> Tensor:
         """As `Linear4bit` will make it, (..., in_features) → (..., out_features), in x's dtype."""
         codes, state = packed or self.own
-        dtype: Any = self.compute_dtype or state.dtype
+        kind = x.device.type
+        dtype: Any = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.compute_dtype
+        dtype = dtype or state.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return frozen_linear(x.to(dtype), lambda: dequantize_weight(codes, state, dtype), bias).to(x.dtype)
 

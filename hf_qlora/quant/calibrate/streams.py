@@ -206,7 +206,8 @@ class Streams:
     def _as_it_is(self, name: str, forward: Forward, x: Tensor) -> Tensor:
         """What the layer makes of x."""
         layer: Any = self.layers[name]
-        if is_emulated(x) and type(layer) in (nn.Linear, Conv1D) and layer.weight.dtype == x.dtype:
+        own = type(layer) in (nn.Linear, Conv1D) and getattr(forward, "__func__", None) is type(layer).forward
+        if is_emulated(x) and own and layer.weight.dtype == x.dtype:
             return frozen_linear(x, partial(dense_weight, layer), layer.bias)
         made: Tensor = forward(x)
         return made
