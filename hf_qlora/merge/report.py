@@ -136,8 +136,13 @@ class MergeReport:
         return sorted(self.layers, key=lambda layer: layer.error, reverse=True)[:count]
 
     def card_rows(self) -> dict[str, str]:
-        """What a model card says of it: no path, and no note but the calibration's."""
-        left_out = NOT_IN_A_CARD if self.logits is not None else (*NOT_IN_A_CARD, "logits")
+        """What a model card says of it: no path, and no note but the calibration's.
+
+        What is kept by weights is not said: their rounding to a narrow dtype takes a large share of it, and hardly
+        moves the logits.
+        """
+        unsaid = {"logits": self.logits is None, "kept": self.kept_by == "weights"}
+        left_out = {*NOT_IN_A_CARD, *(name for name, is_unsaid in unsaid.items() if is_unsaid)}
         found = {name.capitalize(): line for name, line in self._lines() if name not in left_out}
         notes = [] if self.calibration is None else self.calibration.notes
         base = {"Base": "another one than the adapter was trained on"} if self.another_base else {}

@@ -44,7 +44,8 @@ def test_from_files_it_says_what_is_merged_and_not_where_it_was(saved: Saved, tm
     assert card.text.startswith("# Merged model\n")
     assert "`base` with the adapter `adapter` merged into it.\n" in card.text
     assert "| Weights are | `the base that the adapter was trained on, dense, plus ΔW` |" in card.text
-    assert f"| Kept | `{report.kept:.1%} of the adapter, by weights` |" in card.text
+    assert f"| Weights | `error {report.error:.3g} of ‖ΔW‖ over 14 layers` |" in card.text
+    assert "| Kept |" not in card.text
     assert "needs neither PEFT nor bitsandbytes." in card.text
     assert "`apache-2.0`. The base's: `apache-2.0`. The adapter's: `not stated`." in card.text
     assert str(tmp_path) not in card.content
