@@ -36,6 +36,7 @@ from hf_qlora import (
 )
 from hf_qlora.config.fingerprint import Fingerprint
 from hf_qlora.console import INTERRUPTED
+from hf_qlora.kernels.emulated import is_emulated
 from hf_qlora.merge import sources
 from hf_qlora.quant.calibrate import group, rounder, run
 from hf_qlora.quant.calibrate.kept import beside
@@ -179,7 +180,9 @@ def test_an_adapter_trained_on_it_refers_to_it(
     assert saved["hf_qlora"]["fingerprint"] == record["fingerprint"]
     ids = tokens()
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype="auto")
-    assert logits(again, ids).equal(logits(model, ids))
+    # Products in float32 may add up in another order where a weight lies at another address, as in a mapped file.
+    tolerance = 2**-7 if is_emulated(torch.empty(0, dtype=torch.bfloat16)) else 0
+    assert relative(logits(again, ids), logits(model, ids)) <= tolerance
     assert "was trained on another base" not in caplog.text
 
 
