@@ -180,9 +180,13 @@ def test_an_adapter_trained_on_it_refers_to_it(
     assert saved["hf_qlora"]["fingerprint"] == record["fingerprint"]
     ids = tokens()
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype="auto")
-    # Products in float32 may add up in another order where a weight lies at another address, as in a mapped file.
-    tolerance = 2**-7 if is_emulated(torch.empty(0, dtype=torch.bfloat16)) else 0
-    assert relative(logits(again, ids), logits(model, ids)) <= tolerance
+    with torch.no_grad():
+        found, expected = (one.eval()(input_ids=ids, output_hidden_states=True) for one in (again, model))
+    assert found.hidden_states[-1].equal(expected.hidden_states[-1])
+    # The head of a model that trains multiplies in float32 where the processor does not in bfloat16; one that is
+    # loaded for inference has torch's: two sums of the same products, each rounded to bfloat16 once.
+    tolerance = 2**-8 if is_emulated(found.logits) else 0
+    assert relative(found.logits.float(), expected.logits.float()) <= tolerance
     assert "was trained on another base" not in caplog.text
 
 

@@ -92,7 +92,7 @@ def add_adapter(
     known = type(base).__module__.startswith("transformers.")
     dtype = str(getattr(base, "dtype", torch.float32))
     name = base_name(model, config)
-    of_base = base_license(name)
+    of_base = known_license(name)
     licence_fields = {"license": licence} if licence else of_base
     facts = {
         "method": _method(config),
@@ -140,11 +140,11 @@ def base_id(name: str) -> str | None:
     return None if not name or is_local(name) else card.hub_id(name)
 
 
-def base_license(base: str) -> dict[str, Any]:
-    """The licence of a base, as far as it is known on this machine; `ask_for_license` asks the Hub."""
-    readme = Path(base, constants.REPOCARD_NAME)
-    if not base or base in _licenses or not readme.is_file():
-        return _licenses.get(base, {})
+def known_license(name: str) -> dict[str, Any]:
+    """The licence of a model or adapter, as far as it is known on this machine; `ask_for_license` asks the Hub."""
+    readme = Path(name, constants.REPOCARD_NAME)
+    if not name or name in _licenses or not readme.is_file():
+        return _licenses.get(name, {})
     found = card.load(readme.parent)
     return _license_fields(found.data) if found is not None else {}
 

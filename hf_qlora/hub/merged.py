@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_qlora.hub import card
-from hf_qlora.hub.facts import LICENSE, base_id, base_license, linked
+from hf_qlora.hub.facts import LICENSE, base_id, known_license, linked
 from hf_qlora.hub.quantized import FORMAT_TAGS, MODEL_PLACEHOLDER, auto_class
 from hf_qlora.identity import is_local
 from hf_qlora.saving import versions
@@ -74,8 +74,8 @@ def write_merged_card(folder: Path, merged: Merged, rows: Mapping[str, str]) -> 
 
 def _licenses(merged: Merged) -> tuple[dict[str, Any], dict[str, Any]]:
     """Those of the base and of the adapter, as far as they are known here."""
-    base = base_license(str(merged.base_folder)) or base_license(merged.base)
-    return base, {} if merged.adapter_folder is None else base_license(str(merged.adapter_folder))
+    base = known_license(str(merged.base_folder)) or known_license(merged.base)
+    return base, {} if merged.adapter_folder is None else known_license(str(merged.adapter_folder))
 
 
 def _named(adapter: str) -> str:

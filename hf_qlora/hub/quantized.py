@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_qlora.config import NF4Config
 from hf_qlora.hub import card
-from hf_qlora.hub.facts import LICENSE, PLACEHOLDER, TASKS, base_id, base_license, linked, quantization_of
+from hf_qlora.hub.facts import LICENSE, PLACEHOLDER, TASKS, base_id, known_license, linked, quantization_of
 from hf_qlora.saving import versions
 
 
@@ -36,7 +36,7 @@ def write_quantized_card(
     name = linked(base, None)
     if not found.text.strip():
         found.text = f"# {card.code(f'{PureWindowsPath(base_id(base) or base).name} in NF4')}\n"
-    licence = base_license(str(source)) or base_license(base)
+    licence = known_license(str(source)) or known_license(base)
     dtype = str(getattr(model, "dtype", None))
     table = {
         "Base": f"{name}, {card.code(type(model).__name__)} in {card.code(dtype.removeprefix('torch.'))}",

@@ -100,10 +100,9 @@ class _DoraLinear(torch.autograd.Function):
 def _dora_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, factor, A, B, s, z, norm, ratio = ctx.saved_tensors
     x = x if factor is None else x * factor
-    flat = None if x is None else x.reshape(-1, x.shape[-1])
     whole = grad.reshape(-1, grad.shape[-1])
     g = widened(torch.mul(whole, ratio, out=torch.empty_like(whole)))
-    flat = None if flat is None else flat.to(g.dtype)
+    flat = None if x is None else x.reshape(-1, x.shape[-1]).to(g.dtype)
     dx = input_gradient(g, ctx.unpack(), ctx.shared) if ctx.needs_input_grad[0] else None
     dbias = whole.sum(0) if ctx.needs_input_grad[1] else None
     dmagnitude = None

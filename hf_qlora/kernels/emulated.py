@@ -1,7 +1,7 @@
 """Products in dtypes that the processor does not multiply in.
 
 On a CPU torch leaves products in bfloat16 and float16 to oneDNN, which takes those that the processor has instructions
-for. Elsewhere they are plain loops: on a core with AVX2 alone, 256 rows x 576 -> 1,536 in bfloat16 took 9 times as
+for. Elsewhere they are plain loops: on a core with AVX2 alone, 256 rows x 576 -> 1,536 in bfloat16 took 10 times as
 long as in float32, and the gradient of x 36 times. There, float32 copies are multiplied and the result is rounded
 once, as oneDNN does it. For one or two rows, as in generating, the loops are faster.
 """

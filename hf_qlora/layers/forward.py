@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from hf_qlora.kernels.dora import dora_linear
-from hf_qlora.kernels.functional import Adapter, Unpack, lora_linear
+from hf_qlora.kernels.functional import Adapter, Unpack, lora_linear, without_autocast
 from hf_qlora.layers import siblings
 from hf_qlora.layers.depth import SLOT, DepthVariant, scale_of
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
@@ -125,7 +124,7 @@ def step_forward(
 ) -> Tensor:
     """The node in the dtype of the product, which the result has too."""
     kind = x.device.type
-    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+    with without_autocast(kind):
         given, shared = siblings.shared_input(x, dtype)
         narrow = None if bias is None else bias.to(dtype)
         if adapters[0].magnitude is not None:
@@ -136,7 +135,7 @@ def step_forward(
 def traced_forward(x: Tensor, dtype: torch.dtype, base: Callable[[Tensor], Tensor], adapters: list[Adapter]) -> Tensor:
     """The same in plain operations, for torch.compile; `base` applies the frozen layer."""
     kind = x.device.type
-    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+    with without_autocast(kind):
         x = x.to(dtype)
         y = base(x)
         for adapter in adapters:

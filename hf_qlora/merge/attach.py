@@ -49,7 +49,7 @@ def attach(model: PreTrainedModel, adapter: Path, config: LoraConfig, low_cpu_me
             )
     except AdapterError as error:
         raise MergeError(f"{error} {RESIZED}") from error
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # a RuntimeError, too
         raise
     except KeyError as error:  # of a trained module whose weights are not in the file
         raise _unfit(adapter, f"it has no weights for {_short(str(error.args[0]))}.") from error

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import bitsandbytes as bnb
@@ -25,7 +25,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_qlora.kernels.functional import frozen_linear
+from hf_qlora.kernels.functional import frozen_linear, without_autocast
 from hf_qlora.quant.dequantize import dequantize_weight
 from hf_qlora.quant.packing import share_tables, unpacked
 from hf_qlora.quant.repacked import MAX_ROWS, Repacked
@@ -81,7 +81,7 @@ class Linear4bit(bnb.nn.Linear4bit):
         if repacked is not None and self._is_generating(x, dtype):
             y = repacked.multiply(x.to(dtype), self.weight, self.state)
             return (y if bias is None else y.add_(bias)).to(x.dtype)
-        with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
+        with without_autocast("cpu"):
             return frozen_linear(x.to(dtype), lambda: self.dequantize(dtype), bias).to(x.dtype)
 
     def product_dtype(self, x: Tensor) -> torch.dtype:
