@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hf_qlora.bench.calibrated_nf4 import data
 from hf_qlora.bench.measure import code
 from hf_qlora.bench.train_step.arms import with_stock_layers
 from hf_qlora.config import NF4Config, QLoRAConfig
+from hf_qlora.kernels.emulated import is_emulated
 from hf_qlora.quant.base import quantize_model
 from hf_qlora.quant.calibrate.loss import mean_loss
 
@@ -33,19 +35,25 @@ LORA: dict[str, Any] = {
 }
 
 
+def dtype(device: str) -> torch.dtype:
+    """bfloat16, or float32 where a CPU has no products in bfloat16."""
+    wanted = torch.bfloat16
+    return torch.float32 if is_emulated(torch.empty(0, dtype=wanted, device=device)) else wanted
+
+
 def dense(device: str, layers: int | None = None) -> Any:
-    """In bfloat16; or so many layers of random weights, to see that all works."""
+    """The model as it was released; or so many layers of random weights, to see that all works."""
     if layers is None:
-        return copy.deepcopy(_model()).to(device)
+        return copy.deepcopy(_model(dtype(device))).to(device)
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(assets.smollm2_135m_instruct(), num_hidden_layers=layers, pad_token_id=2)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype(device))
     return model.eval().to(device)
 
 
 @functools.cache
-def _model() -> Any:
-    return AutoModelForCausalLM.from_pretrained(assets.smollm2_135m_instruct(), dtype=torch.bfloat16).eval()
+def _model(dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(assets.smollm2_135m_instruct(), dtype=dtype).eval()
 
 
 def adapted(device: str, seed: int, steps: int, layers: int | None = None, init: str = "default") -> PeftModel:
@@ -55,16 +63,38 @@ def adapted(device: str, seed: int, steps: int, layers: int | None = None, init:
         init: "default" or "loftq".
     """
     model = _fresh(device, seed, layers, init)
-    name = f"calibrated-nf4-{code()}-{init}-{seed}-{steps}-{layers}-{torch.device(device).type}"
 
     def make(folder: Path, _: Any) -> None:
         train(model, seed, steps)
         state = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
         save_file(state, folder / "adapter.safetensors")
 
-    folder = cached(name, make)
+    folder = cached(_name(device, seed, steps, layers, init), make)
     set_peft_model_state_dict(model, load_file(folder / "adapter.safetensors", device=device))
     return model.eval()
+
+
+def unchanged(device: str, seed: int, steps: int, layers: int | None = None) -> dict[str, dict[str, float]]:
+    """The losses that each calibration is compared with: of the unmerged model, its base, and the dense model.
+
+    They are measured once for an adapter, and kept beside it.
+    """
+
+    def make(folder: Path, _: Any) -> None:
+        model = adapted(device, seed, steps, layers)
+        found = {"unmerged": losses(model, layers)}
+        with model.disable_adapter():
+            found["base"] = losses(model, layers)
+        found["dense"] = losses(dense(device, layers), layers)
+        (folder / "losses.json").write_text(json.dumps(found), encoding="utf-8")
+
+    folder = cached(f"{_name(device, seed, steps, layers, 'default')}-losses", make)
+    found: dict[str, dict[str, float]] = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _name(device: str, seed: int, steps: int, layers: int | None, init: str) -> str:
+    return f"calibrated-nf4-{code()}-{init}-{seed}-{steps}-{layers}-{torch.device(device).type}"
 
 
 def _fresh(device: str, seed: int, layers: int | None, init: str) -> PeftModel:

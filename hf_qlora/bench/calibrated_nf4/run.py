@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from hf_qlora.bench.calibrated_nf4 import models, parts
@@ -92,7 +93,7 @@ def perform(
     Raises:
         ValueError: the file has rows of another kind of device, or a run twice.
     """
-    check_same_device(results, environment(device)["device"])
+    check_same_device(results, made_with(device)["device"])
     done = {run for run, _ in read(results)}
     todo = [run for run in planned(plan, names) if run not in done]
     with tqdm(total=len(todo), desc="runs", unit="run") as bar:
@@ -101,6 +102,14 @@ def perform(
             _keep(results, run, found, device, bar)
         for run in (run for run in todo if run.part == "cost"):
             _keep(results, run, apart(do, run, device), device, bar)
+
+
+def made_with(device: str) -> dict[str, Any]:
+    """The `environment`; a device that has no products in bfloat16 is another one than those that have."""
+    found = environment(device)
+    if models.dtype(device) is not torch.bfloat16:
+        found["device"] += f", {str(models.dtype(device)).removeprefix('torch.')}"
+    return found
 
 
 def do(run: Run, device: str) -> dict[str, Any]:
@@ -122,7 +131,7 @@ def read(results: Path) -> list[tuple[Run, dict[str, Any]]]:
 
 
 def _keep(results: Path, run: Run, found: dict[str, Any], device: str, bar: Any) -> None:
-    row = {"part": run.part, "settings": dict(run.settings), "found": found, "with": environment(device)}
+    row = {"part": run.part, "settings": dict(run.settings), "found": found, "with": made_with(device)}
     append_line(results, row)
     bar.set_postfix_str(run.part)
     bar.update()

@@ -26,6 +26,8 @@ def adaptive_depth(
     """
     from dataclasses import replace
 
+    from hf_qlora.bench.measure import environment
+
     try:
         from hf_qlora.bench.depth import report, run, tasks
     except ImportError as error:
@@ -35,6 +37,6 @@ def adaptive_depth(
     file = file_of_runs("adaptive-depth", results, report_only, quick, run.read)
     if not report_only:
         check_device(device)
-        check_addable(file, device)
+        check_addable(file, environment(device))
         run.perform(replace(run.QUICK if quick else run.Plan(), tasks=names), file, device, workers)
     typer.echo(report.markdown(file) or f"No test runs in {file} yet.")

@@ -70,12 +70,14 @@ def file_of_runs(
     return file
 
 
-def check_addable(results: Path, device: str) -> None:
-    """Raises: typer.Exit: with 2, where the file's rows are of another kind of device than what would be added."""
-    from hf_qlora.bench.measure import environment
+def check_addable(results: Path, made: dict[str, Any]) -> None:
+    """Raises: typer.Exit: with 2, where the file's rows are of another kind of device than what would be added.
 
+    Args:
+        made: the `environment` of what would be.
+    """
     try:
-        check_same_device(results, environment(device)["device"])
+        check_same_device(results, made["device"])
     except ValueError as error:
         raise misused(str(error)) from None
 

@@ -169,11 +169,12 @@ def learning_curve(
 
     Half an hour on two cores.
     """
+    from hf_qlora.bench.measure import environment
     from hf_qlora.bench.train_step import curves
 
     results = file_of_runs("learning-curve", results, report_only)
     if not report_only:
         check_device(device)
-        check_addable(results, device)
+        check_addable(results, environment(device))
         curves.perform(results, steps, device=device, workers=workers)
     typer.echo(curves.markdown(results) or f"No runs to compare in {results} yet.")
