@@ -156,7 +156,7 @@ PRIVATE = {
     "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu.default": "train.plan.attention",
     "torch:ops.aten._scaled_dot_product_flash_attention.default": "train.plan.attention",
     "torch:ops.aten._scaled_dot_product_efficient_attention.default": "train.plan.attention",
-    "torch._C:_current_graph_task_id": "kernels.functional",
+    "torch._C:_current_graph_task_id": "kernels.shared",
     "torch:Tensor._make_wrapper_subclass": "layers.logits",
     "torch.utils._pytree:tree_map_only": "layers.logits",
     "torch.utils._pytree:tree_iter": "layers.budget",

@@ -20,13 +20,13 @@ from hf_qlora.kernels.emulated import widened
 from hf_qlora.kernels.factors import Factors
 from hf_qlora.kernels.functional import (
     Adapter,
-    SharedInput,
     Unpack,
     adapter_backward,
     input_gradient,
     kept_factors,
     without_autocast,
 )
+from hf_qlora.kernels.shared import SharedInput
 
 
 def dora_linear(

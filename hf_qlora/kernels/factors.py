@@ -44,7 +44,7 @@ def factors_of(x: Tensor, gated: bool) -> Factors | None:
 
     Args:
         x (`torch.Tensor`): as the layer got it, with gradients enabled.
-        gated: x is what `functional.share` made of the layer's input.
+        gated: x is what `shared.share` made of the layer's input.
     """
     node: Any = x.grad_fn
     if gated and node is not None:

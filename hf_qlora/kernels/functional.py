@@ -11,15 +11,13 @@ need no (T, N) or (T, K) tensor of their own. An x that is a product is made aga
 A dropout mask is not kept but drawn again from the same state of the random numbers. A and B are master copies,
 normally float32, and are cast to x's dtype in every step. There is no gradient for W, and none of second order.
 
-Layers that get one x (q, k and v; gate and up) sum their dx in one place, a `SharedInput`: each adds its product into
-it, and the skinny products are added as one. The sum goes on when autograd has run, or left out, all of them, which is
-what it knows of any operation's consumers; so nothing need be known of which layers are called, or used, beforehand.
+Layers that get one x sum their dx in one place (`shared.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +25,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_qlora.kernels.emulated import FEW_ROWS, add_gradient_in_parts, is_emulated, product_in_parts, widened
+from hf_qlora.kernels.dropout import dropped, random_again, random_state
+from hf_qlora.kernels.emulated import FEW_ROWS, is_emulated, product_in_parts, widened
 from hf_qlora.kernels.factors import Factors, factors_of
+from hf_qlora.kernels.shared import SharedInput, add_product
 
 
 Unpack = Callable[[], Tensor]
@@ -55,75 +55,6 @@ class Adapter:
     dropout: float = 0.0
     magnitude: Tensor | None = None
     row_squares: Callable[[Tensor], Tensor] | None = None
-
-
-class SharedInput:
-    """One input of several nodes, and the sum of the gradients that they have for it.
-
-    Attributes:
-        x: what to give to the nodes; it has the value of the input that this was made of.
-    """
-
-    def __init__(self) -> None:
-        self._dx: Tensor | None = None
-        self._skinny: list[tuple[Tensor, Tensor, float]] = []
-        self._pass = -1
-
-    def add(self, g: Tensor, W: Tensor) -> Tensor:
-        """Add g W, and return the sum so far, to be added to in place."""
-        current = torch._C._current_graph_task_id()
-        if self._pass != current:  # else left by a pass that did not want the input's gradient
-            self._pass, self._dx, self._skinny = current, None, []
-        self._dx = add_product(self._dx, g, W)
-        return self._dx
-
-    def add_skinny(self, gs: Tensor, A: Tensor, alpha: float) -> None:
-        """Add alpha gs A, with the others of its kind, when all have come."""
-        self._skinny.append((gs, A, alpha))
-
-    def take(self) -> Tensor | None:
-        """The sum, (tokens, in_features), which is then forgotten; None where nothing was added."""
-        dx, skinny, self._dx, self._skinny, self._pass = self._dx, self._skinny, None, [], -1
-        if dx is None or not skinny:
-            return dx
-        alphas = {alpha for _, _, alpha in skinny}
-        if len(alphas) > 1:
-            skinny, alphas = [(gs * alpha, A, 1.0) for gs, A, alpha in skinny], {1.0}
-        gs, A = (
-            (skinny[0][:2])
-            if len(skinny) == 1
-            else (torch.cat([gs for gs, _, _ in skinny], 1), torch.cat([A for _, A, _ in skinny]))
-        )
-        return dx.addmm_(gs, A, alpha=alphas.pop())
-
-
-def is_in_backward() -> bool:
-    """Whether autograd runs a backward pass on this thread."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def share(x: Tensor) -> tuple[Tensor, SharedInput]:
-    """x for several nodes, and the place where they sum up its gradient; both go to each of them."""
-    shared = SharedInput()
-    gated: Tensor = _Gate.apply(x, shared)
-    return gated, shared
-
-
-class _Gate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shared: SharedInput) -> Tensor:
-        ctx.shared, ctx.shape, ctx.dtype = shared, x.shape, x.dtype
-        ctx.set_materialize_grads(False)
-        return x.detach()  # and no view, which would keep x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        dx = ctx.shared.take()
-        if dx is None:
-            return grad, None
-        whole = dx.view(ctx.shape).to(ctx.dtype)
-        return whole if grad is None else whole + grad, None
 
 
 def frozen_linear(x: Tensor, unpack: Unpack, bias: Tensor | None = None) -> Tensor:
@@ -237,7 +168,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.random = []
         for (scaling, dropout), (A, B, gain) in zip(settings, _in_threes(tensors), strict=True):
             ctx.random.append(random_state(flat.device) if dropout else None)
-            s = _dropped(flat, dropout) @ A.to(flat.dtype).t()
+            s = dropped(flat, dropout) @ A.to(flat.dtype).t()
             if gain is None:
                 y.addmm_(s, B.to(flat.dtype).t(), alpha=scaling)
             else:
@@ -273,13 +204,6 @@ def input_gradient(g: Tensor, W: Tensor, shared: SharedInput | None) -> Tensor:
     return add_product(None, g, W) if shared is None else shared.add(g, W)
 
 
-def add_product(dx: Tensor | None, g: Tensor, W: Tensor) -> Tensor:
-    """Add g W to dx, in place where it is there; g may be wider than W."""
-    if g.dtype != W.dtype:
-        return add_gradient_in_parts(g.new_zeros(len(g), W.shape[1]) if dx is None else dx, g, W)
-    return g @ W if dx is None else dx.addmm_(g, W)
-
-
 def without_autocast(kind: str) -> AbstractContextManager[object]:
     """Nothing is cast within it; of no cost where nothing is cast anyway."""
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
@@ -303,7 +227,7 @@ def adapter_backward(
     dA = dB = dgain = None
     if wanted[0]:
         with random_again(state, g.device):
-            dA = _scaled(gs.t(), _dropped(flat, dropout), alpha).to(A.dtype)
+            dA = _scaled(gs.t(), dropped(flat, dropout), alpha).to(A.dtype)
     if wanted[1]:
         cs = s if gain is None else _times(s, scaling * gain)
         dB = _scaled(cs.t(), g, alpha).t()  # gᵀ s takes 1.7 times as long on CPUs
@@ -313,7 +237,7 @@ def adapter_backward(
     if dx is not None:
         if dropout:
             with random_again(state, g.device):
-                dx += _dropped(_scaled(gs, A.to(g.dtype), alpha), dropout)
+                dx += dropped(_scaled(gs, A.to(g.dtype), alpha), dropout)
         elif shared is not None:
             shared.add_skinny(gs, A.to(g.dtype), alpha)
         else:
@@ -338,36 +262,3 @@ def _wide(skinny: Tensor) -> Tensor:
 
 def _in_threes(tensors: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
     return list(zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True))
-
-
-def _dropped(x: Tensor, dropout: float) -> Tensor:
-    """Dropout, whose mask follows the order in memory, and on GPUs the alignment: both the same each time."""
-    if not dropout:
-        return x
-    even = x.contiguous()
-    return torch.nn.functional.dropout(even.clone() if even.data_ptr() % 16 else even, dropout)
-
-
-@contextmanager
-def random_again(state: Tensor | None, device: torch.device) -> Iterator[None]:
-    """Within it, random numbers are drawn from `state`; afterwards they go on as before."""
-    if state is None:
-        yield
-        return
-    before = random_state(device)
-    _set_random_state(state, device)
-    try:
-        yield
-    finally:
-        _set_random_state(before, device)
-
-
-def random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(state: Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.modeling_utils import AttentionInterface
 
-from hf_qlora.kernels.functional import is_in_backward
+from hf_qlora.kernels.shared import is_in_backward
 from hf_qlora.layers import depth
 from hf_qlora.layers.names import adapted_layers
 from hf_qlora.layers.profile import layer_index

@@ -32,7 +32,7 @@ from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Linear, LoraVariant
 from torch import Tensor, nn
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig
-from hf_qlora.kernels.functional import is_in_backward
+from hf_qlora.kernels.shared import is_in_backward
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.layers.names import adapted_layers
 from hf_qlora.layers.profile import profile_at

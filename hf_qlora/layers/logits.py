@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 
-from hf_qlora.kernels.functional import Unpack, random_again, random_state
+from hf_qlora.kernels.dropout import random_again, random_state
+from hf_qlora.kernels.functional import Unpack
 from hf_qlora.kernels.loss import own_graph
 
 

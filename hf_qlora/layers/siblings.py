@@ -4,7 +4,7 @@ They are found when they are called: the second of them gets the very object tha
 nothing depends on a model's names, nor on which of them is called, hooked or used; whatever stands between (a hook
 that returns another tensor, a cast, an operation in place) makes them strangers, which is slower and as right.
 
-What they share is the input with its cast, and the place where its gradient is summed (`kernels.functional.share`).
+What they share is the input with its cast, and the place where its gradient is summed (`kernels.shared.share`).
 Rejected: one node for all of them, computed when the first is called. It must guess who will be called. What it learns
 from a first step it has forgotten in a resumed run, which then differs in the last bits from an uninterrupted one; and
 a fellow that is hooked, offloaded or sharded must not be computed at another's call.
@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_qlora.kernels.functional import SharedInput, share
+from hf_qlora.kernels.shared import SharedInput, share
 
 
 @dataclass(eq=False)

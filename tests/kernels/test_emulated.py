@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_qlora import NF4Config, QLoRAConfig, quantize_model
 from hf_qlora.kernels import emulated
 from hf_qlora.kernels.dora import dora_linear
-from hf_qlora.kernels.functional import Adapter, add_adapters, frozen_linear, lora_linear, share
+from hf_qlora.kernels.functional import Adapter, add_adapters, frozen_linear, lora_linear
 from hf_qlora.kernels.loss import linear_cross_entropy
 from hf_qlora.kernels.planned import planned_device
+from hf_qlora.kernels.shared import share
 from hf_qlora.quant.calibrate import streams
 
 

@@ -13,7 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hf_qlora.kernels import factors
 from hf_qlora.kernels.dora import dora_linear
-from hf_qlora.kernels.functional import Adapter, lora_linear, share
+from hf_qlora.kernels.functional import Adapter, lora_linear
+from hf_qlora.kernels.shared import share
 
 
 T, K, N, R = 16, 24, 40, 4

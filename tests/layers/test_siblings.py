@@ -18,7 +18,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from hf_qlora import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
-from hf_qlora.kernels import functional
+from hf_qlora.kernels import shared
 from hf_qlora.layers import siblings
 
 
@@ -251,12 +251,12 @@ def test_saved_inputs_can_be_packed_away(how: str) -> None:
 def sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref[Any]]]:
     made: list[weakref.ref[Any]] = []
 
-    class Kept(functional.SharedInput):
+    class Kept(shared.SharedInput):
         def __init__(self) -> None:
             super().__init__()
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr(functional, "SharedInput", Kept)
+    monkeypatch.setattr(shared, "SharedInput", Kept)
     return made
 
 
