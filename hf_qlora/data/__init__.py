@@ -1,7 +1,8 @@
 """Text to train or calibrate on: from files, folders and the Hub, as documents or chats, and the tokenizer of a model.
 
 errors.py     what cannot be read
-files.py      .txt, .jsonl and .json files, folders of them, and data sets of the Hub
+files.py      .jsonl and .json files, folders of files, and data sets of the Hub
+tables.py     .csv and .parquet files
 chats.py      rows in the usual layouts, as chats
 documents.py  rows as documents: a text, a chat, or token ids
 labelled.py   texts with a class, and their names

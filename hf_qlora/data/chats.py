@@ -16,7 +16,7 @@ ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's "from"
 Messages = list[dict[str, str]]
 
 
-def as_messages(row: Mapping[str, Any], understood: str = UNDERSTOOD) -> Messages:
+def as_messages(row: Any, understood: str = UNDERSTOOD) -> Messages:
     """A row as a chat that ends with the assistant's answer.
 
     Args:
@@ -25,6 +25,8 @@ def as_messages(row: Mapping[str, Any], understood: str = UNDERSTOOD) -> Message
     Raises:
         DataError: columns that are not understood, or no such chat in them.
     """
+    if not isinstance(row, Mapping):
+        raise DataError(f"A row must be an object with columns ({understood}), and is {short(repr(row))}")
     if "messages" in row:
         messages = row["messages"]
     elif "conversations" in row:

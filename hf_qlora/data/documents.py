@@ -14,12 +14,11 @@ from typing import Any
 
 from hf_qlora.data.chats import UNDERSTOOD, Messages, as_messages
 from hf_qlora.data.errors import DataError, short
-from hf_qlora.data.files import ends_in, files_in, hub_rows, placed_rows, read_text
+from hf_qlora.data.files import ROWS, ends_in, files_in, hub_rows, placed_rows, read_text
 
 
-SUFFIXES = (".txt", ".jsonl", ".json")
+SUFFIXES = (".txt", *ROWS)
 AS_TEXT = "give a list of texts, or write it into a .txt file"
-FILES = "a .txt, .jsonl or .json file nor a folder with some"
 COLUMNS = f"text; {UNDERSTOOD}; or input_ids"
 LONGEST_NAME = 300
 
@@ -100,7 +99,7 @@ def _of_file(file: Path, column: str | None) -> list[Document]:
 def _of_hub(source: str, column: str | None, seed: int) -> list[Document]:
     name, _, split = source.partition(":")
     try:
-        rows = hub_rows(name, split or "train", seed, FILES)
+        rows = hub_rows(name, split or "train", seed, SUFFIXES)
     except DataError as error:
         if "/" in name:
             raise

@@ -1,4 +1,4 @@
-"""Rows of JSON files, and of data sets that the `datasets` package finds."""
+"""Rows of files, and of data sets that the `datasets` package finds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_qlora.data.errors import DataError, first_line, offline, short
+from hf_qlora.data.tables import csv_rows, parquet_rows
 
 
+ROWS = (".jsonl", ".json", ".csv", ".parquet")  # files of rows end so
 MAX_ROWS = 20_000  # of a data set on the Hub
 SAVED = "what save_to_disk writes; in Python, give what datasets.load_from_disk returns"
 NO_DATA = {  # by files in a folder: what that is
@@ -56,35 +58,13 @@ def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def json_lines(file: Path) -> Iterator[Mapping[str, Any]]:
-    """The objects of a file with one on each line; empty lines are none.
+def rows_of(file: Path) -> list[Any]:
+    """The rows of a file: of CSV and Parquet by its ending, else of JSON.
+
+    JSON is one list, or an object or a string on each line; empty lines are none.
 
     Raises:
-        DataError: a line that is no JSON object, by its number.
-    """
-    return (row for _, row in _lines(file, (dict,)))
-
-
-def _lines(file: Path, kinds: tuple[type, ...]) -> Iterator[tuple[int, Any]]:
-    # Not `splitlines`, which ends lines at U+2028, U+0085 and others too: they may stand in a JSON string as they are.
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # no JSON, or past the parser's limits
-                raise DataError(f"{file}, line {number} is not JSON{_why(error)}") from error
-            if not isinstance(row, kinds):
-                raise DataError(
-                    f"{file}, line {number} is no JSON object{' or string' * (str in kinds)}, but {short(line)}"
-                )
-            yield number, row
-
-
-def json_rows(file: Path) -> list[Any]:
-    """The elements of a file that is one JSON list, or the objects and strings of one with one on each line.
-
-    Raises:
-        DataError: see `json_lines`.
+        DataError: it cannot be read so; with the place.
     """
     return [row for _, row in placed_rows(file)]
 
@@ -93,12 +73,29 @@ def placed_rows(file: Path) -> list[tuple[str, Any]]:
     """The same, each behind its place in words.
 
     Raises:
-        DataError: see `json_lines`.
+        DataError: see `rows_of`.
     """
+    if ends_in(file, (".parquet",)):
+        return list(parquet_rows(file))
     text = read_text(file)
+    if ends_in(file, (".csv",)):
+        return list(csv_rows(file, text))
     if text.lstrip()[:1] != "[":
-        return [(f"line {number}", row) for number, row in _lines(file, (dict, str))]
+        return [(f"line {number}", row) for number, row in _lines(file, text)]
     return [(f"element {number}", row) for number, row in enumerate(_list(file, text), start=1)]
+
+
+def _lines(file: Path, text: str) -> Iterator[tuple[int, Any]]:
+    # Not `splitlines`, which ends lines at U+2028, U+0085 and others too: they may stand in a JSON string as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:  # no JSON, or past the parser's limits
+                raise DataError(f"{file}, line {number} is not JSON{_why(error)}") from error
+            if not isinstance(row, dict | str):
+                raise DataError(f"{file}, line {number} is no JSON object or string, but {short(line)}")
+            yield number, row
 
 
 def _list(file: Path, text: str) -> list[Any]:
@@ -116,19 +113,21 @@ def _list(file: Path, text: str) -> list[Any]:
 
 
 def rows_sha256(rows: Any) -> str:
-    """Of rows as they were read, of JSON's types: by it a run that goes on knows its data."""
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    """Of rows as they were read, by which a run that goes on knows its data; types that JSON has not count as text."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _why(error: Exception) -> str:
     return f": {error.msg}." if isinstance(error, json.JSONDecodeError) else f" that can be read: {error}."
 
 
-def hub_rows(name: str, split: str, seed: int, local: str, limit: int = MAX_ROWS) -> list[Mapping[str, Any]]:
+def hub_rows(
+    name: str, split: str, seed: int, suffixes: tuple[str, ...] = ROWS, limit: int = MAX_ROWS
+) -> list[Mapping[str, Any]]:
     """At most `limit` rows, drawn by the seed, of what `datasets.load_dataset` finds.
 
     Args:
-        local: what `name` might have been instead, for the message.
+        suffixes: of the files that `name` might have been instead, for the message.
 
     Raises:
         DataError: no `datasets` package; nothing of that name, or not to be had.
@@ -136,8 +135,9 @@ def hub_rows(name: str, split: str, seed: int, local: str, limit: int = MAX_ROWS
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
+        read = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
         raise DataError(
-            f"{name!r} is neither {local}. For data sets of the Hub and other files: pip install datasets"
+            f"{name!r} is neither a {read} file nor a folder with some. For data sets of the Hub: pip install datasets"
         ) from error
     try:
         rows = datasets.load_dataset(name, split=split)

@@ -14,10 +14,9 @@ from typing import Any
 
 from hf_qlora.data.documents import is_path
 from hf_qlora.data.errors import DataError, short
-from hf_qlora.data.files import files_in, hub_rows, json_rows
+from hf_qlora.data.files import ROWS, files_in, hub_rows, rows_of
 
 
-SUFFIXES = (".jsonl", ".json")
 FEWEST = 10  # texts of a class: some of them in each part
 
 
@@ -34,7 +33,7 @@ class Labelled:
 
 
 def rows_in(source: str, seed: int = 0) -> list[Any]:
-    """The rows of a .jsonl or .json file, of a folder with some, or of the Hub's data set of that name ("train").
+    """The rows of a file of JSON, CSV or Parquet, of a folder with some, or of the Hub's data set ("train").
 
     Args:
         seed: of the rows that are drawn from a data set on the Hub.
@@ -44,12 +43,12 @@ def rows_in(source: str, seed: int = 0) -> list[Any]:
     """
     path = Path(source)
     if path.is_dir():
-        return [row for file in files_in(path, SUFFIXES) for row in json_rows(file)]
+        return [row for file in files_in(path, ROWS) for row in rows_of(file)]
     if path.exists():
-        return json_rows(path)
+        return rows_of(path)
     if is_path(source):
         raise DataError(f"The file {source} is not there.")
-    return list(hub_rows(source, "train", seed, f"a {' or '.join(SUFFIXES)} file nor a folder with some"))
+    return list(hub_rows(source, "train", seed))
 
 
 def labelled(

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from hf_qlora import assets
 from hf_qlora.data.chats import Messages, as_messages, exchange
-from hf_qlora.data.documents import is_path
 from hf_qlora.data.errors import DataError
-from hf_qlora.data.files import hub_rows, json_lines
+from hf_qlora.data.labelled import rows_in
 from hf_qlora.demo.errors import explained
 
 
@@ -25,25 +21,10 @@ def read_chats(dataset: str | None, seed: int) -> list[Messages]:
     """The chats of a data set, or of the default task, in an order set by the seed."""
     if dataset is not None:
         with explained(DataError):
-            chats = [as_messages(row) for row in read_rows(dataset, seed)]
+            chats = [as_messages(row) for row in rows_in(dataset, seed)]
     else:
         with explained(OSError, ValueError):
             pairs = assets.instruction_pairs([TASK]) + assets.instruction_pairs([TASK], split="test")
         chats = [exchange(f"{QUESTION}\n\n{p['prompt']}", p["answer"]) for p in pairs if p["answer"].startswith("[")]
     random.Random(seed).shuffle(chats)
     return chats
-
-
-def read_rows(dataset: str, seed: int) -> list[Mapping[str, Any]]:
-    """The rows of a .jsonl file, of a folder's .jsonl files, or of what `datasets.load_dataset` finds.
-
-    Raises:
-        DataError: nothing of that name, or not readable.
-    """
-    path = Path(dataset)
-    files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
-    if not path.exists() and is_path(dataset):
-        raise DataError(f"{dataset} is not there.")
-    if files:
-        return [row for file in files for row in json_lines(file)]
-    return hub_rows(dataset, "train", seed, "a .jsonl file nor a folder with one")

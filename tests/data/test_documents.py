@@ -96,8 +96,13 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
     ("name", "content", "source", "message"),
     [
         ("a.txt", "", "{}/b.txt", "The file {}/b.txt is not there."),
-        ("a.csv", "", "{}/a.csv", "{}/a.csv is not read; name a file that ends in .txt, .jsonl, .json"),
-        ("a.csv", "", "{}", "The folder {} has no files that end in .txt"),
+        (
+            "a.tsv",
+            "",
+            "{}/a.tsv",
+            "{}/a.tsv is not read; name a file that ends in .txt, .jsonl, .json, .csv, .parquet",
+        ),
+        ("a.tsv", "", "{}", "The folder {} has no files that end in .txt"),
         ("a.jsonl", '{"text": "a"}\n{"te', "{}/a.jsonl", "{}/a.jsonl, line 2 is not JSON"),
         ("a.json", '[{"text": "a"},\n{"te', "{}/a.json", "{}/a.json, line 2 is not JSON"),
         ("a.json", '[{"text": ' + 5_000 * "1" + "}]", "{}/a.json", "{}/a.json is not JSON that can be read"),
@@ -196,7 +201,9 @@ def test_data_sets_are_left_to_the_datasets_package(monkeypatch: pytest.MonkeyPa
 
 def test_without_the_datasets_package_the_pip_line_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"^'me/data' is neither a .txt, .jsonl or .json file .* pip install datasets"):
+    with pytest.raises(
+        DataError, match=r"^'me/data' is neither a \.txt, .*, \.csv or \.parquet file .* pip install datasets"
+    ):
         read_documents("me/data")
 
 

@@ -9,20 +9,22 @@ from pathlib import Path
 import pytest
 
 from hf_qlora.demo import DemoError, Settings
-from hf_qlora.demo.chats import read_chats, read_rows
+from hf_qlora.demo.chats import read_chats
 
 
-def test_a_folder_is_its_jsonl_files_in_order(tmp_path: Path) -> None:
-    (tmp_path / "b.jsonl").write_text('{"n": 3}\n')
-    (tmp_path / "a.jsonl").write_text('{"n": 1}\n\n{"n": 2}\n')
-    (tmp_path / "a.txt").write_text("no JSON")
-    assert read_rows(str(tmp_path), seed=0) == [{"n": 1}, {"n": 2}, {"n": 3}]
+def test_a_folder_is_its_files_of_rows(tmp_path: Path) -> None:
+    (tmp_path / "b.csv").write_text("prompt,completion\nc,3\n")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "1"}\n\n{"prompt": "b", "completion": "2"}\n')
+    (tmp_path / "a.txt").write_text("no row")
+    answers = {chat[0]["content"]: chat[1]["content"] for chat in read_chats(str(tmp_path), seed=0)}
+    assert answers == {"a": "1", "b": "2", "c": "3"}
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ('{"n": 1}\n{"n":', "line 2 is not JSON"),
+        ('"a text"', "A row must be an object with columns .*, and is 'a text'"),
         ('{"text": "a"}', "has the columns text; understood are messages or con"),
     ],
 )
@@ -34,7 +36,9 @@ def test_rows_that_cannot_be_used_are_the_demos_error(tmp_path: Path, text: str,
 
 def test_without_the_datasets_package_files_alone_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DemoError, match=r"^'me/data' is neither a .jsonl file nor a folder with one\."):
+    with pytest.raises(
+        DemoError, match=r"^'me/data' is neither a \.jsonl, \.json, \.csv or \.parquet file nor a folder with some\."
+    ):
         read_chats("me/data", seed=0)
 
 

@@ -28,7 +28,10 @@ def quantization(
     rounds: Annotated[int | None, typer.Option(min=1, help="Of each timing; 10 by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts, batches and adapters.")] = 0,
     texts: Annotated[
-        str | None, typer.Option(help="For precision: a .txt, .jsonl or .json file, a folder of them, or a Hub id.")
+        str | None,
+        typer.Option(
+            help="For precision: a .txt, .jsonl, .json, .csv or .parquet file, a folder of them, or a Hub id."
+        ),
     ] = None,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="A little of everything on a tiny model, to see that it works.")

@@ -60,8 +60,8 @@ class QuantizationBenchmark:
         dtype: of the dense weights, and of what is computed.
         rounds: of each timing.
         seed: of prompts, batches and adapters.
-        texts: what `precision` reads: a .txt, .jsonl or .json file, a folder of them, or a data set on the Hub; by
-            default two paragraphs of prose.
+        texts: what `precision` reads: a .txt, .jsonl, .json, .csv or .parquet file, a folder of them, or a data
+            set on the Hub; by default two paragraphs of prose.
         smoke: a little of everything in one process, by default on a tiny random Llama: to see that it works.
         output: a folder in which each case is kept as soon as it is done, and found again by the next run.
 
