@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, delete_adapter
@@ -17,7 +16,6 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_qlora import identity
@@ -25,6 +23,7 @@ from hf_qlora.config import AdaptiveDepthLoRAConfig, QLoRAConfig
 from hf_qlora.config.checkpointing import Checkpointing
 from hf_qlora.layers import attention, depth, fold, head
 from hf_qlora.layers.checkpointing import apply_checkpointing, disable_checkpointing
+from hf_qlora.layers.embeddings import let_gradients_in
 from hf_qlora.layers.linear import Linear4bit, adopt
 from hf_qlora.prepare import Factors, prepare_base
 from hf_qlora.quant.base import dequantize_layers, forget_quantization, refuse_interrupted
@@ -181,10 +180,7 @@ class QLoRAModel(LoraModel):
         """Make the first layers learn under reentrant checkpointing, as PEFT does for bases that are not quantized."""
         if self._gradient_hooks or getattr(model, "_require_grads_hooks", None):
             return
-        inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-        embeddings = {id(e): e for module in inner if (e := _input_embeddings(module)) is not None}
-        hook = _LetGradientsIn(model)
-        self._gradient_hooks = tuple(e.register_forward_hook(hook) for e in embeddings.values())
+        self._gradient_hooks = let_gradients_in(model)
 
     def _start_from(self, factors: Factors, adapter_name: str) -> None:
         for name, module in self.model.named_modules():
@@ -196,35 +192,6 @@ class QLoRAModel(LoraModel):
                     module.lora_B[adapter_name].weight.data = B if scale is None else B / scale.value
                     if scale is None:
                         _renew_magnitude(module, adapter_name)
-
-
-def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
-    try:
-        found: nn.Module | None = model.get_input_embeddings()
-    except NotImplementedError:  # transformers': some models of images and sound have none
-        return None
-    return found
-
-
-class _LetGradientsIn:
-    """A forward hook that makes an embedding's output require gradients while something is checkpointed.
-
-    transformers' `enable_input_require_grads` does so always, which some models' and torch.compile's in-place
-    operations do not bear, and with a local function, which cannot be pickled.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):  # some vision models' embeddings, with the size of the image
-            first = self(module, inputs, output[0])
-            return None if first is None else (first, *output[1:])
-        if not torch.is_grad_enabled() or output.requires_grad:
-            return None
-        if not any(layer.gradient_checkpointing and layer.training for layer in self.checkpointed):
-            return None
-        return output.requires_grad_(True).clone()  # no leaf, so that it may be changed in place
 
 
 def _renew_magnitude(layer: LoraLayer, adapter_name: str) -> None:

@@ -11,18 +11,17 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
 import torch
-from huggingface_hub import HfApi, ModelCard, constants
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_qlora import plots, saving
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
-from hf_qlora.hub import card
-from hf_qlora.hub.errors import TransportError
+from hf_qlora.hub import card, licenses
 from hf_qlora.identity import in_cache, is_local
 from hf_qlora.layers import depth
+from hf_qlora.layers.depth_scale import DepthScale
 from hf_qlora.layers.names import adapted_layers
 from hf_qlora.layers.profile import split_name
 from hf_qlora.quant.footprint import footprint
@@ -44,8 +43,6 @@ TASKS = {
     "QUESTION_ANS": ("AutoPeftModelForQuestionAnswering", "AutoModelForQuestionAnswering", "question-answering"),
     "FEATURE_EXTRACTION": ("AutoPeftModelForFeatureExtraction", "AutoModel", "feature-extraction"),
 }
-LICENSE = ("license", "license_name", "license_link")
-_licenses: dict[str, dict[str, Any]] = {}  # of bases that the Hub has been asked about
 
 
 def is_ours(pushed: Any) -> bool:
@@ -92,7 +89,7 @@ def add_adapter(
     known = type(base).__module__.startswith("transformers.")
     dtype = str(getattr(base, "dtype", torch.float32))
     name = base_name(model, config)
-    of_base = known_license(name)
+    of_base = licenses.known(name)
     licence_fields = {"license": licence} if licence else of_base
     facts = {
         "method": _method(config),
@@ -140,33 +137,10 @@ def base_id(name: str) -> str | None:
     return None if not name or is_local(name) else card.hub_id(name)
 
 
-def known_license(name: str) -> dict[str, Any]:
-    """The licence of a model or adapter, as far as it is known on this machine; `ask_for_license` asks the Hub."""
-    readme = Path(name, constants.REPOCARD_NAME)
-    if not name or name in _licenses or not readme.is_file():
-        return _licenses.get(name, {})
-    found = card.load(readme.parent)
-    return _license_fields(found.data) if found is not None else {}
-
-
 def ask_for_license(model: PeftModel, token: bool | str | None = None) -> None:
     """Ask the Hub for the licence of a model's base, once."""
     base = base_name(model, model.peft_config[_adapter(model)])
-    known = base_id(base)
-    if base in _licenses or known is None:
-        return
-    try:
-        found = HfApi(library_name="hf_qlora").model_info(known, token=token).card_data
-    except (HfHubHTTPError, TransportError, OfflineModeIsEnabled) as error:
-        logger.info("The licence of %s is not known: %s", base, card.one_line(error))
-        return
-    _licenses[base] = _license_fields(found)
-
-
-def _license_fields(data: Any) -> dict[str, Any]:
-    if data is None or card.identifier(data.get("license")) is None:
-        return {}
-    return {name: card.one_line(data.get(name)) for name in LICENSE if data.get(name)}
+    licenses.ask(base, base_id(base), token)
 
 
 def _adapter(model: PeftModel) -> str:
@@ -269,7 +243,7 @@ def _depth(config: AdaptiveDepthLoRAConfig) -> str:
     return f"profile {card.code(config.depth_profile)}, {gain}, attention {card.code(config.attention)}"
 
 
-def _grid(model: PeftModel, adapter: str, config: QLoRAConfig) -> dict[tuple[str, str], depth.DepthScale]:
+def _grid(model: PeftModel, adapter: str, config: QLoRAConfig) -> dict[tuple[str, str], DepthScale]:
     """The scales by (layer, module)."""
     base: nn.Module = model.get_base_model()
     return {
@@ -279,7 +253,7 @@ def _grid(model: PeftModel, adapter: str, config: QLoRAConfig) -> dict[tuple[str
 
 def _scales(model: PeftModel, adapter: str, config: QLoRAConfig) -> list[list[str]]:
     """A row for each layer: its name, and the means of its modules' scales."""
-    by_layer: dict[str, list[depth.DepthScale]] = {}
+    by_layer: dict[str, list[DepthScale]] = {}
     for (layer, _), scale in _grid(model, adapter, config).items():
         by_layer.setdefault(layer, []).append(scale)
     kinds = ("profile", "gain", "attention", "value")

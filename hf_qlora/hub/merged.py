@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_qlora.hub import card
-from hf_qlora.hub.facts import LICENSE, base_id, known_license, linked
+from hf_qlora.hub import card, licenses
+from hf_qlora.hub.facts import base_id, linked
 from hf_qlora.hub.quantized import FORMAT_TAGS, MODEL_PLACEHOLDER, auto_class
 from hf_qlora.identity import is_local
 from hf_qlora.saving import versions
@@ -68,14 +68,14 @@ def write_merged_card(folder: Path, merged: Merged, rows: Mapping[str, str]) -> 
             for name, given in (("base", base), ("adapter", adapter))
         },
     }
-    card.extend(found, "merged", facts, _metadata(merged, task) | dict.fromkeys(LICENSE) | licence)
+    card.extend(found, "merged", facts, _metadata(merged, task) | dict.fromkeys(licenses.FIELDS) | licence)
     card.write(folder, found)
 
 
 def _licenses(merged: Merged) -> tuple[dict[str, Any], dict[str, Any]]:
     """Those of the base and of the adapter, as far as they are known here."""
-    base = known_license(str(merged.base_folder)) or known_license(merged.base)
-    return base, {} if merged.adapter_folder is None else known_license(str(merged.adapter_folder))
+    base = licenses.known(str(merged.base_folder)) or licenses.known(merged.base)
+    return base, {} if merged.adapter_folder is None else licenses.known(str(merged.adapter_folder))
 
 
 def _named(adapter: str) -> str:

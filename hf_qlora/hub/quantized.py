@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 
 from hf_qlora.config import NF4Config
-from hf_qlora.hub import card
-from hf_qlora.hub.facts import LICENSE, PLACEHOLDER, TASKS, base_id, known_license, linked, quantization_of
+from hf_qlora.hub import card, licenses
+from hf_qlora.hub.facts import PLACEHOLDER, TASKS, base_id, linked, quantization_of
 from hf_qlora.saving import versions
 
 
@@ -36,7 +36,7 @@ def write_quantized_card(
     name = linked(base, None)
     if not found.text.strip():
         found.text = f"# {card.code(f'{PureWindowsPath(base_id(base) or base).name} in NF4')}\n"
-    licence = known_license(str(source)) or known_license(base)
+    licence = licenses.known(str(source)) or licenses.known(base)
     dtype = str(getattr(model, "dtype", None))
     table = {
         "Base": f"{name}, {card.code(type(model).__name__)} in {card.code(dtype.removeprefix('torch.'))}",
@@ -53,7 +53,7 @@ def write_quantized_card(
         "settings": _settings(config),
         "license_of_base": licence.get("license") == found.data.get("license", licence.get("license")),
     }
-    card.extend(found, "quantized", facts, _metadata(base, task) | dict.fromkeys(LICENSE) | licence)
+    card.extend(found, "quantized", facts, _metadata(base, task) | dict.fromkeys(licenses.FIELDS) | licence)
     card.write(folder, found)
 
 

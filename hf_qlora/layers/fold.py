@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig, QLoRAConfig
 from hf_qlora.layers import attention
-from hf_qlora.layers.depth import SLOT, THETA, scale_of
+from hf_qlora.layers.depth import SLOT, scale_of
+from hf_qlora.layers.depth_scale import THETA
 from hf_qlora.layers.errors import FoldError
 from hf_qlora.layers.names import adapted_layers
 from hf_qlora.quant.names import plain_name

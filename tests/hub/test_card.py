@@ -28,7 +28,7 @@ from transformers import (
 from transformers.modelcard import TrainingSummary
 
 from hf_qlora import AdaptiveDepthLoRAConfig, ModelCardCallback, QLoRAConfig, saving
-from hf_qlora.hub import card, facts
+from hf_qlora.hub import card, facts, licenses
 from hf_qlora.merge.stream import merge_files
 from hf_qlora.validation import ConfigError
 
@@ -52,7 +52,7 @@ HOSTILE = [
 
 @pytest.fixture(autouse=True)
 def _nothing_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "_licenses", {})
+    monkeypatch.setattr(licenses, "_asked", {})
 
 
 def trained(model: Model, folder: Path, data: dict[str, Any] | None = None, **settings: Any) -> tuple[Trainer, Any]:
@@ -104,7 +104,7 @@ def check_well_formed(text: str) -> ModelCardData:
 def test_the_whole_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "versions", lambda: {"hf-qlora": "1", "peft": "2"})
     model = offline_model(AdaptiveDepthLoRAConfig, lora_dropout=0.1, use_rslora=True)
-    facts._licenses["alice/base"] = {"license": "apache-2.0"}
+    licenses._asked["alice/base"] = {"license": "apache-2.0"}
     named = {"dataset": "alice/numbers", "dataset_name": "Numbers", "dataset_split": "test", "language": "en"}
     trainer, callback = trained(model, tmp_path / "run", named)
     trainer.train()
@@ -378,7 +378,7 @@ def test_a_generator_that_writes_nothing_leaves_ours(tmp_path: Path) -> None:
 def test_the_licence_is_the_bases_where_the_hub_knows_it(hub: Hub, base_files: dict[str, bytes], model: Model) -> None:
     model.push_to_hub(REPO)
     assert "Not stated" in hub.tree(REPO)["README.md"].decode()
-    facts._licenses.clear()
+    licenses._asked.clear()
     terms = b"---\nlicense: other\nlicense_name: my-terms\nlicense_link: https://example.org/terms\n---\n"
     hub.put(BASE, {**base_files, "README.md": terms})
     model.push_to_hub(REPO)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hf_qlora import AdaptiveDepthLoRAConfig
 from hf_qlora.layers import attention, depth
+from hf_qlora.layers.concentration import ROWS, choose_rows, concentration
 from hf_qlora.validation import ConfigError
 
 
@@ -102,7 +103,7 @@ def test_concentration_is_its_definition(implementation: str, padding: str) -> N
     model.set_attn_implementation(implementation)
     peft_model = adapted(model, quantization=None)
     step(peft_model, ids, **inputs)
-    rows = attention.choose_rows(0, mask.bool())
+    rows = choose_rows(0, mask.bool())
     expected = [by_definition(layer, rows, mask) for layer in weights]
     # fp32 softmax and logarithms of a dozen keys
     assert averages(peft_model) == pytest.approx(expected, abs=1e-5)
@@ -111,9 +112,9 @@ def test_concentration_is_its_definition(implementation: str, padding: str) -> N
 
 def test_the_extremes_are_zero_and_one() -> None:
     module = nn.Identity()
-    flat = attention.concentration(module, torch.zeros(1, 2, 6, 4), torch.randn(1, 2, 6, 4))
+    flat = concentration(module, torch.zeros(1, 2, 6, 4), torch.randn(1, 2, 6, 4))
     query = torch.eye(6)[None, None] * 1e4
-    peaked = attention.concentration(module, query, torch.eye(6)[None, None])
+    peaked = concentration(module, query, torch.eye(6)[None, None])
     assert flat is not None
     assert flat.item() == pytest.approx(0, abs=1e-6)
     assert peaked is not None
@@ -124,15 +125,13 @@ def test_the_extremes_are_zero_and_one() -> None:
 def test_grouped_heads_windows_and_caps_are_those_of_the_layer(causal: bool) -> None:
     module = nn.Identity()
     query, key = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
-    found = attention.concentration(
-        module, query, key, scaling=0.3, softcap=2.0, sliding_window=4, is_causal=causal, seed=5
-    )
+    found = concentration(module, query, key, scaling=0.3, softcap=2.0, sliding_window=4, is_causal=causal, seed=5)
     scores = 2.0 * torch.tanh(query @ key.repeat_interleave(2, 1).mT * 0.3 / 2.0)
     ahead = torch.arange(9)[:, None] - torch.arange(9)[None]
     visible = (ahead.abs() < 4) & ((ahead >= 0) | torch.tensor(not causal))
     p = scores.masked_fill(~visible, -math.inf).softmax(-1)
     ratios = []
-    for b, rows in enumerate(attention.choose_rows(5, torch.ones(2, 9, dtype=torch.bool)).tolist()):
+    for b, rows in enumerate(choose_rows(5, torch.ones(2, 9, dtype=torch.bool)).tolist()):
         for row in rows:
             n = int(visible[row].sum())
             if n >= 2:
@@ -153,8 +152,8 @@ def test_grouped_heads_windows_and_caps_are_those_of_the_layer(causal: bool) -> 
 )
 def test_what_cannot_be_told_apart_is_not_observed(arguments: dict[str, Any]) -> None:
     query = torch.randn(1, 2, 6, 4)
-    assert attention.concentration(nn.Identity(), query, query, **arguments) is None
-    one = attention.concentration(nn.Identity(), query[:, :, :1], query[:, :, :1])
+    assert concentration(nn.Identity(), query, query, **arguments) is None
+    one = concentration(nn.Identity(), query[:, :, :1], query[:, :, :1])
     assert one is not None
     assert one.isnan()
 
@@ -370,25 +369,25 @@ def test_rows_are_drawn_among_those_that_are_real() -> None:
     real = torch.zeros(2, 64, dtype=torch.bool)
     real[0, :10], real[1, 50:60] = True, True
     for seed in range(20):
-        rows = attention.choose_rows(seed, real)
+        rows = choose_rows(seed, real)
         assert real.gather(1, rows).all()
-    few = attention.choose_rows(0, real & (torch.arange(64) < 3))
+    few = choose_rows(0, real & (torch.arange(64) < 3))
     assert set(range(3)) <= set(few[0].tolist())
 
 
 @pytest.mark.parametrize("kind", ["mask", "position_bias"])
 def test_what_is_added_to_scores_counts(kind: str) -> None:
     """ALiBi's slopes, T5's positions: against the definition, every row being looked at."""
-    query, key = torch.randn(1, 2, attention.ROWS, 4), torch.randn(1, 2, attention.ROWS, 4)
-    added = torch.randn(1, 2, attention.ROWS, attention.ROWS)
-    causal = torch.ones(attention.ROWS, attention.ROWS, dtype=torch.bool).tril()
+    query, key = torch.randn(1, 2, ROWS, 4), torch.randn(1, 2, ROWS, 4)
+    added = torch.randn(1, 2, ROWS, ROWS)
+    causal = torch.ones(ROWS, ROWS, dtype=torch.bool).tril()
     bias = added.masked_fill(~causal, torch.finfo(torch.float32).min)
     given = {"mask": bias} if kind == "mask" else {"position_bias": added, "is_causal": True}
-    found = attention.concentration(nn.Identity(), query, key, **given)
+    found = concentration(nn.Identity(), query, key, **given)
     weights = (query.double() @ key.double().mT / 2 + added.double()).masked_fill(~causal, -math.inf).softmax(-1)
-    rows = torch.arange(attention.ROWS)[None]
+    rows = torch.arange(ROWS)[None]
     assert found is not None
-    assert found.item() == pytest.approx(by_definition(weights, rows, torch.ones(1, attention.ROWS)), abs=1e-6)
+    assert found.item() == pytest.approx(by_definition(weights, rows, torch.ones(1, ROWS)), abs=1e-6)
 
 
 def test_nothing_to_see_is_no_error() -> None:
@@ -558,8 +557,8 @@ def test_a_mask_for_all_rows_alike_is_understood() -> None:
     query, key = torch.randn(2, 2, 6, 4), torch.randn(2, 2, 6, 4)
     mask = torch.ones(2, 1, 1, 6, dtype=torch.bool)
     mask[1, ..., 4:] = False
-    found = attention.concentration(nn.Identity(), query, key, mask)
-    expected = attention.concentration(nn.Identity(), query, key, mask.expand(2, 1, 6, 6))
+    found = concentration(nn.Identity(), query, key, mask)
+    expected = concentration(nn.Identity(), query, key, mask.expand(2, 1, 6, 6))
     assert found is not None
     assert expected is not None
     assert torch.equal(found, expected)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from hf_qlora import AdaptiveDepthLoRAConfig, QLoRAConfig, quantize_model
 from hf_qlora.config.adaptive_depth import DEPTH_PROFILES
 from hf_qlora.layers import depth
+from hf_qlora.layers.depth_scale import DepthScale
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.layers.norms import weight_norm
 from hf_qlora.layers.profile import layer_index
@@ -192,7 +193,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
 
 def test_the_gain_is_bounded_and_starts_at_one() -> None:
-    scale = depth.DepthScale(1.0, config(gain_bound=0.5), torch.device("cpu"))
+    scale = DepthScale(1.0, config(gain_bound=0.5), torch.device("cpu"))
     assert scale.value == 1.0
     assert scale().item() == 1.0
     for theta, bound in ((1e6, math.exp(0.5)), (-1e6, math.exp(-0.5))):
