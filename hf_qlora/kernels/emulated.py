@@ -4,14 +4,20 @@ On a CPU torch leaves products in bfloat16 and float16 to oneDNN, which takes th
 for. Elsewhere they are plain loops: on a core with AVX2 alone, 256 rows x 576 -> 1,536 in bfloat16 took 10 times as
 long as in float32, and the gradient of x 36 times. There, float32 copies are multiplied and the result is rounded
 once, as oneDNN does it. For one or two rows, as in generating, the loops are faster.
+
+`WideProducts` does so for torch's own products too, of a model that is measured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from hf_qlora.kernels.planned import kind_of
 
@@ -81,3 +87,35 @@ def _has_loops(dtype: torch.dtype) -> bool:
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
     return not of_onednn[dtype]()
+
+
+_PRODUCTS = (scaled_dot_product_attention, torch.addmm, torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+class WideProducts(TorchFunctionMode):
+    """Within it, without gradients, what torch multiplies by loops is multiplied in float32 and rounded once."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_grad_enabled() or not (args and isinstance(args[0], Tensor) and is_emulated(args[0])):
+            return func(*args, **kwargs)
+        x = args[0]
+        if func is linear and x.numel() > FEW_ROWS * x.shape[-1]:
+            return _linear(*args, **kwargs)
+        if func not in _PRODUCTS:
+            return func(*args, **kwargs)
+        named = {name: _widened(value) for name, value in kwargs.items()}
+        return func(*map(_widened, args), **named).to(x.dtype)
+
+
+def _widened(argument: Any) -> Any:
+    return widened(argument) if isinstance(argument, Tensor) else argument
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As torch's, by its names."""
+    result = input.new_empty(*input.shape[:-1], len(weight))
+    product_in_parts(input.reshape(-1, input.shape[-1]), weight, bias, result.view(-1, len(weight)))
+    return result

@@ -24,7 +24,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_qlora.layers.errors import MergeError
-from hf_qlora.quant.calibrate.loss import evaluating, mean_loss
+from hf_qlora.quant.calibrate.loss import mean_loss, measuring
 from hf_qlora.quant.calibrate.rows import CalibrationRows
 from hf_qlora.quant.calibrate.run import forward_inputs, measured_inputs
 
@@ -70,7 +70,7 @@ def output_error(trained: PeftModel, merged: nn.Module, rows: CalibrationRows) -
     inputs = forward_inputs(trained.get_base_model(), rows)
     first = rows.count - rows.held_out if rows.held_out else 0
     squares = [0.0, 0.0, 0.0]
-    with evaluating(trained), evaluating(merged), torch.no_grad():
+    with measuring(trained, merged):
         for row in range(first, rows.count):
             one = {name: value[row : row + 1] for name, value in inputs.items()}
             expected, found = _outputs(trained, one), _outputs(merged, one)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_qlora.data.tokenizer import reads_text, tokenizer_of, vocabulary_of
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge.names import first_sentence
-from hf_qlora.quant.calibrate.loss import evaluating
+from hf_qlora.quant.calibrate.loss import measuring
 
 
 RANDOM_ROWS, RANDOM_LENGTH = 4, 64
@@ -83,7 +83,7 @@ def rows(model: nn.Module, texts: Texts | None, tokenizer: Any) -> tuple[list[Te
 def readable(model: nn.Module, ids: list[Tensor], text: str) -> tuple[list[Tensor], str]:
     """Built-in rows and what they are; no rows for a model that wants more than token ids, as images, or others."""
     try:
-        with evaluating(model), torch.no_grad():
+        with measuring(model):
             _log_probabilities(model, max(ids, key=Tensor.numel))  # its positions may be too many, a shorter row's not
     except torch.OutOfMemoryError:
         raise
@@ -95,7 +95,7 @@ def readable(model: nn.Module, ids: list[Tensor], text: str) -> tuple[list[Tenso
 def divergence(trained: Any, merged: nn.Module, ids: list[Tensor]) -> Divergence:
     """Compare a PEFT model with what it was merged into, row by row."""
     sums, positions = torch.zeros(2, dtype=torch.float64), 0
-    with evaluating(trained), evaluating(merged), torch.no_grad():
+    with measuring(trained, merged):
         for row in ids:
             expected = _log_probabilities(trained, row)
             with trained.disable_adapter():

@@ -6,6 +6,7 @@ and their gradients, which are in float32, as near as float32's sums.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from hf_qlora.kernels.loss import linear_cross_entropy
 from hf_qlora.kernels.planned import planned_device
 from hf_qlora.kernels.shared import share
 from hf_qlora.quant.calibrate import streams
+from hf_qlora.quant.calibrate.loss import mean_loss
 
 
 K, N, ROWS = 48, 80, 12
@@ -317,3 +319,93 @@ def test_what_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found
     monkeypatch.setattr(emulated, "_has_loops", lambda dtype: False)
     assert not emulated.is_emulated(torch.zeros(1, dtype=torch.bfloat16))
+
+
+_generator = torch.Generator().manual_seed(0)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=_generator)
+
+
+WEIGHT, BIAS = drawn(N, K), drawn(N)
+PRODUCTS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
+    "linear": (nn.functional.linear, (drawn(2, ROWS, K), WEIGHT), {}),
+    "linear, biased": (nn.functional.linear, (drawn(2, ROWS, K), WEIGHT), {"bias": BIAS}),
+    "addmm, as in Conv1D": (torch.addmm, (BIAS, drawn(ROWS, K), WEIGHT.t()), {}),
+    "matmul": (torch.matmul, (drawn(2, 1, ROWS, K), WEIGHT.t()), {}),
+    "@": (torch.Tensor.__matmul__, (drawn(2, ROWS, K), WEIGHT.t()), {}),
+    "bmm": (torch.bmm, (drawn(2, ROWS, K), drawn(2, K, N)), {}),
+    "attention": (
+        nn.functional.scaled_dot_product_attention,
+        tuple(drawn(2, 4, ROWS, 16) for _ in range(3)),
+        {"attn_mask": drawn(1, 1, ROWS, ROWS), "scale": 0.3},
+    ),
+    "attention, causal": (
+        nn.functional.scaled_dot_product_attention,
+        tuple(drawn(2, 4, ROWS, 16) for _ in range(3)),
+        {"is_causal": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_torchs_own_products_in_a_model_that_is_measured(name: str, dtype: torch.dtype) -> None:
+    """As float32 has them on the same narrow inputs, rounded once."""
+    product, args, named = PRODUCTS[name]
+
+    def cast(value: Any, to: torch.dtype) -> Any:
+        return value.to(dtype).to(to) if isinstance(value, Tensor) else value
+
+    def call(to: torch.dtype) -> Tensor:
+        found: Tensor = product(*(cast(v, to) for v in args), **{key: cast(v, to) for key, v in named.items()})
+        return found
+
+    with torch.no_grad():
+        exact, wide = call(torch.float64), call(torch.float32)
+        with emulated.WideProducts():
+            found = call(dtype)
+            unchanged = call(torch.float32)
+    assert found.dtype == dtype
+    assert off(found, exact) <= rounding(dtype)
+    assert torch.allclose(found.float(), wide.to(dtype).float(), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.equal(unchanged, wide)
+
+
+def test_products_with_gradients_and_of_few_rows_are_torchs_own() -> None:
+    x, W = torch.randn(2, K).bfloat16(), torch.randn(N, K).bfloat16().requires_grad_()
+    with emulated.WideProducts():
+        with _Products() as within:
+            within.counting = True
+            y = nn.functional.linear(torch.cat([x, x]), W)
+        assert within.narrow == 1
+        y.sum().backward()
+        with torch.no_grad(), _Products() as within:
+            within.counting = True
+            nn.functional.linear(x, W)
+        assert within.narrow == 1
+    assert W.grad is not None
+
+
+def test_a_dense_model_is_measured_without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = llama().to(torch.bfloat16).train(), {"input_ids": tokens()}
+    with _Products() as within:
+        within.counting = True
+        found = mean_loss(model, inputs)
+        assert within.narrow == 0
+    assert model.training
+    assert found == pytest.approx(mean_loss(copy.deepcopy(model).float(), inputs), rel=1e-2)
+    monkeypatch.setattr(emulated, "_has_loops", lambda dtype: False)
+    with _Products() as within:
+        within.counting = True
+        mean_loss(model, inputs)
+    assert within.narrow > 0
+
+
+def test_a_compiled_model_is_measured() -> None:
+    torch.compiler.reset()
+    model, inputs = llama().to(torch.bfloat16).eval(), {"input_ids": tokens()}
+    expected = mean_loss(model, inputs)
+    model.compile(backend="eager")
+    assert mean_loss(model, inputs) == pytest.approx(expected, rel=1e-2)

@@ -11,7 +11,7 @@ from merging import adapted
 from torch import Tensor, nn
 
 from hf_qlora.quant.calibrate import loss
-from hf_qlora.quant.calibrate.loss import is_causal_lm, mean_loss
+from hf_qlora.quant.calibrate.loss import is_causal_lm, mean_loss, measuring
 
 
 TOLERANCE = 1e-5  # relative: float32 logits, summed in another order
@@ -93,7 +93,7 @@ def test_the_logits_of_a_few_rows_are_there_at_a_time(monkeypatch: pytest.Monkey
 
 def test_bfloat16_logits_are_summed_in_float32() -> None:
     model, inputs = llama().to(torch.bfloat16), ragged()
-    with torch.no_grad():
+    with measuring(model):
         logits = model(**inputs).logits[:, :-1].double()
     mask = inputs["attention_mask"]
     counted = (mask[:, 1:] & mask[:, :-1]).bool()

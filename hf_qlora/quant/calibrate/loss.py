@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_qlora.data.tokenizer import vocabulary_of
+from hf_qlora.kernels.emulated import WideProducts, is_emulated
 
 
 LOGIT_BYTES = 2**28  # of a batch, if it is more than one row: five rows of 256 tokens of SmolLM2 in float32
@@ -57,7 +58,7 @@ def mean_loss(model: nn.Module, inputs: Mapping[str, Tensor], *, batch_tokens: i
         return None
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    with evaluating(model), torch.no_grad():
+    with measuring(model):
         for batch in _batches(inputs, batch_tokens, vocabulary_of(base_of(model))):
             there = {name: value.to(device) for name, value in batch.items()}
             logits = model(**there, use_cache=False).logits
@@ -67,6 +68,18 @@ def mean_loss(model: nn.Module, inputs: Mapping[str, Tensor], *, batch_tokens: i
             count += int(counted.sum())
             del logits
     return total / count if count else float("nan")
+
+
+@contextmanager
+def measuring(*models: nn.Module) -> Iterator[None]:
+    """Within it models are in eval mode, without gradients, and no product is a plain loop (`kernels/emulated.py`)."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model))
+        stack.enter_context(torch.no_grad())
+        if any(is_emulated(parameter) for model in models for parameter in model.parameters()):
+            stack.enter_context(WideProducts())
+        yield
 
 
 @contextmanager
