@@ -149,7 +149,7 @@ PRIVATE = {
     "torch:_foreach_norm": "train.gradients",
     "transformers.utils.import_utils:is_fake_tensor": "train.plan.step",
     "torch._subclasses.fake_tensor:FakeTensor": "kernels.loss, layers.rowwise, train.plan.trace, train.plan.layout",
-    "torch._subclasses.fake_tensor:FakeTensorMode": "train.plan.planner",
+    "torch._subclasses.fake_tensor:FakeTensorMode": "train.plan.laid_out",
     "torch.utils._python_dispatch:TorchDispatchMode": "train.plan.trace",
     "torch.utils._pytree:tree_leaves": "train.plan.trace",
     "torch:ops.aten._local_scalar_dense.default": "train.plan.trace",

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import logging
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,23 +13,18 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.config.amounts import bytes_given
 from hf_qlora.config.checkpointing import Checkpointing
-from hf_qlora.layers import attention
 from hf_qlora.layers.budget_rule import BudgetTooSmall, number_checkpointed
 from hf_qlora.layers.checkpointable import checkpointable_layers
-from hf_qlora.quant.base import is_quantized
-from hf_qlora.quant.footprint import footprint
 from hf_qlora.train.plan import checkpointing as ckpt
 from hf_qlora.train.plan import layout, step
-from hf_qlora.train.plan.convert import conversion_peak
+from hf_qlora.train.plan.laid_out import LaidOut
 from hf_qlora.train.plan.memory_plan import MemoryPlan
 from hf_qlora.train.plan.optimizers import OPTIMIZERS, known_name
+from hf_qlora.train.plan.parts import parts
 from hf_qlora.train.plan.solve import largest_that_fits
-from hf_qlora.train.plan.trace import Block, Peak
 from hf_qlora.validation import ConfigError
 
 
@@ -146,9 +140,9 @@ class _Planner:
         self.optimizer = known_name(self.optimizer)
         self.kind = OPTIMIZERS[self.optimizer]
         self.make_base, self.name = layout.base_of(self.model, self.config, self.dtype)
-        self._laid_out: dict[int | None, _LaidOut] = {}
+        self._laid_out: dict[int | None, LaidOut] = {}
 
-    def laid_out(self, rank: int | None) -> _LaidOut:
+    def laid_out(self, rank: int | None) -> LaidOut:
         """The model, for a rank that is not the config's; the last one is kept."""
         if rank not in self._laid_out:
             config = self.config
@@ -157,7 +151,7 @@ class _Planner:
                     raise ConfigError("The rank of a model that has adapters is given; give the base and a config.")
                 config = copy.deepcopy(config)
                 config.r = rank
-            self._laid_out = {rank: _LaidOut.of(self.make_base, config, self.device)}
+            self._laid_out = {rank: LaidOut.of(self.make_base, config, self.device)}
             ckpt.chunk_mlps(self._laid_out[rank].model, self.checkpointing.chunk_size)
         return self._laid_out[rank]
 
@@ -211,45 +205,11 @@ class _Planner:
 
 
 @dataclass
-class _LaidOut:
-    """A model without weights, and what its weights would take."""
-
-    model: PeftModel
-    mode: FakeTensorMode
-    rank: int
-    bytes: dict[str, int]
-    conversion_peak: int
-
-    @classmethod
-    def of(cls, make_base: layout.Base, config: LoraConfig | None, device: str) -> _LaidOut:
-        base = make_base()
-        peak = 0
-        quantization = config.quantization if isinstance(config, QLoRAConfig) else None
-        if isinstance(quantization, NF4Config) and not is_quantized(base) and isinstance(config, QLoRAConfig):
-            dense = footprint(base).total_bytes
-            shapes, dtype = layout.pack(base, config)
-            peak = conversion_peak(dense, shapes, dtype, quantization, device)
-        model = layout.adapted(base, config).train()
-        attention.unwatch(model)  # it has no attention to observe
-        counted = footprint(model)
-        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        layout.make_fake(model, mode)
-        sizes = {
-            "packed_bytes": counted.total_bytes - counted.dense_bytes,
-            "dense_bytes": counted.dense_bytes - trained,
-            "adapter_bytes": trained,
-            "gradient_bytes": trained,
-        }
-        return cls(model, mode, int(next(iter(model.peft_config.values())).r), sizes, peak)
-
-
-@dataclass
 class _Run:
     """Traces of one laid out model, batch and sequence."""
 
     planner: _Planner
-    laid: _LaidOut
+    laid: LaidOut
     batch_size: int
     seq_len: int
 
@@ -314,34 +274,3 @@ class _Run:
 def _is_hopper() -> bool:
     """Whether the GPU here is Hopper or newer; the planned one, where there is none here, is taken to be."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9
-
-
-def parts(peak: Peak, kept: tuple[Block, ...]) -> dict[str, int]:
-    """The bytes of a peak by what they are."""
-    own = set(map(id, kept))
-
-    def part(block: Block) -> str:
-        if block.kind:
-            return block.kind
-        if id(block) in own:
-            return "activations" if block.stage != "loss" else "loss"
-        return "loss" if block.stage == "loss" else "temporary"
-
-    found: Counter[str] = Counter()
-    for block in peak.blocks:
-        found[part(block)] += block.size
-    return {name: found[name] for name in PARTS if found[name]}
-
-
-PARTS = (
-    "base",
-    "adapters",
-    "optimizer",
-    "gradients",
-    "inputs",
-    "activations",
-    "loss",
-    "dequantized",
-    "temporary",
-    "libraries",
-)
