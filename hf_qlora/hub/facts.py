@@ -24,6 +24,7 @@ from hf_qlora.layers import depth
 from hf_qlora.layers.depth_scale import DepthScale
 from hf_qlora.layers.names import adapted_layers
 from hf_qlora.layers.profile import split_name
+from hf_qlora.quant.calibrate.run import calibration_report
 from hf_qlora.quant.footprint import footprint
 from hf_qlora.quant.selection import is_named
 
@@ -90,6 +91,7 @@ def add_adapter(
     dtype = str(getattr(base, "dtype", torch.float32))
     name = base_name(model, config)
     of_base = licenses.known(name)
+    calibration = calibration_report(base)
     licence_fields = {"license": licence} if licence else of_base
     facts = {
         "method": _method(config),
@@ -106,6 +108,7 @@ def add_adapter(
             "compute_dtype": str(quantized.compute_dtype or dtype),
             "skip": _kept_dense(base, config),
         },
+        "calibrated": None if calibration is None else card.code(calibration.rows, card.LONGEST_SENTENCE),
         "classes": len(saving.labels(model)),
         "dtype": dtype,
         "base_literal": card.literal(base_id(name) or BASE_PLACEHOLDER),

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import calibrating
 import pytest
 import torch
 import yaml
@@ -27,7 +28,7 @@ from transformers import (
 )
 from transformers.modelcard import TrainingSummary
 
-from hf_qlora import AdaptiveDepthLoRAConfig, ModelCardCallback, QLoRAConfig, saving
+from hf_qlora import AdaptiveDepthLoRAConfig, ModelCardCallback, QLoRAConfig, quantize_model, saving
 from hf_qlora.hub import card, facts, licenses
 from hf_qlora.merge.stream import merge_files
 from hf_qlora.validation import ConfigError
@@ -71,6 +72,19 @@ def offline_model(cls: type[QLoRAConfig] = QLoRAConfig, **settings: Any) -> Mode
     base = llama(hidden_size=64, intermediate_size=64, vocab_size=64)
     base.config._name_or_path = base.name_or_path = "alice/base"
     return get_peft_model(base, cls(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings))
+
+
+def test_that_the_base_was_calibrated_is_said(tmp_path: Path) -> None:
+    """Quantized in memory: nobody gets it again by the base's name."""
+    base = llama(hidden_size=64, intermediate_size=64, vocab_size=64)
+    quantize_model(base, calibration=calibrating.rows_of(calibrating.text(words=64)))
+    model = get_peft_model(base, QLoRAConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    facts.write_card(model, tmp_path, REPO)
+    said = "The base that this adapter was trained on was rounded calibrated, on `a test`."
+    assert said in text_of(tmp_path)
+    check_well_formed(text_of(tmp_path))
+    facts.write_card(offline_model(), tmp_path, REPO)
+    assert "calibrated" not in text_of(tmp_path)
 
 
 def text_of(folder: Path) -> str:
