@@ -83,9 +83,10 @@ def _value(name: str, value: Any) -> Document:
         return as_messages({"messages": list(value)})
     if hasattr(value, "tolist"):
         value = value.tolist()
-    if isinstance(value, Sequence) and all(type(token) is int for token in value):
+    if isinstance(value, Sequence) and not isinstance(value, bytes) and all(type(token) is int for token in value):
         return list(value)
-    raise DataError(f"The column {name!r} has no text, chat or token ids, but {short(repr(value))}")
+    there = "nothing" if value is None else short(repr(value))
+    raise DataError(f"The column {name!r} has no text, chat or token ids, but {there}")
 
 
 def _of_file(file: Path, column: str | None) -> list[Document]:

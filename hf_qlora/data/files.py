@@ -24,14 +24,18 @@ NO_DATA = {  # by files in a folder: what that is
 }
 
 
-def read_text(file: Path) -> str:
+def read_text(file: Path, newline: str | None = None) -> str:
     """A file's text, without the mark (BOM) that Windows' editors begin files in UTF-8 with.
+
+    Args:
+        newline: as for `open`: "" leaves the line ends as they are.
 
     Raises:
         DataError: it is not UTF-8, or not to be read.
     """
     try:
-        return file.read_text(encoding="utf-8-sig")
+        with file.open(encoding="utf-8-sig", newline=newline) as opened:
+            return opened.read()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as text in UTF-8: {first_line(error)}") from error
 
@@ -50,9 +54,9 @@ def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     for names, what in NO_DATA.items():
         if all((folder / name).is_file() for name in names):
             raise DataError(f"The folder {folder} is {what} (by {' and '.join(names)}).")
-    files = sorted(file for file in folder.iterdir() if ends_in(file, suffixes))
+    files = sorted(file for file in folder.iterdir() if ends_in(file, suffixes) and file.is_file())
     if not files:
-        inner = sorted({file.parent.name for file in folder.glob("*/*") if ends_in(file, suffixes)})
+        inner = sorted({file.parent.name for file in folder.glob("*/*") if ends_in(file, suffixes) and file.is_file()})
         there = f" Those in its folder {inner[0]} are not read: name that." if inner else ""
         raise DataError(f"The folder {folder} has no files that end in {', '.join(suffixes)}.{there}")
     return files
@@ -77,9 +81,9 @@ def placed_rows(file: Path) -> list[tuple[str, Any]]:
     """
     if ends_in(file, (".parquet",)):
         return list(parquet_rows(file))
-    text = read_text(file)
     if ends_in(file, (".csv",)):
-        return list(csv_rows(file, text))
+        return list(csv_rows(file, read_text(file, newline="")))
+    text = read_text(file)
     if text.lstrip()[:1] != "[":
         return [(f"line {number}", row) for number, row in _lines(file, text)]
     return [(f"element {number}", row) for number, row in enumerate(_list(file, text), start=1)]
@@ -113,8 +117,8 @@ def _list(file: Path, text: str) -> list[Any]:
 
 
 def rows_sha256(rows: Any) -> str:
-    """Of rows as they were read, by which a run that goes on knows its data; types that JSON has not count as text."""
-    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+    """Of rows as they were read, of JSON's types: by it a run that goes on knows its data."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def _why(error: Exception) -> str:

@@ -67,6 +67,7 @@ def labelled(
     by_text: dict[str, str | int] = {}
     for number, row in enumerate(rows, 1):
         key, value = _cell(row, number, text), _cell(row, number, label)
+        value = int(value) if isinstance(value, float) and value.is_integer() else value  # as pandas writes classes
         if not isinstance(key, str) or not isinstance(value, str | int):
             raise DataError(f"Row {number} is no text with a class (a word or a whole number): {short(repr(row))}")
         by_text.setdefault(key, value)
@@ -83,11 +84,17 @@ def labelled(
     rarest, count = counts.most_common()[-1]
     if count < FEWEST:
         raise DataError(f"Class {rarest!r} has {count} texts; each needs {FEWEST}, to have some to train and test on.")
-    classes = sorted(counts, key=lambda value: (isinstance(value, str), value))
+    classes = sorted(counts, key=_in_order)
     names = [str(value) for value in classes]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise DataError(f"{twice} is a class as a number in some rows, and as a word in others; write it in one way.")
     return Labelled([(key, classes.index(value)) for key, value in found], names)
+
+
+def _in_order(value: str | int) -> tuple[bool, int, str]:
+    """Numbers first, those that are written as words too, then other words."""
+    number = isinstance(value, int) or value.isdecimal()
+    return not number, int(value) if number else 0, str(value)
 
 
 def _cell(row: Any, number: int, column: str) -> Any:

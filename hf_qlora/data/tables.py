@@ -5,47 +5,61 @@ from __future__ import annotations
 import csv
 import importlib
 import io
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from hf_qlora.data.errors import DataError, first_line
+from hf_qlora.data.errors import DataError, counted, first_line, short
 
 
 LONGEST_CELL = 2**31 - 1  # characters; by default Python reads 131,072, which documents exceed
+OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs"}
+_limit_lock = Lock()  # the limit is the process's
 
 
 def csv_rows(file: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
     """The rows of a CSV file, each behind the line that it ends on; cells are text, empty ones None.
 
+    A first column without a name is left out: the numbers that pandas writes there.
+
     Args:
-        text: what is in it.
+        text: what is in it, with its line ends as they are.
 
     Raises:
         DataError: no names, one twice, a row with another number of cells, or an open quotation.
     """
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     with _long_cells(), _named(file, reader):
-        names = next(reader, [])
-        if not all(names) or len(set(names)) < len(names) or not names:
-            raise DataError(f"{file}, line 1 must name each column once, and is {','.join(names) or '(nothing)'}")
+        names = next(filter(None, reader), [])
+        _check_names(file, names[1:] if names[:1] == [""] else names)
         return [(f"line {reader.line_num}", _row(file, reader.line_num, names, cells)) for cells in reader if cells]
+
+
+def _check_names(file: Path, names: Sequence[str]) -> None:
+    found = [word for separator, word in OTHER_SEPARATORS.items() if len(names) == 1 and separator in names[0]]
+    if found:
+        raise DataError(f"{file} has {found[0]} between its cells; write it with commas.")
+    if not names or not all(names) or max(Counter(names).values()) > 1:
+        raise DataError(f"{file} must name each of its columns once, and names {short(', '.join(names))}")
 
 
 def _row(file: Path, line: int, names: list[str], cells: list[str]) -> dict[str, Any]:
     if len(cells) != len(names):
-        raise DataError(f"{file}, line {line} has {len(cells)} cells, and line 1 names {len(names)} columns.")
-    return {name: cell or None for name, cell in zip(names, cells, strict=True)}
+        raise DataError(f"{file}, line {line} has {counted(len(cells), 'cell')}, and there are names of {len(names)}.")
+    return {name: cell or None for name, cell in zip(names, cells, strict=True) if name}
 
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    before = csv.field_size_limit(LONGEST_CELL)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
+    with _limit_lock:
+        before = csv.field_size_limit(LONGEST_CELL)
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
 
 
 @contextmanager
@@ -60,7 +74,7 @@ def parquet_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
     """The rows of a Parquet file, each behind its number.
 
     Raises:
-        DataError: no `pyarrow` package, or it cannot read the file.
+        DataError: no `pyarrow` package, it cannot read the file, or a column is there twice.
     """
     try:
         arrow = importlib.import_module("pyarrow")
@@ -68,7 +82,11 @@ def parquet_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
     except ImportError as error:
         raise DataError(f"{file}: to read Parquet, pip install pyarrow") from error
     try:
-        rows = parquet.ParquetFile(file).read().to_pylist()
-    except (OSError, arrow.ArrowException) as error:
+        with parquet.ParquetFile(file) as opened:
+            _check_names(file, opened.schema_arrow.names)
+            rows = opened.read().to_pylist()
+    except DataError:
+        raise
+    except (OSError, ValueError, OverflowError, arrow.ArrowException) as error:  # of values that Python has not, too
         raise DataError(f"{file} cannot be read as Parquet: {first_line(error)}") from error
     return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]

@@ -5,7 +5,7 @@ for. Elsewhere they are plain loops: on a core with AVX2 alone, 256 rows x 576 -
 long as in float32, and the gradient of x 36 times. There, float32 copies are multiplied and the result is rounded
 once, as oneDNN does it. For one or two rows, as in generating, the loops are faster.
 
-`WideProducts` does so for torch's own products too, of a model that is measured.
+`WideProducts` does so for torch's own, of dense layers and of attention, in a model that is measured.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
@@ -89,25 +90,36 @@ def _has_loops(dtype: torch.dtype) -> bool:
     return not of_onednn[dtype]()
 
 
-_PRODUCTS = (scaled_dot_product_attention, torch.addmm, torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_PRODUCTS = (  # what layers and attention are made of in transformers
+    linear,
+    scaled_dot_product_attention,
+    *(getattr(owner, name) for owner in (torch, Tensor) for name in ("addmm", "baddbmm", "bmm", "matmul", "mm")),
+    Tensor.__matmul__,
+)
 
 
 class WideProducts(TorchFunctionMode):
-    """Within it, without gradients, what torch multiplies by loops is multiplied in float32 and rounded once."""
+    """Within it, without gradients, they are multiplied in float32 and rounded once where torch has loops for them."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.is_grad_enabled() or not (args and isinstance(args[0], Tensor) and is_emulated(args[0])):
+        if func not in _PRODUCTS or torch.is_grad_enabled() or not _are_emulated(args, kwargs):
             return func(*args, **kwargs)
-        x = args[0]
-        if func is linear and x.numel() > FEW_ROWS * x.shape[-1]:
+        if func is linear:
             return _linear(*args, **kwargs)
-        if func not in _PRODUCTS:
-            return func(*args, **kwargs)
         named = {name: _widened(value) for name, value in kwargs.items()}
-        return func(*map(_widened, args), **named).to(x.dtype)
+        return func(*map(_widened, args), **named).to(args[0].dtype)
+
+
+def _are_emulated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the tensors of a product are, all in one dtype; what torch refuses, or has cast, is left to it."""
+    if not args or "out" in kwargs or torch.is_autocast_enabled("cpu"):
+        return False
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dtype != torch.bool]
+    plain = all(type(tensor) in (Tensor, Parameter) and tensor.dtype == tensors[0].dtype for tensor in tensors)
+    return plain and is_emulated(args[0])
 
 
 def _widened(argument: Any) -> Any:
@@ -116,6 +128,8 @@ def _widened(argument: Any) -> Any:
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As torch's, by its names."""
+    if weight.ndim < 2 or input.numel() <= FEW_ROWS * input.shape[-1]:
+        return linear(input, weight, bias)
     result = input.new_empty(*input.shape[:-1], len(weight))
     product_in_parts(input.reshape(-1, input.shape[-1]), weight, bias, result.view(-1, len(weight)))
     return result

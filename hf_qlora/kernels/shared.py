@@ -17,11 +17,7 @@ from hf_qlora.kernels.emulated import add_gradient_in_parts
 
 
 class SharedInput:
-    """One input of several nodes, and the sum of the gradients that they have for it.
-
-    Attributes:
-        x: what to give to the nodes; it has the value of the input that this was made of.
-    """
+    """One input of several nodes: the sum of the gradients that they have for it."""
 
     def __init__(self) -> None:
         self._dx: Tensor | None = None

@@ -373,6 +373,23 @@ def test_torchs_own_products_in_a_model_that_is_measured(name: str, dtype: torch
     assert torch.equal(unchanged, wide)
 
 
+def test_what_torch_refuses_or_writes_elsewhere_is_left_to_it() -> None:
+    x, W = torch.randn(ROWS, K).bfloat16(), torch.randn(N, K).bfloat16()
+    out = torch.zeros(ROWS, N, dtype=torch.bfloat16)
+    with torch.no_grad(), emulated.WideProducts():
+        torch.matmul(x, W.t(), out=out)
+        assert nn.functional.linear(x, W[0]).shape == (ROWS,)
+        assert nn.functional.linear(input=x, weight=W).dtype == torch.bfloat16
+        for wrong in (W.float(), W.half()):
+            with pytest.raises(RuntimeError, match="dtype"):
+                nn.functional.linear(x, wrong)
+        with torch.autocast("cpu"), _Products() as within:
+            within.counting = True
+            nn.functional.linear(x, W)
+        assert within.narrow == 1
+    assert off(out, x.double() @ W.double().t()) <= rounding(torch.bfloat16)
+
+
 def test_products_with_gradients_and_of_few_rows_are_torchs_own() -> None:
     x, W = torch.randn(2, K).bfloat16(), torch.randn(N, K).bfloat16().requires_grad_()
     with emulated.WideProducts():

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_qlora import assets
 from hf_qlora.assets.cache import cached
 from hf_qlora.bench.calibrated_nf4 import data
-from hf_qlora.bench.measure import code
+from hf_qlora.bench.measure import environment
 from hf_qlora.bench.train_step.arms import with_stock_layers
 from hf_qlora.config import NF4Config, QLoRAConfig
 from hf_qlora.kernels.emulated import is_emulated
@@ -35,19 +35,19 @@ LORA: dict[str, Any] = {
 }
 
 
-def dtype(device: str) -> torch.dtype:
+def dtype_of(device: str) -> torch.dtype:
     """bfloat16, or float32 where a CPU has no products in bfloat16."""
     wanted = torch.bfloat16
     return torch.float32 if is_emulated(torch.empty(0, dtype=wanted, device=device)) else wanted
 
 
 def dense(device: str, layers: int | None = None) -> Any:
-    """The model as it was released; or so many layers of random weights, to see that all works."""
+    """The model, or so many layers of random weights, to see that all works."""
     if layers is None:
-        return copy.deepcopy(_model(dtype(device))).to(device)
+        return copy.deepcopy(_model(dtype_of(device))).to(device)
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(assets.smollm2_135m_instruct(), num_hidden_layers=layers, pad_token_id=2)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype(device))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(device))
     return model.eval().to(device)
 
 
@@ -74,7 +74,7 @@ def adapted(device: str, seed: int, steps: int, layers: int | None = None, init:
     return model.eval()
 
 
-def unchanged(device: str, seed: int, steps: int, layers: int | None = None) -> dict[str, dict[str, float]]:
+def reference_losses(device: str, seed: int, steps: int, layers: int | None = None) -> dict[str, dict[str, float]]:
     """The losses that each calibration is compared with: of the unmerged model, its base, and the dense model.
 
     They are measured once for an adapter, and kept beside it.
@@ -94,7 +94,10 @@ def unchanged(device: str, seed: int, steps: int, layers: int | None = None) -> 
 
 
 def _name(device: str, seed: int, steps: int, layers: int | None, init: str) -> str:
-    return f"calibrated-nf4-{code()}-{init}-{seed}-{steps}-{layers}-{torch.device(device).type}"
+    made = environment(device)
+    by = [str(made[name]) for name in ("code", "torch", "transformers", "peft", "bitsandbytes")]
+    kind = f"{torch.device(device).type}-{str(dtype_of(device)).removeprefix('torch.')}"
+    return "-".join(["calibrated-nf4", *by, init, str(seed), str(steps), str(layers), kind])
 
 
 def _fresh(device: str, seed: int, layers: int | None, init: str) -> PeftModel:

@@ -66,7 +66,7 @@ def merging(device: str, seed: int, steps: int, rows: int, questions: int, layer
     arm("unmerged", model)
     with model.disable_adapter():
         arm("base", model)
-    arm(f"{8 * models.dtype(device).itemsize} bits", merge(model).model)
+    arm(f"{8 * models.dtype_of(device).itemsize} bits", merge(model).model)
     arm("nearest", merge(model, "nf4", force=True).model)
     arm("PEFT's merge", models.peft_merge(device, get_peft_model_state_dict(model), layers))
     for domain in ("chats", "headlines"):
@@ -134,7 +134,7 @@ def method(device: str, seed: int, steps: int, rows: int, name: str, layers: int
 
 def _both(device: str, seed: int, steps: int, layers: int | None, calibration: Calibration) -> dict[str, Any]:
     found: dict[str, Any] = {
-        name: {"loss": loss} for name, loss in models.unchanged(device, seed, steps, layers).items()
+        name: {"loss": loss} for name, loss in models.reference_losses(device, seed, steps, layers).items()
     }
     model = models.adapted(device, seed, steps, layers)
     found["merged"] = _calibrated(merge(model, "nf4", calibration=calibration, force=True).model, layers)
@@ -173,7 +173,7 @@ def cost(device: str, size: int, rows: int) -> dict[str, Any]:
         **sizes,
         **found,
         "gram_bytes": 4 * intermediate**2,
-        "hidden_states_bytes": 2 * models.dtype(device).itemsize * (rows + data.HELD_OUT) * data.LENGTH * hidden,
+        "hidden_states_bytes": 2 * models.dtype_of(device).itemsize * (rows + data.HELD_OUT) * data.LENGTH * hidden,
     }
 
 
@@ -209,5 +209,5 @@ def _random(device: str, sizes: dict[str, int]) -> Any:
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=models.dtype(device))
+        model = AutoModelForCausalLM.from_config(config, dtype=models.dtype_of(device))
     return model.to(device)

@@ -210,7 +210,7 @@ def _device(runs: dict[str, list[tuple[dict[str, Any], Found]]]) -> str:
         for part in runs.values()
         for made in (found["with"] for _, found in part)
     }
-    return f"SmolLM2-135M-Instruct in bfloat16 (unless the device says otherwise); {'; '.join(sorted(found))}."
+    return f"SmolLM2-135M-Instruct in bfloat16 where the device says nothing else; {'; '.join(sorted(found))}."
 
 
 def plot(results: Path, path: Path) -> None:

@@ -107,8 +107,8 @@ def perform(
 def made_with(device: str) -> dict[str, Any]:
     """The `environment`; a device that has no products in bfloat16 is another one than those that have."""
     found = environment(device)
-    if models.dtype(device) is not torch.bfloat16:
-        found["device"] += f", {str(models.dtype(device)).removeprefix('torch.')}"
+    if models.dtype_of(device) is not torch.bfloat16:
+        found["device"] += f", {str(models.dtype_of(device)).removeprefix('torch.')}"
     return found
 
 

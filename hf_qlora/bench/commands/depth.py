@@ -37,6 +37,6 @@ def adaptive_depth(
     file = file_of_runs("adaptive-depth", results, report_only, quick, run.read)
     if not report_only:
         check_device(device)
-        check_addable(file, environment(device))
+        check_addable(file, environment(device)["device"])
         run.perform(replace(run.QUICK if quick else run.Plan(), tasks=names), file, device, workers)
     typer.echo(report.markdown(file) or f"No test runs in {file} yet.")

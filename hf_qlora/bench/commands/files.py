@@ -70,14 +70,14 @@ def file_of_runs(
     return file
 
 
-def check_addable(results: Path, made: dict[str, Any]) -> None:
+def check_addable(results: Path, device: str) -> None:
     """Raises: typer.Exit: with 2, where the file's rows are of another kind of device than what would be added.
 
     Args:
-        made: the `environment` of what would be.
+        device: that kind, as `environment` has it.
     """
     try:
-        check_same_device(results, made["device"])
+        check_same_device(results, device)
     except ValueError as error:
         raise misused(str(error)) from None
 

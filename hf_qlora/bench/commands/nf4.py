@@ -34,7 +34,7 @@ def calibrated_nf4(
     file = file_of_runs("calibrated-nf4", results, report_only, quick, run.read)
     if not report_only:
         check_device(device)
-        check_addable(file, run.made_with(device))
+        check_addable(file, run.made_with(device)["device"])
         run.perform(run.QUICK if quick else run.Plan(), file, names, device, workers)
         report.plot(file, file.with_suffix(".png"))
     typer.echo(report.markdown(file) or f"No runs in {file} yet.")

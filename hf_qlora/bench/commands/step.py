@@ -175,6 +175,6 @@ def learning_curve(
     results = file_of_runs("learning-curve", results, report_only)
     if not report_only:
         check_device(device)
-        check_addable(results, environment(device))
+        check_addable(results, environment(device)["device"])
         curves.perform(results, steps, device=device, workers=workers)
     typer.echo(curves.markdown(results) or f"No runs to compare in {results} yet.")

@@ -72,7 +72,10 @@ def mean_loss(model: nn.Module, inputs: Mapping[str, Tensor], *, batch_tokens: i
 
 @contextmanager
 def measuring(*models: nn.Module) -> Iterator[None]:
-    """Within it models are in eval mode, without gradients, and no product is a plain loop (`kernels/emulated.py`)."""
+    """Within it models are in eval mode, without gradients, and with products as in `kernels/emulated.py`.
+
+    Where these are emulated a compiled model is compiled once more.
+    """
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model))
