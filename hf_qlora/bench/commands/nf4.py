@@ -25,7 +25,8 @@ def calibrated_nf4(
 ) -> None:
     """What calibrated rounding keeps of an adapter merged into NF4, and of a base, on SmolLM2 and real text.
 
-    Hours on two cores; ten minutes on a GPU with --workers 14. The picture goes beside the results.
+    In bfloat16, or in float32 on a CPU that has no products in it. Hours on two cores; ten minutes on a GPU with
+    --workers 14. The picture goes beside the results.
     """
     from hf_qlora.bench.calibrated_nf4 import report, run
 
