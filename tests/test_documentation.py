@@ -93,6 +93,7 @@ def test_tables_are_those_of_the_results(name: str) -> None:
         ("adaptive_depth_concentration.jsonl", "adaptive_depth.md", depth),
         ("calibrated_nf4.jsonl", "calibrated_nf4.md", calibrated_nf4),
         ("calibrated_nf4_cpu.jsonl", "calibrated_nf4.md", calibrated_nf4),
+        ("calibrated_nf4_float32.jsonl", "calibrated_nf4.md", calibrated_nf4),
     ],
 )
 def test_tables_are_those_of_the_runs(name: str, page: str, report: Any) -> None:
