@@ -15,7 +15,6 @@ import torch
 from typer.testing import CliRunner
 
 from hf_qlora.bench.calibrated_nf4 import data, models, parts, report, run
-from hf_qlora.bench.measure import environment
 from hf_qlora.bench.results import append_line
 from hf_qlora.cli import app
 
@@ -162,7 +161,7 @@ def test_rows_are_not_added_to_those_of_another_device(tmp_path: Path) -> None:
         row = {"part": one.part, "settings": dict(one.settings), "found": {}}
         append_line(results, {**row, "with": MADE | {"device": "NVIDIA H200"}})
     before = results.read_text()
-    said = rf"runs\.jsonl has rows of NVIDIA H200; those of {environment('cpu')['device']} .*--results OTHER"
+    said = rf"runs\.jsonl has rows of NVIDIA H200; those of {run.made_with('cpu')['device']} .*--results OTHER"
     with pytest.raises(ValueError, match=said):
         run.perform(run.QUICK, results, ("loftq",))
     found = CliRunner().invoke(app, ["bench", "calibrated-nf4", "--part", "loftq", "--results", str(results)])
