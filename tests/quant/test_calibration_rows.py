@@ -322,7 +322,7 @@ def ids(*shape: int) -> Tensor:
         (lambda: ["", " \n"], {}, "given documents has no text to read (documents: 2, empty)."),
         (lambda: [[], []], {}, "given documents has no text to read (documents: 2, empty)."),
         (lambda: [[1, 2], 3.5], {}, "Element 1 is 3.5, no text, no list of token ids and no dict"),
-        (lambda: ["a", {"text": None}], {}, "Element 1: The column 'text' has no text, chat or token ids, but nothing"),
+        (lambda: ["a", {"text": None}], {}, "Element 1: The column 'text' has no text, chat or token ids, but noth"),
         (
             lambda: [[1, 2, 3]] * 20,
             {},
