@@ -34,14 +34,18 @@ def csv_rows(file: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     with _long_cells(), _named(file, reader):
         names = next(filter(None, reader), [])
+        _check_separator(file, names)
         _check_names(file, names[1:] if names[:1] == [""] else names)
         return [(f"line {reader.line_num}", _row(file, reader.line_num, names, cells)) for cells in reader if cells]
 
 
-def _check_names(file: Path, names: Sequence[str]) -> None:
+def _check_separator(file: Path, names: Sequence[str]) -> None:
     found = [word for separator, word in OTHER_SEPARATORS.items() if len(names) == 1 and separator in names[0]]
     if found:
         raise DataError(f"{file} has {found[0]} between its cells; write it with commas.")
+
+
+def _check_names(file: Path, names: Sequence[str]) -> None:
     if not names or not all(names) or max(Counter(names).values()) > 1:
         raise DataError(f"{file} must name each of its columns once, and names {short(', '.join(names))}")
 
@@ -83,10 +87,8 @@ def parquet_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
         raise DataError(f"{file}: to read Parquet, pip install pyarrow") from error
     try:
         with parquet.ParquetFile(file) as opened:
-            _check_names(file, opened.schema_arrow.names)
-            rows = opened.read().to_pylist()
-    except DataError:
-        raise
+            names, rows = opened.schema_arrow.names, opened.read().to_pylist()
     except (OSError, ValueError, OverflowError, arrow.ArrowException) as error:  # of values that Python has not, too
         raise DataError(f"{file} cannot be read as Parquet: {first_line(error)}") from error
+    _check_names(file, names)
     return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]

@@ -115,7 +115,7 @@ class WideProducts(TorchFunctionMode):
 
 def _are_emulated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the tensors of a product are, all in one dtype; what torch refuses, or has cast, is left to it."""
-    if not args or "out" in kwargs or torch.is_autocast_enabled("cpu"):
+    if not (args and isinstance(args[0], Tensor)) or "out" in kwargs or torch.is_autocast_enabled("cpu"):
         return False
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dtype != torch.bool]
     plain = all(type(tensor) in (Tensor, Parameter) and tensor.dtype == tensors[0].dtype for tensor in tensors)

@@ -45,6 +45,11 @@ def test_chats_and_token_ids_of_parquet(tmp_path: Path) -> None:
     assert read_documents(str(tmp_path))[0] == [CHAT, [3, 4]]
 
 
+def test_a_column_of_parquet_may_have_any_name(tmp_path: Path) -> None:
+    Dataset.from_list([{"a;b": "one"}]).to_parquet(tmp_path / "a.parquet")
+    assert read_documents(f"{tmp_path / 'a.parquet'}#a;b")[0] == ["one"]
+
+
 def test_chats_of_csv(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("instruction,input,output\none?,,two.\n\n")
     assert read_documents(str(tmp_path / "a.csv"))[0] == [CHAT]
