@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import inspect
 import json
 import os
@@ -172,13 +173,16 @@ def _remove_left_overs(target: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    found = {}
-    for name in VERSIONED:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree
-            found[name] = "unknown"
-    return found
+    return {name: _version(name) for name in VERSIONED}
+
+
+@functools.cache
+def _version(name: str) -> str:
+    """Milliseconds to look up, and every save asks for each."""
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
 
 
 def _moves(stage: Path, target: Path) -> list[tuple[Path, Path]]:

@@ -40,13 +40,19 @@ def check_model(model: object) -> None:
 
 def check_types(config: Any) -> None:
     """Refuse a field whose value is of another type than its annotation; JSON's stand-ins pass (see `matches`)."""
-    hints = typing.get_type_hints(type(config))
+    hints = _hints(config.__class__)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name == "lora_alpha":  # PEFT says int, and computes with any number
             continue
         if not matches(value, hints[field.name]):
             raise ConfigError(f"{field.name}={value!r} has the wrong type; expected {_shown(hints[field.name])}.")
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """A class's annotations: milliseconds to evaluate, and every config that is made or read asks."""
+    return typing.get_type_hints(kind)
 
 
 def check_values(config: Any) -> None:

@@ -14,28 +14,32 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_qlora.bench.processes import apart, side_by_side
+from hf_qlora.bench.processes import side_by_side
 
 
 JOBS = [(f"job {number}", (float(number),)) for number in range(5)]
 
 
+def _root(x: float) -> tuple[float, int, int]:
+    return math.sqrt(x), os.getpid(), torch.get_num_threads()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_each_job_comes_back_with_its_result(workers: int) -> None:
-    found = dict(side_by_side(math.sqrt, JOBS, workers))
-    assert found == {f"job {number}": math.sqrt(number) for number in range(5)}
+    """From this process where it is the only one; else from others, which share the cores."""
+    found = dict(side_by_side(_root, JOBS, workers))
+    assert {job: root for job, (root, _, _) in found.items()} == {f"job {n}": math.sqrt(n) for n in range(5)}
+    pids, threads = ({line[part] for line in found.values()} for part in (1, 2))
+    if workers == 1:
+        assert pids == {os.getpid()}
+    else:
+        assert os.getpid() not in pids
+        assert threads == {max(1, (os.cpu_count() or 1) // workers)}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_is_the_callers(workers: int) -> None:
+def test_an_error_is_the_callers() -> None:
     with pytest.raises(ValueError, match=r"domain|nonnegative"):
-        list(side_by_side(math.sqrt, [*JOBS, ("bad", (-1.0,))], workers))
-
-
-def test_workers_are_other_processes_and_share_the_cores() -> None:
-    assert apart(os.getpid) != os.getpid()
-    threads = {count for _, count in side_by_side(torch.get_num_threads, [("a", ()), ("b", ())], 2)}
-    assert threads == {max(1, (os.cpu_count() or 1) // 2)}
+        list(side_by_side(math.sqrt, [*JOBS, ("bad", (-1.0,))], 1))
 
 
 def _wait_for(file: str) -> str:
@@ -53,7 +57,7 @@ def _fail_and_allow(file: str) -> str:
     raise ValueError("a job that fails")
 
 
-def test_what_runs_beside_a_failure_is_kept(tmp_path: Path) -> None:
+def test_an_error_is_the_callers_and_what_runs_beside_it_is_kept(tmp_path: Path) -> None:
     # The first job waits for a file which the second makes before it fails: both have begun when one fails.
     jobs = [(name, (str(tmp_path / name),)) for name in ("job.wait", "job.fail")]
     found = []
@@ -85,6 +89,7 @@ def test_nothing_goes_on_when_the_caller_is_killed(tmp_path: Path) -> None:
     parent = subprocess.Popen([sys.executable, str(script), str(said)], env=os.environ | {"PYTHONPATH": str(root)})
     _until(said.exists, 120)
     child = int(said.read_text())
+    assert child != parent.pid
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     _until(lambda: not _is_running(child), 20)
