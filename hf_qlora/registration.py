@@ -57,9 +57,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations.peft import PeftAdapterMixin
 
-from hf_qlora import hooks
 from hf_qlora.config import AdaptiveDepthLoRAConfig, QLoRAConfig
 from hf_qlora.config.record import RECORD_KEY
+from hf_qlora.hooks import loading, making
 from hf_qlora.hub import facts, push
 from hf_qlora.hub import trainer as trainer_hooks
 from hf_qlora.layers.checkpointing import set_gradient_checkpointing
@@ -188,15 +188,15 @@ def register() -> None:
         return
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = QLoRAModel
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = _LoraConfig
-    _wrap(BaseTuner, "inject_adapter", hooks.inject_adapter)
-    _wrap(peft.config.PeftConfigMixin, "from_json_file", hooks.from_json_file)
-    _wrap(peft.peft_model, "load_peft_weights", hooks.load_peft_weights)
-    _wrap(peft.peft_model, "set_peft_model_state_dict", hooks.set_peft_model_state_dict)
-    _wrap(PeftModel, "__init__", hooks.init)
-    _wrap(PeftModel, "from_pretrained", hooks.from_pretrained)
-    _wrap(PeftModel, "load_adapter", hooks.load_adapter)
-    _wrap(PeftModel, "save_pretrained", hooks.save_pretrained)
-    _wrap(_BaseAutoPeftModel, "from_pretrained", hooks.auto_from_pretrained)
+    _wrap(BaseTuner, "inject_adapter", making.inject_adapter)
+    _wrap(peft.config.PeftConfigMixin, "from_json_file", loading.from_json_file)
+    _wrap(peft.peft_model, "load_peft_weights", loading.load_peft_weights)
+    _wrap(peft.peft_model, "set_peft_model_state_dict", loading.set_peft_model_state_dict)
+    _wrap(PeftModel, "__init__", making.init)
+    _wrap(PeftModel, "from_pretrained", loading.from_pretrained)
+    _wrap(PeftModel, "load_adapter", loading.load_adapter)
+    _wrap(PeftModel, "save_pretrained", making.save_pretrained)
+    _wrap(_BaseAutoPeftModel, "from_pretrained", loading.auto_from_pretrained)
     _wrap(PeftModel, "create_or_update_model_card", facts.create_or_update_model_card)
     _wrap(PeftModel, "push_to_hub", push.push_to_hub)
     _wrap(peft.config.PeftConfigMixin, "push_to_hub", push.push_to_hub)
@@ -213,11 +213,11 @@ def register() -> None:
     _wrap(Trainer, "_get_num_items_in_batch", batches.num_items_in_batch)
     _wrap(peft.optimizers, "create_lorafa_optimizer", optimizers.create_lorafa_optimizer)
     _wrap(peft.optimizers.lorafa, "create_lorafa_optimizer", optimizers.create_lorafa_optimizer)
-    _wrap(PeftAdapterMixin, "load_adapter", hooks.load_into_transformers)
-    _wrap(peft.tuners.lora.dora, "dequantize_module_weight", hooks.dequantize_module_weight)
-    _wrap(peft.utils.hotswap, "load_peft_weights", hooks.load_peft_weights)
-    _wrap(peft.utils.hotswap, "check_hotswap_configs_compatible", hooks.check_hotswap_configs_compatible)
-    _wrap(peft.utils.hotswap, "hotswap_adapter_from_state_dict", hooks.hotswap_adapter_from_state_dict)
+    _wrap(PeftAdapterMixin, "load_adapter", loading.load_into_transformers)
+    _wrap(peft.tuners.lora.dora, "dequantize_module_weight", making.dequantize_module_weight)
+    _wrap(peft.utils.hotswap, "load_peft_weights", loading.load_peft_weights)
+    _wrap(peft.utils.hotswap, "check_hotswap_configs_compatible", loading.check_hotswap_configs_compatible)
+    _wrap(peft.utils.hotswap, "hotswap_adapter_from_state_dict", loading.hotswap_adapter_from_state_dict)
 
 
 def resolve(name: str) -> Any:
