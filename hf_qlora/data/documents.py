@@ -1,8 +1,8 @@
 """Documents: texts, chats, or token ids, out of rows, files, folders and data sets of the Hub.
 
-A source is named by one string: `speeches.txt`, a folder, `chats.jsonl`, `me/data`, `me/data:validation`. A column is
-named behind it, `rows.jsonl#body`; without one it is `text`, or a chat in one of the usual layouts. A .txt file is one
-document, each row of anything else is one.
+A source is named by one string: `speeches.txt`, a folder, `chats.jsonl`, `me/data`, `me/data:validation`, and, of a
+data set with several configs, `me/data/en:validation`. A column is named behind it, `rows.jsonl#body`; without one it
+is `text`, or a chat in one of the usual layouts. A .txt file is one document, each row of anything else is one.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def document_of(row: Any, column: str | None = None, source: str | None = None) 
         raise DataError(f"There is no column {column!r}; found are {', '.join(map(str, row)) or 'none'}.")
     for name in (column,) if column is not None else ("text", "input_ids"):
         if name in row:
-            return _value(name, row[name])
+            masked = name == "input_ids" and "attention_mask" in row
+            return _unpadded(row[name], row["attention_mask"]) if masked else _value(name, row[name])
     other = "" if source is None else f"; or name another, as {source}#{next(iter(row), 'body')}"
     return as_messages(row, COLUMNS + other)
 
@@ -87,6 +88,16 @@ def _value(name: str, value: Any) -> Document:
         return list(value)
     there = "nothing" if value is None else short(repr(value))
     raise DataError(f"The column {name!r} has no text, chat or token ids, but {there}")
+
+
+def _unpadded(given: Any, mask: Any) -> list[int]:
+    """The token ids that their mask says are text."""
+    ids: Any = _value("input_ids", given)
+    told = mask.tolist() if hasattr(mask, "tolist") else mask
+    fits = isinstance(told, Sequence) and len(told) == len(ids) and all(one in (0, 1) for one in told)
+    if not fits:
+        raise DataError(f"The column 'attention_mask' has not a 0 or 1 for each of input_ids, but {short(repr(told))}")
+    return [token for token, is_text in zip(ids, told, strict=True) if is_text]
 
 
 def _of_file(file: Path, column: str | None) -> list[Document]:
@@ -121,6 +132,6 @@ def _is_text(source: str) -> DataError:
 
 
 def is_path(source: str) -> bool:
-    """Whether it cannot be the name of a data set on the Hub."""
-    local = source.startswith((".", "~", os.sep)) or "\\" in source or source.count("/") > 1
+    """Whether it cannot be the name of a data set on the Hub, with the config that is named behind some."""
+    local = source.startswith((".", "~", os.sep)) or "\\" in source or source.count("/") > 2
     return local or ends_in(Path(source), SUFFIXES)

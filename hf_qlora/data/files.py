@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -125,12 +126,19 @@ def _why(error: Exception) -> str:
     return f": {error.msg}." if isinstance(error, json.JSONDecodeError) else f" that can be read: {error}."
 
 
+def _with_config(name: str) -> list[str]:
+    """`owner/name/config` as what `load_dataset` takes, the name and the config, if there is one."""
+    parts = name.split("/")
+    return ["/".join(parts[:2]), *parts[2:]]
+
+
 def hub_rows(
     name: str, split: str, seed: int, suffixes: tuple[str, ...] = ROWS, limit: int = MAX_ROWS
 ) -> list[Mapping[str, Any]]:
     """At most `limit` rows, drawn by the seed, of what `datasets.load_dataset` finds.
 
     Args:
+        name: `owner/name`, or `owner/name/config` of a data set that has several.
         suffixes: of the files that `name` might have been instead, for the message.
 
     Raises:
@@ -144,8 +152,12 @@ def hub_rows(
             f"{name!r} is neither a {read} file nor a folder with some. For data sets of the Hub: pip install datasets"
         ) from error
     try:
-        rows = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # of files that do not fit together
+        rows = datasets.load_dataset(*_with_config(name), split=split)
+    # of files that do not fit together; of a data set that is a script, which is not run
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         why = ": ".join(first_line(part) for part in (error, error.__cause__) if isinstance(part, Exception))
+        configs = re.search(r"available configs: (\[.*\])", str(error))
+        if configs:
+            why += f" Name one behind it, as {name}/CONFIG; there are {configs[1]}."
         raise DataError(f"Cannot load the data set {name!r}: {why}{offline()}") from error
     return list(rows.shuffle(seed=seed).select(range(min(len(rows), limit))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from dataclasses import replace
@@ -31,10 +32,13 @@ from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
 from hf_qlora.quant.linear4bit import dense_weight
 
 
+logger = logging.getLogger(__name__)
+
 Onto = Literal["dequantized", "original", "nf4"]
 ONTO: tuple[Onto, ...] = get_args(Onto)
 
 LEAST_KEPT = 0.5  # of the adapter; below, a merge into NF4 is refused
+NEARLY_ALL = 0.99  # below, there is a warning of one that is not calibrated
 
 
 def merge(
@@ -158,6 +162,14 @@ def refuse_lost(report: MergeReport, force: bool) -> None:
             "adapter unmerged on the NF4 base; force merges all the same.",
             report,
         )
+    if report.onto == "nf4" and report.calibration is None and not report.kept >= NEARLY_ALL:
+        logger.warning(
+            "Rounded to NF4, %.1f%% of the adapter is left, by %s%s. Calibrated on rows like those it was trained on, "
+            "the rounding keeps most of it; merged with onto='dequantized', all.",
+            100 * max(report.kept, 0),
+            report.measure,
+            _unlike_logits(report),
+        )
 
 
 def _unlike_logits(report: MergeReport) -> str:
@@ -234,7 +246,7 @@ def _packing(base: nn.Module) -> tuple[NF4Config, list[str]]:
     config = NF4Config(
         double_quant=layer.state.nested,
         block_size=layer.state.blocksize,
-        compute_dtype=None if layer.compute_dtype == layer.base_dtype else layer.compute_dtype,
+        compute_dtype=layer.compute_dtype,  # named, or what loads it computes in float32
         skip_modules=(),
     )
     return config, sorted(linear.keys() - packed.keys())

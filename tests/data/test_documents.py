@@ -40,6 +40,8 @@ def lines(rows: list[Any]) -> str:
         ("a.jsonl", lines([{"prompt": "one?", "completion": "two."}]), [CHAT]),
         ("a.jsonl", lines([{"text": "a", "prompt": "one?", "completion": "two."}]), ["a"]),
         ("a.jsonl", lines([{"input_ids": [3, 4], "labels": [3, 4]}]), [[3, 4]]),
+        ("a.jsonl", lines([{"input_ids": [0, 3, 0, 4], "attention_mask": [0, 1, 1, 1]}]), [[3, 0, 4]]),
+        ("a.jsonl", lines([{"input_ids": [3, 4, 0], "attention_mask": [True, True, False]}]), [[3, 4]]),
     ],
 )
 def test_a_file_is_its_documents(tmp_path: Path, name: str, content: str, expected: list[Any]) -> None:
@@ -95,6 +97,12 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "source", "message"),
     [
+        (
+            "a.jsonl",
+            lines([{"input_ids": [3, 4], "attention_mask": [1]}]),
+            "{}/a.jsonl",
+            "{}/a.jsonl, line 1: The column 'attention_mask' has not a 0 or 1 for each of input_ids, but [1]",
+        ),
         ("a.txt", "", "{}/b.txt", "The file {}/b.txt is not there."),
         (
             "a.tsv",
@@ -178,8 +186,15 @@ def test_data_sets_are_left_to_the_datasets_package(monkeypatch: pytest.MonkeyPa
     class DatasetsError(Exception):
         """The base of those of the package, which is no OSError or ValueError."""
 
-    def load_dataset(name: str, split: str) -> Rows:
-        asked.append((name, split))
+    def load_dataset(name: str, *config: str, split: str) -> Rows:
+        asked.append((name, *config, split))
+        if name == "me/script":
+            raise RuntimeError("Dataset scripts are no longer supported, but found script.py")
+        if name == "me/several":
+            if config:
+                return Rows([{"text": config[0]}])
+            listed = "Please pick one among the available configs: ['de', 'en']"
+            raise ValueError(f"Config name is missing.\n{listed}\nExample of usage:\n")
         if name == "me/mixed":
             raise DatasetsError("An error occurred while generating the dataset") from TypeError("columns differ\n")
         if name != "me/data":
@@ -196,6 +211,13 @@ def test_data_sets_are_left_to_the_datasets_package(monkeypatch: pytest.MonkeyPa
         read_documents("me/none")
     with pytest.raises(DataError, match=r"^Cannot load the data set 'me/mixed': An error .* dataset: columns differ"):
         read_documents("me/mixed")
+    assert read_documents("me/several/en:test") == (["en"], "me/several/en:test")
+    assert asked[-1] == ("me/several", "en", "test")
+    configs = r"name is missing\. Name one behind it, as me/several/CONFIG; there are \['de', 'en'\]\."
+    with pytest.raises(DataError, match=rf"^Cannot load the data set 'me/several': Config {configs}"):
+        read_documents("me/several")
+    with pytest.raises(DataError, match=r"^Cannot load the data set 'me/script': Dataset scripts are no longer"):
+        read_documents("me/script")
     assert len(files.hub_rows("me/data", "train", 0, "", limit=3)) == 3
 
 

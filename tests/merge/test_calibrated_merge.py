@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import transformers as tf
@@ -542,6 +543,17 @@ def test_stock_transformers_computes_the_same(learnt: tuple[PeftModel, Calibrati
         expected = report.model(**rows.measured).logits
     # As in tests/interop/test_stock_peft.py: float32 products, of the largest logit.
     assert relative(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_loads_a_merge_computes_in_the_dtype_of_its_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Where a config names none, bitsandbytes' layers compute in float32."""
+    model = adapted(llama().to(dtype))
+    merge(model, onto="nf4", calibration=rows_of(text()), force=True).save_pretrained(tmp_path / "merged")
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    layers = [module for module in loaded.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert layers
+    assert {layer.compute_dtype for layer in layers} == {dtype}
 
 
 def test_another_base_is_refused_before_anything_is_calibrated(

@@ -280,7 +280,7 @@ def small(factor: float) -> PeftModel:
     return model
 
 
-def test_a_merge_that_loses_the_adapter_is_refused_with_the_way_out() -> None:
+def test_a_merge_that_loses_the_adapter_is_refused_with_the_way_out(caplog: pytest.LogCaptureFixture) -> None:
     model = small(0.05)
     before = state_bytes(model)
     with pytest.raises(MergeRefused, match=r"% of the adapter is left, by logits: .*onto='dequantized'") as refused:
@@ -289,7 +289,10 @@ def test_a_merge_that_loses_the_adapter_is_refused_with_the_way_out() -> None:
     report = refused.value.report
     assert report.kept < 0.5
     assert all(layer.steps is not None and layer.steps < 0.1 for layer in report.layers)
-    assert merge(model, "nf4", force=True).kept == pytest.approx(report.kept)
+    with caplog.at_level("WARNING", logger="hf_qlora"):
+        assert merge(model, "nf4", force=True).kept == pytest.approx(report.kept)
+    assert f"Rounded to NF4, {max(report.kept, 0):.1%} of the adapter is left, by logits" in caplog.text
+    assert "Calibrated on rows like those it was trained on" in caplog.text
 
 
 def test_a_merge_into_nf4_that_keeps_the_adapter_is_not_refused() -> None:

@@ -16,6 +16,7 @@ from hf_qlora import NF4Config
 from hf_qlora.quant import reference
 from hf_qlora.quant.calibrate import group
 from hf_qlora.quant.calibrate.feedback import ridge
+from hf_qlora.quant.calibrate.grams import Grams, full_float32
 from hf_qlora.quant.calibrate.group import Method, Packed
 from hf_qlora.quant.codebook import nf4_levels
 from hf_qlora.quant.dequantize import block_scales, dequantize_weight
@@ -293,3 +294,26 @@ def test_some_outputs_at_a_time_are_rounded_as_all_at_once(
             # products of other shapes round otherwise: hardly a code is so near a midpoint
             assert (found[0] != expected[0]).float().mean() < 0.01
             assert torch.allclose(found[1].absmax.float(), expected[1].absmax.float(), rtol=0.02, atol=2)
+
+
+def test_products_are_in_full_float32_whatever_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the matrices, and of what is solved with them; afterwards all is as it was."""
+    torch.set_float32_matmul_precision("medium")
+    seen: list[str] = []
+    addmm = Tensor.addmm_
+    monkeypatch.setattr(Tensor, "addmm_", lambda *args, **options: seen.append(allowed()) or addmm(*args, **options))
+    try:
+        before = allowed()
+        X = torch.randn(8, 4)
+        Grams(torch.zeros(4, 4), torch.zeros(4, 4), None).add(X, X)
+        with full_float32():
+            seen.append(allowed())
+        assert (allowed(), torch.get_float32_matmul_precision()) == (before, "medium")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {"ieee, ieee"}
+    assert before != "ieee, ieee"
+
+
+def allowed() -> str:
+    return f"{torch.backends.cuda.matmul.fp32_precision}, {torch.backends.mkldnn.matmul.fp32_precision}"

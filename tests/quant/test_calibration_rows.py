@@ -156,7 +156,7 @@ def test_chats_go_through_the_template() -> None:
         calibration_rows(rows, tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "list", "Dataset", "IterableDataset", "tokenized"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "list", "Dataset", "IterableDataset", "tokenized", "padded"])
 def test_all_ways_to_give_documents_mean_the_same(kind: str, tmp_path: Path) -> None:
     texts, tokenizer = sentences(), byte_tokenizer()
     options: dict[str, Any] = {"tokenizer": tokenizer, "rows": 8, "length": 32, "held_out": 2}
@@ -176,12 +176,19 @@ def test_all_ways_to_give_documents_mean_the_same(kind: str, tmp_path: Path) -> 
         given = datasets.Dataset.from_list(rows).to_iterable_dataset()
     elif kind == "tokenized":
         given = [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
+    elif kind == "padded":
+        longest = max(map(len, texts)) + 8
+        given = datasets.Dataset.from_list(rows).map(
+            lambda row: tokenizer(row["text"], padding="max_length", max_length=longest), remove_columns=["text", "id"]
+        )
     found = calibration_rows(given, **options)
     assert found.inputs["input_ids"].shape == (10, 32)
     decoded = tokenizer.decode(found.inputs["input_ids"].flatten())
     assert len([text for text in texts if text in decoded]) >= 4
     assert set(found.inputs["input_ids"].unique().tolist()) <= expected | set(range(1, 257))
-    name = {"txt": tmp_path.name, "jsonl": "a.jsonl"}.get(kind, "a " if "Dataset" in kind else "given documents")
+    name = {"txt": tmp_path.name, "jsonl": "a.jsonl"}.get(
+        kind, "a " if "Dataset" in kind or kind == "padded" else "given documents"
+    )
     assert found.source.startswith(f"8 rows of 32 tokens from {name}")
     assert found.source.endswith(", and 2 held out")
 

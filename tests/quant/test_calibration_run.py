@@ -31,10 +31,11 @@ from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.group import Method
 from hf_qlora.quant.calibrate.loss import mean_loss
 from hf_qlora.quant.calibrate.rows import CalibrationRows
-from hf_qlora.quant.calibrate.run import calibration_report
+from hf_qlora.quant.calibrate.run import calibrate, calibration_report
 from hf_qlora.quant.calibrate.settings import Calibration
 from hf_qlora.quant.checks import BaseModelError
 from hf_qlora.quant.linear4bit import Linear4bit
+from hf_qlora.quant.packing import quantize_weight
 from hf_qlora.validation import ConfigError
 
 
@@ -202,6 +203,54 @@ def test_where_a_loss_gets_nan_is_named_and_nothing_changed(row: str) -> None:
     quantize_model(model, calibration=rows)
 
 
+def test_where_a_model_without_a_loss_gets_nan_is_named_too() -> None:
+    """In a row that is neither calibrated on nor listened to."""
+    model, rows = bert(), rows_of(text())
+    odd = int(rows.inputs["input_ids"][-1, 5])
+    for other in rows.inputs["input_ids"][:-1]:
+        other[other == odd] = odd % (VOCAB - 1) + 1
+    next(p for n, p in model.named_parameters() if "word_embeddings" in n).data[odd] = float("inf")
+    with pytest.raises(CalibrationError, match=r"The inputs of .*layer\.0\.attention\.self\.query have NaN or inf"):
+        quantize_model(model, calibration=rows)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            r"Give fewer rows or shorter ones .* CUDA out of memory",
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "Give fewer rows or shorter ones"),
+        (
+            torch.linalg.LinAlgError("not positive-definite"),
+            r"\(not positive-definite\)\. Give more rows, or more damp",
+        ),
+    ],
+)
+@pytest.mark.parametrize("after", [0, 1])
+def test_too_little_memory_or_damping_is_said(
+    error: Exception, said: str, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise error
+
+    stop_after(after, fail, monkeypatch)
+    with pytest.raises(CalibrationError, match=said + (r".* Some layers are NF4 already" if after else "")):
+        quantize_model(llama(), calibration=rows_of(text()))
+
+
+def test_scales_of_a_base_in_fp4_are_refused() -> None:
+    """NF4's codes would be read by another table."""
+    dense, rows = llama(), rows_of(text())
+    layers = {name: module for name, module in dense.named_modules() if name.endswith("q_proj")}
+    base = {name: quantize_weight(layer.weight, NF4Config()) for name, layer in layers.items()}
+    for _, state in base.values():
+        state.quant_type = "fp4"
+    with pytest.raises(ConfigError, match=r"keeps the scales of an NF4 base; .*q_proj is in fp4"):
+        calibrate(dense, layers, NF4Config(), Calibration(rows, scales="base"), base=base)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_head_that_gives_nan_is_told_from_the_layers(value: float) -> None:
     model, rows = llama(), rows_of(text())
@@ -303,6 +352,9 @@ def test_what_was_kept_for_another_run_is_not_read(tmp_path: Path, monkeypatch: 
         assert len(done) == (number + 1) * GROUPS
     calibrated(dense, Calibration(rows, resume=tmp_path), skipping)
     assert len(done) == len(runs) * GROUPS
+    monkeypatch.setattr(kept, "_code", lambda: "of another day")
+    calibrated(dense, Calibration(rows, resume=tmp_path), skipping)
+    assert len(done) == (len(runs) + 1) * GROUPS
 
 
 def test_a_layer_left_dense_by_name_makes_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,10 @@ weighed down, in both alike: a few that are hundreds of times as large as all ot
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +42,7 @@ class Grams:
         """Take in inputs of both streams, (tokens, K)."""
         self.one_stream &= torch.equal(X0, X)
         self.finite &= bool(X0.isfinite().all())
-        with torch.autocast(X.device.type, enabled=False):
+        with torch.autocast(X.device.type, enabled=False), full_float32():
             for part, part0 in zip(X.split(TOKENS_AT_A_TIME), X0.split(TOKENS_AT_A_TIME), strict=True):
                 part = part.float()
                 weights = None if self.cap is None else _weights(part, self.cap)
@@ -67,6 +70,22 @@ class Grams:
         """D, which is then let go of; None where X₀ = X, or it was not wanted."""
         cross, self.cross = self.cross, None
         return None if self.one_stream else cross
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products in float32 are of float32 within it, also where TF32 or bfloat16 is allowed to stand in for it."""
+    of_torch: Any = torch.backends
+    backends = [of_torch.cuda.matmul, getattr(of_torch.mkldnn, "matmul", None)]
+    name, full = ("fp32_precision", "ieee") if hasattr(backends[1], "fp32_precision") else ("allow_tf32", False)
+    own = [(backend, getattr(backend, name)) for backend in backends if hasattr(backend, name)]
+    try:
+        for backend, _ in own:
+            setattr(backend, name, full)
+        yield
+    finally:
+        for backend, was in own:
+            setattr(backend, name, was)
 
 
 def _weights(x: Tensor, cap: float) -> Tensor:

@@ -10,6 +10,7 @@ on a module beside these, as a plain attribute or another forward, it does not s
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -164,10 +165,20 @@ def key_of(model: nn.Module, rows: str, settings: Any, scales: Mapping[str, Pack
         "devices": kinds,
         "autocast": [str(torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)],
         "versions": {name: version(name) for name in PACKAGES},
+        "code": _code(),
     }
     for name, (_, state) in (scales or {}).items():
         tensors |= {f"{name} {part}": tensor for part, tensor in state.as_dict(packed=True).items()}
     return _digest(tensors, json.dumps(facts, sort_keys=True))
+
+
+@functools.cache
+def _code() -> str:
+    """A hash of the source that rounds: of one version there may be several."""
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def _configs(model: nn.Module) -> list[list[str]]:

@@ -60,7 +60,7 @@ class CalibrationReport:
         layers: in the order of the forward.
         losses: nats a token on the held-out rows, of the model before ("dense"), "nearest" and "calibrated"; empty for
             models other than causal language models.
-        seconds: of the rounding, without the losses.
+        seconds: to the last layer, with what is measured of the model before: its loss, and what its layers read.
         notes: what else a reader must know.
     """
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.config import NF4Config
 from hf_qlora.quant.calibrate.errors import CalibrationError
-from hf_qlora.quant.calibrate.grams import Grams
+from hf_qlora.quant.calibrate.grams import Grams, full_float32
 from hf_qlora.quant.calibrate.group import Packed, round_group
 from hf_qlora.quant.calibrate.rounded import RoundedLayer
 from hf_qlora.quant.calibrate.settings import Calibration
@@ -74,7 +74,7 @@ class Rounder:
                 "load the model in a wider dtype."
             )
         weights = [dense_weight(self.layers[name]) for name in names]
-        with torch.autocast(grams.gram.device.type, enabled=False):
+        with torch.autocast(grams.gram.device.type, enabled=False), full_float32():
             return round_group(
                 weights,
                 grams.gram,

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_qlora.config import NF4Config
 from hf_qlora.data.errors import counted
 from hf_qlora.quant.calibrate.batches import LABELS, NO_LABEL
-from hf_qlora.quant.calibrate.errors import CalibrationError
+from hf_qlora.quant.calibrate.errors import CalibrationError, explained
 from hf_qlora.quant.calibrate.group import Packed
 from hf_qlora.quant.calibrate.kept import Kept, key_of
 from hf_qlora.quant.calibrate.loss import evaluating, mean_loss
@@ -86,6 +86,7 @@ def forget_calibration(model: nn.Module) -> None:
 
 @torch.inference_mode(False)  # whose tensors know no gradients; the layers that are made here are trained through
 @torch.no_grad()
+@explained()
 def calibrate(
     model: nn.Module,
     layers: Mapping[str, nn.Linear | Conv1D],
@@ -106,7 +107,7 @@ def calibrate(
         delay: seconds before a progress bar is shown.
 
     Raises:
-        CalibrationError: inputs, or a loss, that are not finite.
+        CalibrationError: inputs, or a loss, that are not finite; out of memory.
         ConfigError: scales of a base that is not in NF4.
     """
     rows, started = calibration.rows, time.monotonic()
@@ -117,6 +118,9 @@ def calibrate(
         )
     inputs = forward_inputs(model, rows)
     losses = {"dense": mean_loss(model, measured_inputs(rows))}
+    for name, (_, state) in (base or {}).items():
+        if calibration.scales == "base" and state.quant_type != "nf4":
+            raise ConfigError(f"scales='base' keeps the scales of an NF4 base; {name} is in {state.quant_type}.")
     run = partial(model, use_cache=False) if "use_cache" in inspect.signature(model.forward).parameters else model
     with evaluating(model), torch.compiler.set_stance("force_eager"):
         few = _few(inputs)
@@ -141,7 +145,8 @@ def calibrate(
                 progress=bar,
             )
             try:
-                streams.run(run, inputs)
+                with explained():
+                    streams.run(run, inputs)
             except CalibrationError as error:
                 if not streams.found:
                     raise
@@ -189,6 +194,8 @@ def forward_inputs(model: Any, rows: CalibrationRows) -> dict[str, Tensor]:
         found = {LABELS: labels}
     elif rows.text:
         found = {"decoder_input_ids": inputs["input_ids"]}
+        if "attention_mask" in inputs and "decoder_attention_mask" in inspect.signature(model.forward).parameters:
+            found["decoder_attention_mask"] = inputs["attention_mask"]
     else:
         raise CalibrationError(
             f"{type(model).__name__} has a decoder, and the rows have {sorted(inputs)} alone; give decoder_input_ids "
@@ -204,15 +211,17 @@ def _refuse_broken(
     rows: CalibrationRows,
     loss: float | None,
 ) -> None:
-    """Where the loss on the held-out rows is no number, name the first layer that it comes by.
+    """Where the loss on the held-out rows is no number, or the model has none, name the first layer that it comes by.
 
     Raises:
-        CalibrationError: whenever it is none.
+        CalibrationError: inputs that are not finite; a loss that is none.
     """
-    if loss is None or math.isfinite(loss):
+    if loss is not None and math.isfinite(loss):
         return
     for row in range(rows.count - rows.held_out if rows.held_out else 0, rows.count):
         listen(run, layers, {name: tensor[row : row + 1] for name, tensor in inputs.items()})
+    if loss is None:
+        return
     raise CalibrationError(
         f"The model's loss on the rows to measure on is {loss}, though the inputs of all layers to round are finite: "
         "its head, or what else comes after them, gives NaN or infinite values, or no row has two tokens that are no "
