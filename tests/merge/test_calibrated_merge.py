@@ -30,7 +30,7 @@ from hf_qlora.merge.report import MergeRefused, MergeReport
 from hf_qlora.merge.stream import merge_files
 from hf_qlora.quant.calibrate import rounder
 from hf_qlora.quant.calibrate.loss import mean_loss
-from hf_qlora.quant.calibrate.report import CLEAR_LOSS
+from hf_qlora.quant.calibrate.report import CLEAR_LOSS, CalibrationReport
 from hf_qlora.quant.calibrate.rows import CalibrationRows, calibration_rows
 from hf_qlora.quant.calibrate.run import calibration_report
 from hf_qlora.quant.calibrate.settings import Calibration
@@ -543,6 +543,12 @@ def test_stock_transformers_computes_the_same(learnt: tuple[PeftModel, Calibrati
         expected = report.model(**rows.measured).logits
     # As in tests/interop/test_stock_peft.py: float32 products, of the largest logit.
     assert relative(found, expected) <= 1e-5
+
+
+def test_a_merge_is_not_said_to_be_worse_than_one_that_lost_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CalibrationReport, "is_worse", True)
+    report = merge(adapted(llama()), onto="nf4", calibration=rows_of(text()), force=True)
+    assert "Rounding to nearest loses less" not in str(report)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

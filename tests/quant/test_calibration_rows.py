@@ -325,6 +325,7 @@ def ids(*shape: int) -> Tensor:
         (lambda: 3, {}, "3 cannot be calibrated on; give a file, a folder or a data set's id"),
         (lambda: iter(sentences()), {}, "A list_iterator can be gone through once only"),
         (lambda: (text for text in sentences()), {}, "A generator can be gone through once only"),
+        (lambda: ["a/1.csv", "a/2.parquet"], {}, "The texts are names of files, as 'a/1.csv', and would be"),
         (list, {}, "There is nothing to calibrate on: the list is empty."),
         (lambda: ["", " \n"], {}, "given documents has no text to read (documents: 2, empty)."),
         (lambda: [[], []], {}, "given documents has no text to read (documents: 2, empty)."),

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_qlora.data.documents import Document, document_of, read_documents
+from hf_qlora.data.documents import SUFFIXES, Document, document_of, read_documents
 from hf_qlora.data.errors import DataError, counted, short
-from hf_qlora.data.files import MAX_ROWS
+from hf_qlora.data.files import MAX_ROWS, ends_in
 from hf_qlora.data.tokenizer import knows_as, tokenizer_of
 from hf_qlora.quant.calibrate.batches import join_batches
 from hf_qlora.quant.calibrate.checks import positions_of
@@ -94,7 +94,16 @@ def _documents_in(data: Iterable[Any], size: Size) -> list[Document]:
             logger.info("Of the documents the first %d are read.", MAX_ROWS)
             break
         found.append(_document(number, item))
+    if all(isinstance(document, str) and _names_a_file(document) for document in found):
+        raise CalibrationError(
+            f"The texts are names of files, as {short(repr(found[0]))}, and would be calibrated on as they are; give "
+            "one file or a folder of them, or what is in them."
+        )
     return found
+
+
+def _names_a_file(text: str) -> bool:
+    return "\n" not in text and ends_in(Path(text), SUFFIXES)
 
 
 def _document(number: int, item: Any) -> Document:

@@ -167,7 +167,7 @@ def calibrate(
         seconds=seconds,
         notes=_notes(rows, streams, heard, uncalibrated),
     )
-    if report.is_worse:
+    if report.is_worse and base is None:  # rounded to nearest, a merge may lose less because it has lost the adapter
         report.notes.append(f"Rounding to nearest loses less on {report.measured_on}: give other rows, or more.")
     setattr(model, _REPORT, report)
     for note in report.notes:
