@@ -167,7 +167,7 @@ def test_a_terminated_merge_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert (result.exit_code, result.output) == (INTERRUPTED, f"Stopped; {tmp_path / 'merged'} is as it was.\n")
+    assert (result.exit_code, result.output) == (INTERRUPTED, f"Stopped; {tmp_path / 'merged'} is not there.\n")
     assert not list(tmp_path.iterdir())
 
 

@@ -462,15 +462,23 @@ def test_a_model_that_cannot_be_quantized_is_one_sentence(
     assert not target.exists()
 
 
-def test_a_full_disk_leaves_what_was_there(folder: Path, target: Path) -> None:
-    """A real one, as the kernel reports it: no file may grow beyond a limit."""
+@pytest.mark.parametrize("calibrate", [False, True], ids=["nearest", "calibrated"])
+def test_a_full_disk_leaves_what_was_there(
+    calibrate: bool, folder: Path, target: Path, speeches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one, as the kernel reports it: no file may grow beyond a limit. What was calibrated is kept, too."""
     resource = pytest.importorskip("resource")
+    done: list[int] = []
+    round_group = rounder.round_group
+    monkeypatch.setattr(rounder, "round_group", lambda *args, **kw: done.append(1) or round_group(*args, **kw))
     assert invoke(folder, "--output", target, "--device", "cpu").exit_code == 0
     before = {path.name: path.read_bytes() for path in target.iterdir()}
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    again = (folder, "--output", target, "--overwrite", "--block-size", "128")
+    again += ("--calibrate", speeches, *CALIBRATED) if calibrate else ("--device", "cpu")
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        result = invoke(folder, "--output", target, "--device", "cpu", "--overwrite", "--block-size", "128")
+        result = invoke(*again)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -479,6 +487,11 @@ def test_a_full_disk_leaves_what_was_there(folder: Path, target: Path) -> None:
         rf"Error: Saving the model in {re.escape(str(target))} failed: .*What was there is unch", result.output
     )
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    kept, groups = beside(target), len(done)
+    assert {path.name for path in target.parent.iterdir()} == {"nf4"} | ({kept.name} if calibrate else set())
+    assert bool(groups) == calibrate
+    assert invoke(*again).exit_code == 0
+    assert len(done) == groups
     assert [path.name for path in target.parent.iterdir()] == ["nf4"]
 
 
@@ -488,7 +501,7 @@ def test_an_interruption_leaves_nothing_behind(folder: Path, target: Path, monke
 
     monkeypatch.setattr(quantize_files, "write_quantized_card", interrupted)
     result = invoke(folder, "--output", target, "--device", "cpu")
-    assert (result.exit_code, result.output.splitlines()[-1]) == (INTERRUPTED, f"Stopped; {target} is as it was.")
+    assert (result.exit_code, result.output.splitlines()[-1]) == (INTERRUPTED, f"Stopped; {target} is not there.")
     assert not list(target.parent.iterdir())
 
 

@@ -39,7 +39,7 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 def stopped(output: Path) -> typer.Exit:
     """Say what an interruption left; raise what this returns."""
-    typer.echo(f"Stopped; {output} is as it was.", err=True)
+    typer.echo(f"Stopped; {output} is {'as it was' if output.exists() else 'not there'}.", err=True)
     return typer.Exit(INTERRUPTED)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from collections.abc import Mapping
@@ -81,11 +82,24 @@ def _is_depth(value: Any) -> bool:
     return bool(abs(numbers[0]) <= LARGEST_THETA and 0.5 <= attention <= 2 and abs(numbers[2]) <= 2)  # NaN is neither
 
 
+def json_text(values: Mapping[str, Any], **options: Any) -> str:
+    """Values as JSON, which has neither NaN nor infinity: null stands for them."""
+    return json.dumps(_finite(values), indent=2, allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write `values` to a temporary name beside `path`, then rename."""
     aside = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
     try:
-        aside.write_text(json.dumps(values, indent=2, sort_keys=True))
+        aside.write_text(json_text(values, sort_keys=True), encoding="utf-8")
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

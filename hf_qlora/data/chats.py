@@ -1,4 +1,4 @@
-"""Rows of a data set as chats: lists of messages whose last one is the answer."""
+"""Rows of a data set as chats: lists of messages."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's "from"
 Messages = list[dict[str, str]]
 
 
-def as_messages(row: Any, understood: str = UNDERSTOOD) -> Messages:
-    """A row as a chat that ends with the assistant's answer.
+def as_messages(row: Any, understood: str = UNDERSTOOD, answered: bool = True) -> Messages:
+    """A row as a chat.
 
     Args:
         understood: the columns that the caller reads, for the message.
+        answered: whether it must have an exchange at least and end with the assistant's answer; else it may also be
+            empty.
 
     Raises:
         DataError: columns that are not understood, or no such chat in them.
@@ -38,18 +40,25 @@ def as_messages(row: Any, understood: str = UNDERSTOOD) -> Messages:
         messages = exchange("\n\n".join(question), row["output"])
     else:
         raise DataError(f"A row has the columns {', '.join(map(str, row)) or 'none'}; understood are {understood}.")
+    if isinstance(messages, str):
+        raise DataError(
+            f"A row's chat is a text and no list of messages: {short(messages)} Write chats into a .jsonl or .parquet "
+            "file; CSV has texts alone."
+        )
+    messages = [] if messages is None else messages
     messages = [_said(message) for message in messages] if isinstance(messages, list) else messages
     if not _is_chat(messages):
         raise DataError(
-            "A row is no chat of 'role' and 'content', or 'from' and 'value', that ends with the assistant's answer: "
-            f"{short(str(messages))}"
+            f"A row is no chat, a list of 'role' and 'content', or 'from' and 'value': {short(str(messages))}"
         )
+    if answered and (len(messages) < 2 or messages[-1]["role"] != "assistant"):
+        raise DataError(f"A row's chat does not end with the assistant's answer: {short(str(messages))}")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def exchange(question: Any, answer: Any) -> Messages:
-    """Two texts, or two lists of messages, as one chat."""
-    said = (("user", question), ("assistant", answer))
+    """Two texts, or two lists of messages, as one chat; None is nothing said."""
+    said = [(role, text) for role, text in (("user", question), ("assistant", answer)) if text is not None]
     return [m for role, text in said for m in (text if isinstance(text, list) else [{"role": role, "content": text}])]
 
 
@@ -80,9 +89,6 @@ def _said(message: Any) -> Any:
 
 
 def _is_chat(messages: Any) -> bool:
-    return (
-        isinstance(messages, list)
-        and len(messages) > 1
-        and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and "role" in m for m in messages)
-        and messages[-1]["role"] == "assistant"
+    return isinstance(messages, list) and all(
+        isinstance(m, Mapping) and isinstance(m.get("content"), str) and "role" in m for m in messages
     )

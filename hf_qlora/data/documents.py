@@ -2,7 +2,8 @@
 
 A source is named by one string: `speeches.txt`, a folder, `chats.jsonl`, `me/data`, `me/data:validation`, and, of a
 data set with several configs, `me/data/en:validation`. A column is named behind it, `rows.jsonl#body`; without one it
-is `text`, or a chat in one of the usual layouts. A .txt file is one document, each row of anything else is one.
+is `text`, or a chat in one of the usual layouts. A .txt file is one document, each row of anything else is one; where
+it has nothing, as an empty cell of CSV, it is an empty one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from hf_qlora.data.chats import UNDERSTOOD, Messages, as_messages
 from hf_qlora.data.errors import DataError, short
-from hf_qlora.data.files import ROWS, ends_in, files_in, hub_rows, placed_rows, read_text
+from hf_qlora.data.files import ROWS, ends_in, files_in, placed_hub_rows, placed_rows, read_text
 
 
 SUFFIXES = (".txt", *ROWS)
@@ -74,20 +75,19 @@ def document_of(row: Any, column: str | None = None, source: str | None = None) 
             masked = name == "input_ids" and "attention_mask" in row
             return _unpadded(row[name], row["attention_mask"]) if masked else _value(name, row[name])
     other = "" if source is None else f"; or name another, as {source}#{next(iter(row), 'body')}"
-    return as_messages(row, COLUMNS + other)
+    return as_messages(row, COLUMNS + other, answered=False)
 
 
 def _value(name: str, value: Any) -> Document:
-    if isinstance(value, str):
-        return value
+    if isinstance(value, str | None):
+        return value or ""
     if isinstance(value, Sequence) and value and isinstance(value[0], Mapping):
-        return as_messages({"messages": list(value)})
+        return as_messages({"messages": list(value)}, answered=False)
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, bytes) and all(type(token) is int for token in value):
         return list(value)
-    there = "nothing" if value is None else short(repr(value))
-    raise DataError(f"The column {name!r} has no text, chat or token ids, but {there}")
+    raise DataError(f"The column {name!r} has no text, chat or token ids, but {short(repr(value))}")
 
 
 def _unpadded(given: Any, mask: Any) -> list[int]:
@@ -111,12 +111,12 @@ def _of_file(file: Path, column: str | None) -> list[Document]:
 def _of_hub(source: str, column: str | None, seed: int) -> list[Document]:
     name, _, split = source.partition(":")
     try:
-        rows = hub_rows(name, split or "train", seed, SUFFIXES)
+        rows = placed_hub_rows(name, split or "train", seed, SUFFIXES)
     except DataError as error:
         if "/" in name:
             raise
         raise DataError(f"{source!r} is no file here; if it is meant as a text, {AS_TEXT}. {error}") from error
-    return [_placed(source, row, column, source) for row in rows]
+    return [_placed(f"{source}, {place}", row, column, source) for place, row in rows]
 
 
 def _placed(place: str, row: Any, column: str | None, source: str) -> Document:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import random
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -63,22 +64,13 @@ def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def rows_of(file: Path) -> list[Any]:
-    """The rows of a file: of CSV and Parquet by its ending, else of JSON.
+def placed_rows(file: Path) -> list[tuple[str, Any]]:
+    """The rows of a file, of CSV and Parquet by its ending, else of JSON; each behind its place in words.
 
     JSON is one list, or an object or a string on each line; empty lines are none.
 
     Raises:
         DataError: it cannot be read so; with the place.
-    """
-    return [row for _, row in placed_rows(file)]
-
-
-def placed_rows(file: Path) -> list[tuple[str, Any]]:
-    """The same, each behind its place in words.
-
-    Raises:
-        DataError: see `rows_of`.
     """
     if ends_in(file, (".parquet",)):
         return list(parquet_rows(file))
@@ -132,10 +124,10 @@ def _with_config(name: str) -> list[str]:
     return ["/".join(parts[:2]), *parts[2:]]
 
 
-def hub_rows(
+def placed_hub_rows(
     name: str, split: str, seed: int, suffixes: tuple[str, ...] = ROWS, limit: int = MAX_ROWS
-) -> list[Mapping[str, Any]]:
-    """At most `limit` rows, drawn by the seed, of what `datasets.load_dataset` finds.
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """At most `limit` rows, drawn by the seed, of what `datasets.load_dataset` finds, each behind its place in words.
 
     Args:
         name: `owner/name`, or `owner/name/config` of a data set that has several.
@@ -160,4 +152,5 @@ def hub_rows(
         if configs:
             why += f" Name one behind it, as {name}/CONFIG; there are {configs[1]}."
         raise DataError(f"Cannot load the data set {name!r}: {why}{offline()}") from error
-    return list(rows.shuffle(seed=seed).select(range(min(len(rows), limit))))
+    drawn = random.Random(seed).sample(range(len(rows)), min(len(rows), limit))
+    return [(f"row {number} (from 0)", row) for number, row in zip(drawn, rows.select(drawn), strict=True)]

@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_qlora.data.documents import is_path
 from hf_qlora.data.errors import DataError, short
-from hf_qlora.data.files import ROWS, files_in, hub_rows, rows_of
+from hf_qlora.data.files import ROWS, files_in, placed_hub_rows, placed_rows
 
 
 FEWEST = 10  # texts of a class: some of them in each part
@@ -41,14 +41,22 @@ def rows_in(source: str, seed: int = 0) -> list[Any]:
     Raises:
         DataError: nothing of that name, no rows in it, or a file that is not read.
     """
+    return [row for _, row in placed_rows_in(source, seed)]
+
+
+def placed_rows_in(source: str, seed: int = 0) -> list[tuple[str, Any]]:
+    """The same, each behind its place in words.
+
+    Raises:
+        DataError: see `rows_in`.
+    """
     path = Path(source)
-    if path.is_dir():
-        return [row for file in files_in(path, ROWS) for row in rows_of(file)]
     if path.exists():
-        return rows_of(path)
+        files = files_in(path, ROWS) if path.is_dir() else [path]
+        return [(f"{file}, {place}", row) for file in files for place, row in placed_rows(file)]
     if is_path(source):
         raise DataError(f"The file {source} is not there.")
-    return list(hub_rows(source, "train", seed))
+    return [(f"{source}, {place}", row) for place, row in placed_hub_rows(source, "train", seed)]
 
 
 def labelled(

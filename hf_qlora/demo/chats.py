@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from hf_qlora import assets
 from hf_qlora.data.chats import Messages, as_messages, exchange
 from hf_qlora.data.errors import DataError
-from hf_qlora.data.labelled import rows_in
+from hf_qlora.data.labelled import placed_rows_in
 from hf_qlora.demo.errors import explained
 
 
@@ -21,10 +22,17 @@ def read_chats(dataset: str | None, seed: int) -> list[Messages]:
     """The chats of a data set, or of the default task, in an order set by the seed."""
     if dataset is not None:
         with explained(DataError):
-            chats = [as_messages(row) for row in rows_in(dataset, seed)]
+            chats = [_chat(place, row) for place, row in placed_rows_in(dataset, seed)]
     else:
         with explained(OSError, ValueError):
             pairs = assets.instruction_pairs([TASK]) + assets.instruction_pairs([TASK], split="test")
         chats = [exchange(f"{QUESTION}\n\n{p['prompt']}", p["answer"]) for p in pairs if p["answer"].startswith("[")]
     random.Random(seed).shuffle(chats)
     return chats
+
+
+def _chat(place: str, row: Any) -> Messages:
+    try:
+        return as_messages(row)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error

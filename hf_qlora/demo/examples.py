@@ -35,18 +35,22 @@ def choose(
 ) -> tuple[list[Example], list[Example]]:
     """To train on, and held out: the first that are not too long, no question twice, as many as will be used."""
     examples: dict[str, Example] = {}
+    too_long = 0
     wanted = settings.held_out + settings.steps * settings.batch_size
     for messages in chats:
         example = encode(tokenizer, messages)
         if len(example.ids) <= settings.max_length:
             examples.setdefault(example.question, example)
+        else:
+            too_long += 1
         if len(examples) == wanted:
             break
     if len(examples) < settings.held_out + settings.batch_size:
         raise DemoError(
-            f"{settings.dataset or TASK} has {len(examples)} examples with distinct questions and at most "
-            f"{settings.max_length} tokens, but {settings.held_out} to hold out and {settings.batch_size} to train on "
-            "are needed. Raise --max-length, or lower --held-out or --batch-size."
+            f"{settings.dataset or TASK} has {len(chats)} chats, {too_long} of them longer than {settings.max_length} "
+            f"tokens; {len(examples)} with distinct questions are left, and {settings.held_out} to hold out and "
+            f"{settings.batch_size} to train on are needed. {'Raise --max-length' if too_long else 'Give more'}, or "
+            "lower --held-out or --batch-size."
         )
     found = list(examples.values())
     return found[settings.held_out :], found[: settings.held_out]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,8 @@ class Stream:
             config.tie_word_embeddings = False
         if self.repacked:
             dense = sorted(self.skeleton.linear - self.repacked)
-            config.quantization_config = bitsandbytes_config(self.nf4, dense)
+            named = replace(self.nf4, compute_dtype=self.nf4.compute_dtype or self.skeleton.dtype)
+            config.quantization_config = bitsandbytes_config(named, dense)
         config.save_pretrained(stage)
         return config
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hf_qlora.config.record import json_text
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge.folder import CARD, whole_folder
 from hf_qlora.merge.held_out import OutputError
@@ -165,7 +165,7 @@ class MergeReport:
         return {**values, "error": self.error, "kept": self.kept, "kept_by": self.kept_by}
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        return json_text(self.to_dict(), ensure_ascii=False)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, tokenizer: Any = None, overwrite: bool = False, **kwargs: Any

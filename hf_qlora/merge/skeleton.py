@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def build(
     tensors, packed_parts, output_names = _match(model, files, parameters)
     if packed_parts:
         packed = {name.rpartition(".")[0] for name in packed_parts}
-        nf4 = _stored_settings(files, tensors, packed_parts, config)
+        nf4 = _stored_settings(base, files, packed_parts, config)
     else:
         packed = set(quantizable_layers(model, nf4, modules_to_save(model, config))[0]) if nf4 else set()
     own_dtype, kept_dtypes = model.dtype, model._get_dtype_plan(model.dtype)
@@ -229,22 +229,19 @@ def _match(
     return tensors, parts, output_names
 
 
-def _stored_settings(
-    files: TensorFiles, tensors: dict[str, str], parts: dict[str, list[str]], config: LoraConfig
-) -> NF4Config:
+def _stored_settings(base: Path, files: TensorFiles, parts: dict[str, list[str]], config: LoraConfig) -> NF4Config:
     """The settings of a base that is stored in NF4, checked against the adapter's."""
-    name = next(iter(parts))
-    state = read_state(files, parts[name])
+    state = read_state(files, next(iter(parts.values())))
     if state.quant_type != "nf4":
-        raise MergeError(f"The base is stored in {state.quant_type}; only nf4 and dense bases are merged.")
+        raise NotStreamable(f"the base is stored in {state.quant_type}")
     stored = NF4Config(double_quant=state.nested, block_size=state.blocksize)
-    asked = config.quantization if isinstance(config, QLoRAConfig) else None
-    if isinstance(asked, NF4Config) and (asked.double_quant, asked.block_size) != (
-        stored.double_quant,
-        stored.block_size,
-    ):
+    asked: Any = config.quantization if isinstance(config, QLoRAConfig) else None
+    if asked is not None and (asked.double_quant, asked.block_size) != (stored.double_quant, stored.block_size):
         raise MergeError(f"The base is stored as {stored}, but the adapter was trained on {asked}.")
-    return stored
+    # As transformers reads it: float32 where the base's config names none.
+    said = getattr(AutoConfig.from_pretrained(base), "quantization_config", None) or {}
+    computes = (asked and asked.compute_dtype) or said.get("bnb_4bit_compute_dtype") or "float32"
+    return replace(stored, compute_dtype=computes)
 
 
 def read_state(files: TensorFiles, keys: list[str]) -> QuantState:

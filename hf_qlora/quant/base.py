@@ -64,6 +64,10 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
                     "weights; saving it would write neither the base nor a loadable model. Call unmerge_adapter() "
                     "first, or save the result of merge_and_unload()."
                 )
+        # What the layers compute in: the config was made before the model was cast, and says float32 where none chose.
+        computes = [module.compute_dtype for module in model.modules() if isinstance(module, Linear4bit)]
+        if computes:
+            self.quantization_config.bnb_4bit_compute_dtype = computes[0]
         return None, {}
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:

@@ -14,7 +14,6 @@ outputs.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping
@@ -22,6 +21,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hf_qlora.config.record import json_text
 from hf_qlora.quant import report_text
 from hf_qlora.validation import ConfigError
 
@@ -133,7 +133,7 @@ class QuantizationReport:
         return {**{item.name: getattr(self, item.name) for item in fields(self)}, "layers": layers, **derived}
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        return json_text(self.to_dict(), ensure_ascii=False)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantizationReport:

@@ -29,6 +29,7 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_qlora.config.record import write_json
 from hf_qlora.trainer.checkpoint import checkpoints, last_whole
 
 
@@ -237,13 +238,6 @@ def way_on(folder: Path) -> str:
     if last is None:
         return f"Stopped; no checkpoint in {folder} is whole, so there is nothing to go on from."
     return f"Stopped; {last} is there: the same command with --resume goes on from it."
-
-
-def write_json(path: Path, values: Any) -> None:
-    """To a temporary name, and renamed."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
 
 
 def _noted(folder: Path) -> dict[str, Any]:

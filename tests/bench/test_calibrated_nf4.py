@@ -74,7 +74,7 @@ def test_what_could_not_be_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 def test_runs_are_done_once_and_told(tmp_path: Path) -> None:
     results = tmp_path / "runs.jsonl"
     plan = replace(run.QUICK, amounts=(2,))
-    parts = ("merge", "base", "loftq", "trained", "rows", "caps", "methods")
+    parts = ("merge", "base", "loftq", "trained", "rows", "caps", "methods", "commands")
     run.perform(plan, results, parts)
     lines = results.read_text().splitlines()
     assert list(dict.fromkeys(json.loads(line)["part"] for line in lines)) == list(parts)
@@ -88,6 +88,7 @@ def test_runs_are_done_once_and_told(tmp_path: Path) -> None:
         "LoftQ",
         "the default",
         "rows of 256 tokens",
+        "| merge | 2 |",
     ):
         assert text in told
     report.plot(results, tmp_path / "runs.png")

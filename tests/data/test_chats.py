@@ -38,19 +38,35 @@ def test_unknown_columns_are_named_with_those_understood() -> None:
         as_messages({"text": "a", "label": 1})
 
 
+@pytest.mark.parametrize("answered", [True, False])
 @pytest.mark.parametrize(
-    "messages",
+    "messages", [[{"from": "gpt", "value": 3}] * 2, [{"role": "user"}, CHAT[1]], [None, CHAT[1]], 3, {"role": "user"}]
+)
+def test_what_is_no_chat_is_refused(messages: object, answered: bool) -> None:
+    with pytest.raises(DataError, match="is no chat, a list of 'role' and 'content'"):
+        as_messages({"messages": messages}, answered=answered)
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_chat_in_a_cell_of_csv_is_told_from_one(answered: bool) -> None:
+    with pytest.raises(DataError, match=r"a text and no list of messages: \[\{'role.* Write chats into a \.jsonl"):
+        as_messages({"messages": str(CHAT)}, answered=answered)
+
+
+@pytest.mark.parametrize(
+    ("row", "chat"),
     [
-        [],
-        [{"from": "gpt", "value": 3}] * 2,
-        CHAT[:1],
-        CHAT[1:],
-        "one?",
-        [{"role": "user"}, CHAT[1]],
-        [None, CHAT[1]],
-        None,
+        ({"messages": []}, []),
+        ({"messages": None}, []),
+        ({"messages": CHAT[:1]}, CHAT[:1]),
+        ({"messages": CHAT[1:]}, CHAT[1:]),
+        ({"messages": [*CHAT, CHAT[0]]}, [*CHAT, CHAT[0]]),
+        ({"prompt": "one?", "completion": None}, CHAT[:1]),
+        ({"prompt": None, "completion": None}, []),
+        ({"instruction": "one?", "input": None, "output": None}, CHAT[:1]),
     ],
 )
-def test_what_is_no_chat_is_refused(messages: object) -> None:
-    with pytest.raises(DataError, match="ends with the assistant's answer"):
-        as_messages({"messages": messages})
+def test_a_chat_without_an_answer_is_one_where_it_need_not_end_so(row: dict, chat: object) -> None:
+    assert as_messages(row, answered=False) == chat
+    with pytest.raises(DataError, match="does not end with the assistant's answer"):
+        as_messages(row)

@@ -40,6 +40,9 @@ def lines(rows: list[Any]) -> str:
         ("a.jsonl", lines([{"prompt": "one?", "completion": "two."}]), [CHAT]),
         ("a.jsonl", lines([{"text": "a", "prompt": "one?", "completion": "two."}]), ["a"]),
         ("a.jsonl", lines([{"input_ids": [3, 4], "labels": [3, 4]}]), [[3, 4]]),
+        ("a.jsonl", '{"text": "a"}\n{"text": null}', ["a", ""]),
+        ("a.csv", "text,n\na,1\n,2\n", ["a", ""]),
+        ("a.jsonl", lines([{"messages": CHAT[:1]}, {"messages": None}]), [CHAT[:1], []]),
         ("a.jsonl", lines([{"input_ids": [0, 3, 0, 4], "attention_mask": [0, 1, 1, 1]}]), [[3, 0, 4]]),
         ("a.jsonl", lines([{"input_ids": [3, 4, 0], "attention_mask": [True, True, False]}]), [[3, 4]]),
     ],
@@ -132,7 +135,7 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
         ("a.jsonl", "{}", "{}/a.jsonl", "has the columns none; understood are text"),
         (
             "a.jsonl",
-            '{"text": "a"}\n{"text": null}',
+            '{"text": "a"}\n{"text": 3}',
             "{}/a.jsonl",
             "{}/a.jsonl, line 2: The column 'text' has no text",
         ),
@@ -173,10 +176,7 @@ def test_the_mark_of_windows_editors_is_no_text(tmp_path: Path, content: str) ->
 class Rows(list[Any]):
     """What is used of `datasets.Dataset`."""
 
-    def shuffle(self, seed: int) -> Rows:
-        return self
-
-    def select(self, numbers: range) -> Rows:
+    def select(self, numbers: list[int]) -> Rows:
         return Rows(self[number] for number in numbers)
 
 
@@ -204,9 +204,14 @@ def test_data_sets_are_left_to_the_datasets_package(monkeypatch: pytest.MonkeyPa
     exceptions = types.SimpleNamespace(DatasetsError=DatasetsError)
     own = types.SimpleNamespace(load_dataset=load_dataset, exceptions=exceptions)
     monkeypatch.setitem(sys.modules, "datasets", own)
-    assert read_documents("me/data") == ([f"{n}" for n in range(5)], "me/data")
-    assert read_documents("me/data:test#body")[0] == [f"b{n}" for n in range(5)]
-    assert asked == [("me/data", "train"), ("me/data", "test")]
+    found, name = read_documents("me/data")
+    assert (sorted(found), name) == ([f"{n}" for n in range(5)], "me/data")
+    assert read_documents("me/data")[0] == found
+    assert {str(read_documents("me/data", seed)[0]) for seed in range(5)} > {str(found)}
+    assert sorted(read_documents("me/data:test#body")[0]) == [f"b{n}" for n in range(5)]
+    with pytest.raises(DataError, match=r"^me/data, row [0-4] \(from 0\): There is no column 'other'"):
+        read_documents("me/data#other")
+    assert set(asked) == {("me/data", "train"), ("me/data", "test")}
     with pytest.raises(DataError, match=r"^Cannot load the data set 'me/none': Dataset 'me/none' doesn't exist on"):
         read_documents("me/none")
     with pytest.raises(DataError, match=r"^Cannot load the data set 'me/mixed': An error .* dataset: columns differ"):
@@ -218,7 +223,9 @@ def test_data_sets_are_left_to_the_datasets_package(monkeypatch: pytest.MonkeyPa
         read_documents("me/several")
     with pytest.raises(DataError, match=r"^Cannot load the data set 'me/script': Dataset scripts are no longer"):
         read_documents("me/script")
-    assert len(files.hub_rows("me/data", "train", 0, "", limit=3)) == 3
+    drawn = files.placed_hub_rows("me/data", "train", 0, "", limit=3)
+    assert len(drawn) == 3
+    assert all(place == f"row {row['text']} (from 0)" for place, row in drawn)
 
 
 def test_without_the_datasets_package_the_pip_line_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,8 +106,7 @@ def test_what_is_no_table_is_said_with_its_place(tmp_path: Path, content: str, m
 def test_parquet_that_cannot_be_read_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.parquet"
     Dataset.from_list([{"text": "a"}, {"text": None}]).to_parquet(file)
-    with pytest.raises(DataError, match=re.escape(f"{file}, row 2: The column 'text' has no text")):
-        read_documents(str(file))
+    assert read_documents(str(file))[0] == ["a", ""]
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=re.escape(f"{file}: to read Parquet, pip install pyarrow")):
         read_documents(str(file))

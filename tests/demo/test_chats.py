@@ -24,8 +24,12 @@ def test_a_folder_is_its_files_of_rows(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ('{"n": 1}\n{"n":', "line 2 is not JSON"),
-        ('"a text"', "A row must be an object with columns .*, and is 'a text'"),
-        ('{"text": "a"}', "has the columns text; understood are messages or con"),
+        ('"a text"', r"rows\.jsonl, line 1: A row must be an object with columns .*, and is 'a text'"),
+        ('{"text": "a"}', r"rows\.jsonl, line 1: A row has the columns text; understood are messages or con"),
+        (
+            '\n{"prompt": "a", "completion": null}',
+            r"rows\.jsonl, line 2: A row's chat does not end with the assistant's",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used_are_the_demos_error(tmp_path: Path, text: str, says: str) -> None:

@@ -57,10 +57,16 @@ def test_no_question_is_in_both_parts_or_too_long(settings: Settings, tokenizer:
 
 def test_too_few_examples_is_an_error_with_the_numbers(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> None:
     chats = read_chats(settings.dataset, 0)
+    few, needed = replace(settings, held_out=39), "and 39 to hold out and 4 to train on are needed."
     with pytest.raises(
-        DemoError, match=r"has 40 examples .* at most 128 tokens, but 39 to hold out and 4 to train on"
+        DemoError, match=rf"0 of them longer than 128 tokens; 40 with .* are left, {needed} Give more, or"
     ):
-        choose(chats, tokenizer, replace(settings, held_out=39))
+        choose(chats, tokenizer, few)
+    long = as_messages({"prompt": "x" * settings.max_length, "completion": "y"})
+    with pytest.raises(DemoError, match=rf"1 of them longer .*; 40 with .* are left, {needed} Raise --max-length, or"):
+        choose([long, *chats], tokenizer, few)
+    with pytest.raises(DemoError, match=r"has 0 chats, .* Give more, or lower --held-out"):
+        choose([], tokenizer, few)
 
 
 def test_the_shown_answer_is_of_median_length() -> None:

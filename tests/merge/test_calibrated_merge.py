@@ -562,6 +562,20 @@ def test_what_loads_a_merge_computes_in_the_dtype_of_its_weights(dtype: torch.dt
     assert {layer.compute_dtype for layer in layers} == {dtype}
 
 
+def test_codes_are_not_compared_with_those_of_a_base_in_fp4(tmp_path: Path) -> None:
+    """Which stand for other levels; with nearest's instead."""
+    llama().save_pretrained(tmp_path)
+    fp4 = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    model = adapted(tf.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=fp4), quantization=None)
+    report = merge(model, onto="nf4", calibration=rows_of(text()), force=True)
+    nearest = merge(model, onto="nf4", force=True).model
+    assert report.calibration is not None
+    for layer in report.calibration.layers:
+        own, other = (found.get_submodule(layer.name).weight.data for found in (report.model, nearest))
+        differ = torch.cat([(own ^ other) >> 4, (own ^ other) & 15]) != 0
+        assert layer.changed == pytest.approx(float(differ.double().mean()))
+
+
 def test_another_base_is_refused_before_anything_is_calibrated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -70,6 +70,7 @@ def test_files_merge_to_the_bits_of_merge(make: Any, onto: Any, saved: Saved, tm
     assert len(report.layers) == len(expected.layers)
     packed = [module for module in reloaded.modules() if isinstance(module, bnb.nn.Linear4bit)]
     assert bool(packed) == (onto == "nf4")
+    assert all(layer.compute_dtype == torch.bfloat16 for layer in packed)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -149,10 +150,11 @@ def test_a_sharded_base_gives_the_same_and_the_result_can_be_sharded(saved: Save
     assert not differences(llama_from(tmp_path / "merged"), model.merge_and_unload())
 
 
+@pytest.mark.parametrize("computes", [None, "float16"])
 @pytest.mark.parametrize("onto", ["dequantized", "nf4"])
-def test_a_base_that_is_stored_in_4_bits(onto: Any, tmp_path: Path) -> None:
+def test_a_base_that_is_stored_in_4_bits(onto: Any, computes: Any, tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "dense")
-    nf4 = NF4Config().to_bitsandbytes()
+    nf4 = NF4Config(compute_dtype=computes).to_bitsandbytes()
     llama_from(tmp_path / "dense", quantization_config=nf4, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     adapted(llama_from(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
     report = merge_files(str(tmp_path / "adapter"), tmp_path / "merged", onto, str(tmp_path / "base"), force=True)
@@ -161,8 +163,26 @@ def test_a_base_that_is_stored_in_4_bits(onto: Any, tmp_path: Path) -> None:
     assert not differences(llama_from(tmp_path / "merged"), merge(model, onto, force=True).model)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert ("quantization_config" in config) == (onto == "nf4")
+    if onto == "nf4":  # as the base: float32 where none was named
+        assert config["quantization_config"]["bnb_4bit_compute_dtype"] == (computes or "float32")
     with pytest.raises(MergeError, match="stored in NF4; onto='original' needs the dense one"):
         merge_files(str(tmp_path / "adapter"), tmp_path / "other", "original", str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("onto", ["dequantized", "nf4"])
+def test_a_base_that_is_stored_in_fp4(onto: Any, tmp_path: Path) -> None:
+    """Its levels are others, so that it is merged as a whole."""
+    llama().save_pretrained(tmp_path / "dense")
+    fp4 = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.bfloat16)
+    llama_from(tmp_path / "dense", quantization_config=fp4, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    adapted(llama_from(tmp_path / "base"), quantization=None).save_pretrained(tmp_path / "adapter")
+    report = merge_files(str(tmp_path / "adapter"), tmp_path / "merged", onto, str(tmp_path / "base"), force=True)
+    assert "the base is stored in fp4" in str(report)
+    model = PeftModel.from_pretrained(llama_from(tmp_path / "base"), tmp_path / "adapter")
+    merged = llama_from(tmp_path / "merged")
+    assert not differences(merged, merge(model, onto, force=True).model)
+    packed = [module.weight.quant_state.quant_type for module in merged.modules() if hasattr(module, "quant_state")]
+    assert set(packed) == ({"nf4"} if onto == "nf4" else set())
 
 
 @pytest.mark.parametrize("trained_on", ["dense", "nf4"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import json
 import logging
 import re
 import subprocess
@@ -978,6 +979,20 @@ def test_layers_follow_the_model_to_another_dtype(dtype: torch.dtype, compute_dt
         assert layer.compute_dtype == (torch.float16 if compute_dtype else dtype)
     assert all(p.dtype == dtype for p in dequantize_layers(model).parameters())
     assert model(x).dtype == dtype
+
+
+@pytest.mark.parametrize("compute_dtype", [None, "float16"])
+def test_what_layers_compute_in_is_saved(compute_dtype: str | None, tmp_path: Path) -> None:
+    """bitsandbytes computes in float32 where a checkpoint names nothing; here it is the model's dtype."""
+    model = quantize_model(llama().to(torch.bfloat16), NF4Config(compute_dtype=compute_dtype))
+    model.save_pretrained(tmp_path)
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected = torch.float16 if compute_dtype else torch.bfloat16
+    assert {m.compute_dtype for m in again.modules() if isinstance(m, bnb.nn.Linear4bit)} == {expected}
+    nn.Sequential(model).float()
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert stored["bnb_4bit_compute_dtype"] == ("float16" if compute_dtype else "float32")
 
 
 @pytest.fixture

@@ -215,14 +215,27 @@ def test_uncorrected_targets_do_not_pass(dtype: torch.dtype, monkeypatch: pytest
     assert "target" in group_differences(found, expected, dtype)
 
 
-@pytest.mark.gpu
-def test_a_gpu_goes_on_where_it_stopped(tmp_path: object) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_it_goes_on_where_it_stopped(device: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model, rows = llama().cuda().eval(), rows_of(text())
-    first, second = copy.deepcopy(model), copy.deepcopy(model)
-    quantize_model(first, calibration=Calibration(rows, resume=str(tmp_path)))
-    quantize_model(second, calibration=Calibration(rows, resume=str(tmp_path)))
-    for (name, one), other in zip(first.named_parameters(), second.parameters(), strict=True):
+    model, rows = llama().to(device).eval(), rows_of(text())
+    straight, broken, again = (copy.deepcopy(model) for _ in range(3))
+    quantize_model(straight, calibration=rows)
+    done: list[int] = []
+    round_group = rounder.round_group
+
+    def stops_at_the_fourth(*args: Any, **options: Any) -> Any:
+        done.append(1)
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        return round_group(*args, **options)
+
+    monkeypatch.setattr(rounder, "round_group", stops_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(broken, calibration=Calibration(rows, resume=str(tmp_path)))
+    quantize_model(again, calibration=Calibration(rows, resume=str(tmp_path)))
+    assert len(done) == 4 + 8 - 3  # of eight groups three were kept
+    for (name, one), other in zip(straight.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other), name
 
 

@@ -330,7 +330,8 @@ def ids(*shape: int) -> Tensor:
         (lambda: ["", " \n"], {}, "given documents has no text to read (documents: 2, empty)."),
         (lambda: [[], []], {}, "given documents has no text to read (documents: 2, empty)."),
         (lambda: [[1, 2], 3.5], {}, "Element 1 is 3.5, no text, no list of token ids and no dict"),
-        (lambda: ["a", {"text": None}], {}, "Element 1: The column 'text' has no text, chat or token ids, but noth"),
+        (lambda: ["a", {"text": 3}], {}, "Element 1: The column 'text' has no text, chat or token ids, but 3"),
+        (lambda: [{"text": None}] * 9, {}, "given documents has no text to read (documents: 9, empty)."),
         (
             lambda: [[1, 2, 3]] * 20,
             {},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import json
+import math
 import os
 import signal
 import weakref
@@ -30,6 +32,7 @@ from hf_qlora.quant.calibrate import kept, rounder, run, streams
 from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.group import Method
 from hf_qlora.quant.calibrate.loss import mean_loss
+from hf_qlora.quant.calibrate.report import CalibrationReport
 from hf_qlora.quant.calibrate.rows import CalibrationRows
 from hf_qlora.quant.calibrate.run import calibrate, calibration_report
 from hf_qlora.quant.calibrate.settings import Calibration
@@ -61,10 +64,25 @@ def test_losses_are_those_of_models_built_alone(make: Any) -> None:
         "nearest": mean_loss(nearest, rows.measured),
         "calibrated": mean_loss(finished, rows.measured),
     }
-    lost = {name: loss - report.losses["dense"] for name, loss in report.losses.items()}
-    if lost["nearest"] > 0:
-        assert report.closed == pytest.approx(1 - lost["calibrated"] / lost["nearest"])
     assert report.tokens == int(rows.calibration["attention_mask"].sum())
+
+
+@pytest.mark.parametrize(
+    ("nearest", "calibrated", "closed"),
+    [(3.0, 2.25, 0.75), (3.0, 2.0, 1.0), (3.0, 3.5, -0.5), (2.0, 2.0, None), (1.5, 1.0, None), (math.nan, 2.0, None)],
+)
+def test_closed_is_the_share_of_nearest_s_loss(nearest: float, calibrated: float, closed: float | None) -> None:
+    losses = {"dense": 2.0, "nearest": nearest, "calibrated": calibrated}
+    report = CalibrationReport("rows", 1, 1, 1, "", {}, [], losses)
+    assert report.closed == (None if closed is None else pytest.approx(closed))
+    assert ("is won back" in str(report)) == (closed is not None)
+
+
+def test_a_report_is_json_whatever_was_measured() -> None:
+    """NaN and infinity are not of JSON, and what reads it may refuse them."""
+    report = CalibrationReport("rows", 1, 1, 1, "", {}, [], {"dense": math.nan, "nearest": math.inf})
+    read = json.loads(report.to_json(), parse_constant=lambda name: pytest.fail(name))
+    assert read["losses"] == {"dense": None, "nearest": None}
 
 
 def test_other_models_have_no_losses() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -163,11 +164,18 @@ def test_a_decoder_without_anything_to_read_is_refused() -> None:
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES, ids=lambda family: family.name)
-def test_siblings_are_found_and_everything_is_rounded(family: Architecture) -> None:
-    inputs = CASES[next(case for case in CASES if case.startswith(family.name))][1]()
-    model, report = calibrated(family.make(), rows_of(inputs))
+def test_siblings_are_found_and_everything_is_rounded(family: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read the same in one block; so many groups are rounded as blocks have different inputs."""
+    inputs, dense = CASES[next(case for case in CASES if case.startswith(family.name))][1](), family.make()
+    calls = group_sizes(monkeypatch)
+    model, report = calibrated(dense, rows_of(inputs))
     assert all(layer.error < 1 for layer in report.layers)
     assert model.is_loaded_in_4bit
+    names = [layer.name for layer in report.layers]
+    assert set(names) == {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    taken, _ = heard(dense, names, inputs)
+    read = Counter((name.rpartition(".")[0], *(x.numpy().tobytes() for x in taken[name])) for name in names)
+    assert sorted(calls) == sorted(read.values())
 
 
 def group_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -494,16 +502,40 @@ def test_a_decoder_as_long_as_its_encoder_has_its_own_padding() -> None:
         assert codes(after) == codes(before), ids
 
 
-def test_autocast_and_compiled_layers_change_nothing() -> None:
+def test_a_decoder_that_reads_its_encoder_s_text_has_its_padding() -> None:
+    model, inputs = of_family("t5")(), text(padded=True)
+    other = {**inputs, "input_ids": inputs["input_ids"].where(inputs["attention_mask"].bool(), 7)}
+    assert not inputs["input_ids"].equal(other["input_ids"])
+    assert codes(calibrated(model, rows_of(inputs))[0]) == codes(calibrated(model, rows_of(other))[0])
+
+
+def test_compiled_layers_change_nothing() -> None:
     dense, inputs = llama(), text()
     expected, _ = calibrated(dense, rows_of(inputs))
     compiled = copy.deepcopy(dense)
     compiled.compile(backend="eager")
     quantize_model(compiled, calibration=rows_of(inputs))
     assert codes(compiled) == codes(expected)
+
+
+def test_autocast_is_the_model_s_and_not_the_rounding_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, inputs, grams = llama(), text(words=20), list[Tensor]()
+    round_group = rounder.round_group
+
+    def spy(weights: Any, gram: Tensor, *args: Any, **options: Any) -> Any:
+        assert not torch.is_autocast_enabled("cpu")
+        grams.append(gram.clone())
+        return round_group(weights, gram, *args, **options)
+
+    monkeypatch.setattr(rounder, "round_group", spy)
+    _, expected = calibrated(dense, rows_of(inputs))
     with torch.autocast("cpu", torch.bfloat16):
         _, report = calibrated(dense, rows_of(inputs))
-    assert report.error < 2 * report.nearest
+    first, again = grams[0], grams[len(grams) // 2]  # of inputs that no product has been in
+    assert torch.equal(first, again)
+    assert not torch.equal(grams[-1], grams[len(grams) // 2 - 1])
+    assert report.error == pytest.approx(expected.error, rel=0.02)
+    assert report.error < 0.6 * report.nearest
 
 
 def test_a_layer_called_less_often_than_it_was_heard() -> None:

@@ -51,10 +51,14 @@ def calibration_rows(domain: str, rows: int, seed: int = 0) -> CalibrationRows:
     Args:
         seed: of their choice.
     """
-    texts = _chats("train")[len(_chats("train")) // 2 :] if domain == "chats" else _headlines()[2000:]
+    texts = chats_to_calibrate_on() if domain == "chats" else _headlines()[2000:]
     texts = random.Random(seed).sample(texts, len(texts))
     ids = _cut(texts, rows + HELD_OUT)
     return CalibrationRows({"input_ids": ids}, HELD_OUT, f"{rows} rows of {LENGTH} tokens, {domain}")
+
+
+def chats_to_calibrate_on() -> list[Any]:
+    return _chats("train")[len(_chats("train")) // 2 :]
 
 
 def questions(count: int) -> list[tuple[str, str]]:

@@ -174,6 +174,20 @@ def _cost(runs: list[tuple[dict[str, Any], Found]]) -> str:
     return "\n".join(lines)
 
 
+def _commands(runs: list[tuple[dict[str, Any], Found]]) -> str:
+    lines = [
+        "The commands as a user waits for them, on SmolLM2 and chats.",
+        "",
+        "| command | rows | s | of these calibrating |",
+        "| --- | --- | --- | --- |",
+    ]
+    for settings, found in runs:
+        for name in ("quantize", "merge"):
+            took = found[name]
+            lines.append(f"| {name} | {settings['rows']} | {took['seconds']:.0f} | {took['calibrating']:.0f} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[list[tuple[dict[str, Any], Found]]], str]] = {
     "merge": _merge,
     "loftq": _loftq,
@@ -185,6 +199,7 @@ TABLES: dict[str, Callable[[list[tuple[dict[str, Any], Found]]], str]] = {
     "caps": _caps,
     "methods": _compared("Ways to round, each against the default.", "name"),
     "cost": _cost,
+    "commands": _commands,
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from hf_qlora.bench.calibrated_nf4 import models, parts
+from hf_qlora.bench.calibrated_nf4.commands import commands
 from hf_qlora.bench.measure import environment
 from hf_qlora.bench.processes import apart, side_by_side
 from hf_qlora.bench.results import append_line, check_once, check_same_device, read_lines
@@ -54,7 +55,9 @@ PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "caps": parts.capped,
     "methods": parts.method,
     "cost": parts.cost,
+    "commands": commands,
 }
+ALONE = ("cost", "commands")
 
 
 def planned(plan: Plan, names: tuple[str, ...]) -> Iterator[Run]:
@@ -77,6 +80,7 @@ def planned(plan: Plan, names: tuple[str, ...]) -> Iterator[Run]:
         ],
         "methods": [{"seed": seed, "rows": plan.rows, "name": name, **adapter} for name in plan.methods],
         "cost": [{"size": size, "rows": plan.rows} for size in plan.sizes],
+        "commands": [{"seed": seed, "rows": plan.rows, **model}],
     }
     for name in names:
         yield from (Run(name, tuple(sorted(one.items()))) for one in settings[name])
@@ -85,7 +89,7 @@ def planned(plan: Plan, names: tuple[str, ...]) -> Iterator[Run]:
 def perform(
     plan: Plan, results: Path, names: tuple[str, ...] = tuple(PARTS), device: str = "cpu", workers: int = 1
 ) -> None:
-    """Do the runs that are not in the file `results`, and append each there; costs last, one at a time.
+    """Do the runs that are not in the file `results`, and append each there; `ALONE` last, one at a time.
 
     Args:
         workers: processes side by side.
@@ -97,10 +101,10 @@ def perform(
     done = {run for run, _ in read(results)}
     todo = [run for run in planned(plan, names) if run not in done]
     with tqdm(total=len(todo), desc="runs", unit="run") as bar:
-        shared = [(run, (run, device)) for run in todo if run.part != "cost"]
+        shared = [(run, (run, device)) for run in todo if run.part not in ALONE]
         for run, found in side_by_side(do, shared, workers):
             _keep(results, run, found, device, bar)
-        for run in (run for run in todo if run.part == "cost"):
+        for run in (run for run in todo if run.part in ALONE):
             _keep(results, run, apart(do, run, device), device, bar)
 
 

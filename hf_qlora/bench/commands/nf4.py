@@ -15,7 +15,7 @@ from hf_qlora.console import misused
 def calibrated_nf4(
     part: Annotated[
         list[str] | None,
-        typer.Option(help="merge, base, loftq, trained, rows, caps, methods or cost; all by default."),
+        typer.Option(help="merge, base, loftq, trained, rows, caps, methods, cost or commands; all by default."),
     ] = None,
     results: Runs = Path("results/calibrated_nf4.jsonl"),
     quick: Annotated[bool, typer.Option("--quick", help="A little of everything, to see that it works.")] = False,

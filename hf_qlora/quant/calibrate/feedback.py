@@ -159,7 +159,7 @@ class Nearest:
     def __call__(self, i: int, column: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and values for column i, (N,)."""
         codes = torch.bucketize(column * self.inverse[i], self.midpoints, out_int32=True)
-        return codes, self._as_stored(self.levels[codes] * self.scales[i])
+        return codes, self._as_stored(self.levels.index_select(0, codes) * self.scales[i])
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes stand for, (K, N)."""

@@ -9,7 +9,6 @@ losses decide.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -18,10 +17,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hf_qlora.config.record import json_text
 
-LEGEND = (
+
+LEGEND = (  # of a base, and of a merge
+    "error, nearest: of the layers' outputs, as rounded and rounded to nearest. codes changed: of nearest's. worse: "
+    "layers with more error than nearest.",
     "error, nearest, dropped: of the layers' outputs, as rounded, rounded to nearest, and without "
-    "the adapter. codes changed: of the base's, or of nearest's. worse: layers with more error than nearest."
+    "the adapter. codes changed: of the base's. worse: layers with more error than nearest.",
 )
 CLEAR_GAP = 0.002  # nats a token, of which a share can be taken
 CLEAR_LOSS = 0.02  # nats a token: where models are less apart on some held-out rows, their outputs are looked at
@@ -36,7 +39,8 @@ class LayerCalibration:
         error: of its outputs, relative, as it was rounded.
         nearest: the same rounded to nearest.
         dropped: the same with the base's weights, without the adapter; None where nothing was merged.
-        changed: the share of codes that are other than the base's, or, where nothing was merged, than nearest's.
+        changed: the share of codes that are other than the base's, or, where nothing was merged or the base is in
+            FP4, than nearest's.
     """
 
     name: str
@@ -117,7 +121,7 @@ class CalibrationReport:
         return {**dataclasses.asdict(self), "closed": self.closed, "error": self.error, "nearest": self.nearest}
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        return json_text(self.to_dict(), ensure_ascii=False)
 
     def lines(self) -> list[tuple[str, str]]:
         """Headings and sentences."""
@@ -141,8 +145,9 @@ class CalibrationReport:
 
     def show_layers(self, console: Console) -> None:
         """Print the table by kind of layer."""
-        console.print(_table(self.layers))
-        console.print(LEGEND, highlight=False, markup=False, soft_wrap=True)
+        merged = any(layer.dropped is not None for layer in self.layers)
+        console.print(_table(self.layers, merged))
+        console.print(LEGEND[merged], highlight=False, markup=False, soft_wrap=True)
 
     def __str__(self) -> str:
         console = Console(width=UNCUT, no_color=True)
@@ -151,11 +156,10 @@ class CalibrationReport:
         return captured.get().rstrip("\n")
 
 
-def _table(layers: list[LayerCalibration]) -> Table:
+def _table(layers: list[LayerCalibration], merged: bool) -> Table:
     kinds: dict[str, list[LayerCalibration]] = defaultdict(list)
     for layer in layers:
         kinds[layer.name.rpartition(".")[2]].append(layer)
-    merged = any(layer.dropped is not None for layer in layers)
     table = Table(box=None, pad_edge=False)
     table.add_column("mean of", no_wrap=True)
     for column in ("layers", "error", "nearest", *(["dropped"] if merged else []), "codes changed", "worse"):

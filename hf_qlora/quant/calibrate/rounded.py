@@ -54,7 +54,9 @@ class RoundedLayer:
 
     def report(self, name: str) -> LayerCalibration:
         error, nearest, dropped = (self._sums[:3] / self._sums[3].clamp(min=1e-300)).sqrt().tolist()
-        changed = _changed(self.own[0], (self.base or self.nearest)[0])
+        # FP4's codes are of another table.
+        before = self.base if self.base is not None and self.base[1].quant_type == "nf4" else self.nearest
+        changed = _changed(self.own[0], before[0])
         return LayerCalibration(name, error, nearest, None if self.base is None else dropped, changed)
 
 
