@@ -31,7 +31,7 @@ from hf_qlora import NF4Config, QLoRAConfig
 from hf_qlora.config import qlora
 from hf_qlora.config import record as record_module
 from hf_qlora.config.nf4 import BLOCK_SIZES
-from hf_qlora.config.record import FORMAT_VERSION
+from hf_qlora.config.record import FORMAT_VERSION, write_json
 from hf_qlora.validation import ConfigError
 
 
@@ -165,6 +165,12 @@ def test_nf4_config_comes_back_from_json(
     assert again == config
     assert (again.double_quant, again.block_size, again.compute_dtype) == (double_quant, block_size, compute_dtype)
     assert again.skip_modules == ("a", "b.c")
+
+
+def test_what_json_has_not_is_written_as_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": [math.nan, 1.5, {"b": -math.inf}], "c": (math.inf,), "d": None, "e": True})
+    read = json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert read == {"a": [None, 1.5, {"b": None}], "c": [None], "d": None, "e": True}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -11,13 +11,14 @@ from hf_qlora.data.errors import DataError, first_line, short
 
 
 UNDERSTOOD = "messages or conversations; prompt and completion; or instruction and output"
+LAYOUTS = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"})
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's "from"
 
 Messages = list[dict[str, str]]
 
 
 def as_messages(row: Any, understood: str = UNDERSTOOD, answered: bool = True) -> Messages:
-    """A row as a chat.
+    """A row as a chat, by the first of its layouts that something is said in.
 
     Args:
         understood: the columns that the caller reads, for the message.
@@ -29,31 +30,38 @@ def as_messages(row: Any, understood: str = UNDERSTOOD, answered: bool = True) -
     """
     if not isinstance(row, Mapping):
         raise DataError(f"A row must be an object with columns ({understood}), and is {short(repr(row))}")
-    if "messages" in row:
-        messages = row["messages"]
-    elif "conversations" in row:
-        messages = row["conversations"]
-    elif {"prompt", "completion"} <= row.keys():
-        messages = exchange(row["prompt"], row["completion"])
-    elif {"instruction", "output"} <= row.keys():
-        question = [str(row[name]) for name in ("instruction", "input") if row.get(name)]
-        messages = exchange("\n\n".join(question), row["output"])
-    else:
+    if not has_chat(row):
         raise DataError(f"A row has the columns {', '.join(map(str, row)) or 'none'}; understood are {understood}.")
+    messages = _messages({name: value for name, value in row.items() if value is not None})
     if isinstance(messages, str):
         raise DataError(
             f"A row's chat is a text and no list of messages: {short(messages)} Write chats into a .jsonl or .parquet "
             "file; CSV has texts alone."
         )
-    messages = [] if messages is None else messages
     messages = [_said(message) for message in messages] if isinstance(messages, list) else messages
     if not _is_chat(messages):
         raise DataError(
             f"A row is no chat, a list of 'role' and 'content', or 'from' and 'value': {short(str(messages))}"
         )
     if answered and (len(messages) < 2 or messages[-1]["role"] != "assistant"):
-        raise DataError(f"A row's chat does not end with the assistant's answer: {short(str(messages))}")
+        raise DataError(f"A row's chat has no question with the assistant's answer at its end: {short(str(messages))}")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def has_chat(row: Mapping[Any, Any]) -> bool:
+    """Whether a row has the columns of a chat, whatever is in them."""
+    return any(columns <= row.keys() for columns in LAYOUTS)
+
+
+def _messages(given: Mapping[Any, Any]) -> Any:
+    """What is said in the columns that have something."""
+    for name in ("messages", "conversations"):
+        if name in given:
+            return given[name]
+    if given.keys() & {"prompt", "completion"}:
+        return exchange(given.get("prompt"), given.get("completion"))
+    question = [str(given[name]) for name in ("instruction", "input") if given.get(name)]
+    return exchange("\n\n".join(question) or None, given.get("output"))
 
 
 def exchange(question: Any, answer: Any) -> Messages:
@@ -77,7 +85,8 @@ def render(tokenizer: Any, messages: Messages, **options: Any) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except (TemplateError, ValueError) as error:
         raise DataError(
-            f"The model's chat template cannot render an example: {first_line(error)} Choose a model made for chat."
+            f"The model's chat template cannot render {short(str(messages))}: {first_line(error).rstrip('.')}. Leave "
+            "such chats out, or choose a model made for chat."
         ) from error
 
 

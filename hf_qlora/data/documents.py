@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_qlora.data.chats import UNDERSTOOD, Messages, as_messages
+from hf_qlora.data.chats import UNDERSTOOD, Messages, as_messages, has_chat
 from hf_qlora.data.errors import DataError, short
 from hf_qlora.data.files import ROWS, ends_in, files_in, placed_hub_rows, placed_rows, read_text
 
@@ -26,11 +26,12 @@ LONGEST_NAME = 300
 Document = str | Messages | list[int]
 
 
-def read_documents(source: str, seed: int = 0) -> tuple[list[Document], str]:
+def read_documents(source: str, seed: int = 0, answered: bool = True) -> tuple[list[Document], str]:
     """The documents of a source, and its name without the folders on this machine.
 
     Args:
         seed: of the rows that are drawn from a data set on the Hub.
+        answered: whether chats must end with the assistant's answer.
 
     Raises:
         DataError: nothing of that name, no documents in it, a file that is not read, or a column that is not there.
@@ -42,24 +43,25 @@ def read_documents(source: str, seed: int = 0) -> tuple[list[Document], str]:
         name, _, column = source.rpartition("#")
         source, path = name, Path(name)
     if path.is_file():
-        found = _of_file(path, column)
+        found = _of_file(path, column, answered)
     elif path.is_dir():
-        found = [document for file in files_in(path, SUFFIXES) for document in _of_file(file, column)]
+        found = [document for file in files_in(path, SUFFIXES) for document in _of_file(file, column, answered)]
     elif is_path(source):
         raise DataError(f"The file {source} is not there.")
     elif len(source.split()) > 1:
         raise _is_text(source)
     else:
-        return _of_hub(source, column, seed), source
+        return _of_hub(source, column, seed, answered), source
     return found, path.absolute().name
 
 
-def document_of(row: Any, column: str | None = None, source: str | None = None) -> Document:
-    """A row as a document.
+def document_of(row: Any, column: str | None = None, source: str | None = None, answered: bool = True) -> Document:
+    """A row as a document: the first of the columns that are understood and have something.
 
     Args:
         column: what is read of it.
         source: its name, behind which a column could be named.
+        answered: as for `read_documents`.
 
     Raises:
         DataError: columns that are not understood, or not of text.
@@ -70,19 +72,21 @@ def document_of(row: Any, column: str | None = None, source: str | None = None) 
         raise DataError(f"A row is neither a text nor an object with columns, but {short(repr(row))}")
     if column is not None and column not in row:
         raise DataError(f"There is no column {column!r}; found are {', '.join(map(str, row)) or 'none'}.")
-    for name in (column,) if column is not None else ("text", "input_ids"):
-        if name in row:
-            masked = name == "input_ids" and "attention_mask" in row
-            return _unpadded(row[name], row["attention_mask"]) if masked else _value(name, row[name])
+    for name in ("text", "input_ids") if column is None else (column,):
+        if row.get(name) is not None:
+            masked = name == "input_ids" and row.get("attention_mask") is not None
+            return _unpadded(row[name], row["attention_mask"]) if masked else _value(name, row[name], answered)
+    if column is not None or (row.keys() & {"text", "input_ids"} and not has_chat(row)):
+        return ""
     other = "" if source is None else f"; or name another, as {source}#{next(iter(row), 'body')}"
-    return as_messages(row, COLUMNS + other, answered=False)
+    return as_messages(row, COLUMNS + other, answered)
 
 
-def _value(name: str, value: Any) -> Document:
-    if isinstance(value, str | None):
-        return value or ""
+def _value(name: str, value: Any, answered: bool = True) -> Document:
+    if isinstance(value, str):
+        return value
     if isinstance(value, Sequence) and value and isinstance(value[0], Mapping):
-        return as_messages({"messages": list(value)}, answered=False)
+        return as_messages({"messages": list(value)}, answered=answered)
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, bytes) and all(type(token) is int for token in value):
@@ -100,15 +104,15 @@ def _unpadded(given: Any, mask: Any) -> list[int]:
     return [token for token, is_text in zip(ids, told, strict=True) if is_text]
 
 
-def _of_file(file: Path, column: str | None) -> list[Document]:
+def _of_file(file: Path, column: str | None, answered: bool) -> list[Document]:
     if ends_in(file, (".txt",)):
         return [read_text(file)]
     if not ends_in(file, SUFFIXES):
         raise DataError(f"{file} is not read; name a file that ends in {', '.join(SUFFIXES)}, or a folder of them.")
-    return [_placed(f"{file}, {place}", row, column, str(file)) for place, row in placed_rows(file)]
+    return [_placed(f"{file}, {place}", row, column, str(file), answered) for place, row in placed_rows(file)]
 
 
-def _of_hub(source: str, column: str | None, seed: int) -> list[Document]:
+def _of_hub(source: str, column: str | None, seed: int, answered: bool) -> list[Document]:
     name, _, split = source.partition(":")
     try:
         rows = placed_hub_rows(name, split or "train", seed, SUFFIXES)
@@ -116,13 +120,13 @@ def _of_hub(source: str, column: str | None, seed: int) -> list[Document]:
         if "/" in name:
             raise
         raise DataError(f"{source!r} is no file here; if it is meant as a text, {AS_TEXT}. {error}") from error
-    return [_placed(f"{source}, {place}", row, column, source) for place, row in rows]
+    return [_placed(f"{source}, {place}", row, column, source, answered) for place, row in rows]
 
 
-def _placed(place: str, row: Any, column: str | None, source: str) -> Document:
+def _placed(place: str, row: Any, column: str | None, source: str, answered: bool) -> Document:
     """As `document_of`; what is refused is named by its place."""
     try:
-        return document_of(row, column, source)
+        return document_of(row, column, source, answered)
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
 

@@ -152,5 +152,10 @@ def placed_hub_rows(
         if configs:
             why += f" Name one behind it, as {name}/CONFIG; there are {configs[1]}."
         raise DataError(f"Cannot load the data set {name!r}: {why}{offline()}") from error
-    drawn = random.Random(seed).sample(range(len(rows)), min(len(rows), limit))
-    return [(f"row {number} (from 0)", row) for number, row in zip(drawn, rows.select(drawn), strict=True)]
+    return [(f"row {number} (from 0)", row) for number, row in drawn(rows, seed, limit)]
+
+
+def drawn(rows: Any, seed: int, limit: int = MAX_ROWS) -> list[tuple[int, Mapping[str, Any]]]:
+    """At most `limit` rows of a `datasets.Dataset`, drawn by the seed, each behind its number."""
+    numbers = random.Random(seed).sample(range(len(rows)), min(len(rows), limit))
+    return list(zip(numbers, rows.select(numbers), strict=True))

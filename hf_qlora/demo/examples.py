@@ -45,12 +45,14 @@ def choose(
             too_long += 1
         if len(examples) == wanted:
             break
-    if len(examples) < settings.held_out + settings.batch_size:
+    needed = settings.held_out + settings.batch_size
+    if len(examples) < needed:
+        enough = len(examples) + too_long >= needed
+        way_out = "Raise --max-length" if enough else "Give more chats, with other questions"
         raise DemoError(
             f"{settings.dataset or TASK} has {len(chats)} chats, {too_long} of them longer than {settings.max_length} "
             f"tokens; {len(examples)} with distinct questions are left, and {settings.held_out} to hold out and "
-            f"{settings.batch_size} to train on are needed. {'Raise --max-length' if too_long else 'Give more'}, or "
-            "lower --held-out or --batch-size."
+            f"{settings.batch_size} to train on are needed. {way_out}, or lower --held-out or --batch-size."
         )
     found = list(examples.values())
     return found[settings.held_out :], found[: settings.held_out]

@@ -25,7 +25,14 @@ from hf_qlora.merge.names import is_of_adapter, wrapped_name
 from hf_qlora.merge.original import load_original, name_of, other_weights, take_weights
 from hf_qlora.merge.report import MergeRefused, MergeReport
 from hf_qlora.merge.twin import give_own_weights, tied_groups, twin, untie_split
-from hf_qlora.quant.base import PROGRESS_DELAY_S, dequantize_layers, forget_quantization, is_quantized, quantize_model
+from hf_qlora.quant.base import (
+    PROGRESS_DELAY_S,
+    compute_dtype_of,
+    dequantize_layers,
+    forget_quantization,
+    is_quantized,
+    quantize_model,
+)
 from hf_qlora.quant.calibrate.group import Packed
 from hf_qlora.quant.calibrate.run import calibration_report, planned
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
@@ -246,7 +253,7 @@ def _packing(base: nn.Module) -> tuple[NF4Config, list[str]]:
     config = NF4Config(
         double_quant=layer.state.nested,
         block_size=layer.state.blocksize,
-        compute_dtype=layer.compute_dtype,  # named, or what loads it computes in float32
+        compute_dtype=compute_dtype_of(packed.values()),  # named, or what loads it computes in float32
         skip_modules=(),
     )
     return config, sorted(linear.keys() - packed.keys())

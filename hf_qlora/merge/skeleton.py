@@ -33,7 +33,7 @@ from hf_qlora.layers.errors import MergeError
 from hf_qlora.layers.linear import Linear4bit
 from hf_qlora.merge.attach import attach_without_weights
 from hf_qlora.merge.names import first_sentence
-from hf_qlora.merge.sources import record_of
+from hf_qlora.merge.sources import record_of, stored_quantization
 from hf_qlora.merge.tensors import TensorFiles
 from hf_qlora.merge.twin import tied_groups
 from hf_qlora.quant.base import take_over
@@ -232,15 +232,15 @@ def _match(
 def _stored_settings(base: Path, files: TensorFiles, parts: dict[str, list[str]], config: LoraConfig) -> NF4Config:
     """The settings of a base that is stored in NF4, checked against the adapter's."""
     state = read_state(files, next(iter(parts.values())))
-    if state.quant_type != "nf4":
-        raise NotStreamable(f"the base is stored in {state.quant_type}")
+    if state.quant_type != "nf4":  # and its config says otherwise
+        raise MergeError(f"The base is stored in {state.quant_type}; only NF4 and dense bases are merged.")
     stored = NF4Config(double_quant=state.nested, block_size=state.blocksize)
     asked: Any = config.quantization if isinstance(config, QLoRAConfig) else None
     if asked is not None and (asked.double_quant, asked.block_size) != (stored.double_quant, stored.block_size):
         raise MergeError(f"The base is stored as {stored}, but the adapter was trained on {asked}.")
     # As transformers reads it: float32 where the base's config names none.
-    said = getattr(AutoConfig.from_pretrained(base), "quantization_config", None) or {}
-    computes = (asked and asked.compute_dtype) or said.get("bnb_4bit_compute_dtype") or "float32"
+    said = stored_quantization(base).get("bnb_4bit_compute_dtype")
+    computes = (asked and asked.compute_dtype) or said or "float32"
     return replace(stored, compute_dtype=computes)
 
 

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import LoraConfig, PeftConfig, PeftType
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
+from transformers import PreTrainedConfig
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from hf_qlora import files
@@ -72,6 +73,16 @@ def base_source(base: str, revision: str | None) -> Path:
     if not (folder / CONFIG_NAME).is_file():
         raise MergeError(f"{base} is no model: it has no {CONFIG_NAME}.")
     return folder
+
+
+def stored_quantization(base: Path) -> dict[str, Any]:
+    """How a base's config says that it is stored quantized; empty where it is dense, or its config cannot be read."""
+    try:
+        config: dict[str, Any] = PreTrainedConfig.get_config_dict(base)[0]
+    except OSError:  # said where the model is made
+        return {}
+    parts = (config, *(part for part in config.values() if isinstance(part, dict)))  # of models of text and images
+    return next((part["quantization_config"] for part in parts if part.get("quantization_config")), {})
 
 
 def copy_beside(base: Path, adapter: Path, output: Path) -> bool:

@@ -143,8 +143,6 @@ class _Job:
         self.check_initialization()
         files = TensorFiles(self.base_folder)
         skeleton = build(self.base_folder, self.adapter_folder, self.config, self.nf4, self.dtype, files)
-        if self.onto == "original" and skeleton.packed_parts:
-            raise MergeError(f"The base {self.base} is stored in NF4; onto='original' needs the dense one.")
         repacked: set[str] = set()
         if self.onto == "nf4":
             fresh = make_base(self.base_folder, self.config, self.dtype)
@@ -162,8 +160,8 @@ class _Job:
         init = str(self.config.init_lora_weights).lower()
         if not init.startswith(CHANGES_BASE) or init == "mica":  # which reads the base alone
             return
-        stored = getattr(AutoConfig.from_pretrained(self.base_folder), "quantization_config", None)
-        if init not in REPEATED or self.nf4 is not None or stored is not None or self.onto == "original":
+        quantized = self.nf4 is not None or sources.stored_quantization(self.base_folder)
+        if init not in REPEATED or quantized or self.onto == "original":
             raise MergeError(
                 f"init_lora_weights={init!r} changed the weights of the base that the adapter was trained on. From "
                 f"files, that is repeated for {REPEATED} alone, on a dense base, and not with onto='original'. Merge "
@@ -247,18 +245,37 @@ def _job(adapter: str, onto: Onto, base: str | None, dtype: str | None, trained_
     if not name:
         raise MergeError(f"The adapter {adapter} does not name its base; name it with base.")
     trained = sources.trained_base(config)
+    folder = sources.base_source(name, _revision(config, trained, name) if base is None else None)
+    _check_stored(name, folder, onto)
     return _Job(
         adapter=adapter,
         adapter_folder=adapter_folder,
         config=config,
         base=name,
-        base_folder=sources.base_source(name, _revision(config, trained, name) if base is None else None),
+        base_folder=folder,
         onto=onto,
         dtype=COMPUTE_DTYPES.get(str(dtype or trained.get("dtype"))),
         dtype_of="asked" if dtype else "the adapter was trained",
         nf4=_quantization(config, trained_on),
         assumed=trained_on == "auto" and not isinstance(config, QLoRAConfig),
     )
+
+
+def _check_stored(base: str, folder: Path, onto: Onto) -> None:
+    """Refuse a base that is stored quantized otherwise than to NF4, or where the dense one is needed."""
+    stored = sources.stored_quantization(folder)
+    kind = str(stored.get("quant_method", "another method"))
+    if stored.get("load_in_8bit"):
+        kind = "8 bits"
+    if stored.get("load_in_4bit"):
+        kind = str(stored.get("bnb_4bit_quant_type", "fp4")).upper()
+    if stored and onto == "original":
+        raise MergeError(f"The base {base} is stored in {kind}; onto='original' needs the dense one.")
+    if stored and kind != "NF4":
+        raise MergeError(
+            f"The base {base} is stored in {kind}; from files, bases are merged that are dense or in bitsandbytes' "
+            "NF4. Name the dense base, or merge a loaded model in Python: merge(model)."
+        )
 
 
 def _revision(config: LoraConfig, trained: dict[str, Any], name: str) -> str | None:

@@ -7,9 +7,11 @@ the next, so that the peak is the dense model and one layer.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import reduce
 from typing import Any
 
 import bitsandbytes as bnb
@@ -54,6 +56,8 @@ OnLayer = Callable[[str, Tensor, Linear4bit], None]
 class NF4Quantizer(Bnb4BitHfQuantizer):
     """transformers' quantizer, which also gives `Conv1D` back on dequantizing and does not save a merged base."""
 
+    quantization_config: Any
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Called by transformers when the base is saved."""
         if not getattr(model, "_hf_peft_config_loaded", False):
@@ -64,11 +68,16 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
                     "weights; saving it would write neither the base nor a loadable model. Call unmerge_adapter() "
                     "first, or save the result of merge_and_unload()."
                 )
-        # What the layers compute in: the config was made before the model was cast, and says float32 where none chose.
-        computes = [module.compute_dtype for module in model.modules() if isinstance(module, Linear4bit)]
-        if computes:
-            self.quantization_config.bnb_4bit_compute_dtype = computes[0]
+            self._name_compute_dtype(model)
         return None, {}
+
+    def _name_compute_dtype(self, model: PreTrainedModel) -> None:
+        """That of the layers: the config was made before the model was cast, and says float32 where none chose."""
+        found = compute_dtype_of(module for module in model.modules() if isinstance(module, Linear4bit))
+        if found is not None:
+            config = copy.copy(self.quantization_config)  # the user's, who may load another model by it
+            config.bnb_4bit_compute_dtype = found
+            self.quantization_config = model.config.quantization_config = config
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         """Called by transformers when the base has become dense."""
@@ -94,6 +103,17 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
             if isinstance(module, BaseTunerLayer) and hasattr(module, "follow_base"):  # ours (layers/linear.py)
                 module.follow_base()
         return dense
+
+
+def compute_dtype_of(layers: Iterable[Linear4bit]) -> torch.dtype | None:
+    """What all of them can compute in without loss, as a checkpoint names one; None where there are none."""
+    found = {layer.compute_dtype for layer in layers}
+    widest = reduce(torch.promote_types, found) if found else None
+    if len(found) > 1:
+        logger.warning(
+            "The layers compute in %s; a checkpoint names one dtype for all: %s.", sorted(map(str, found)), widest
+        )
+    return widest
 
 
 def _merged_layers(model: nn.Module) -> list[str]:
@@ -236,9 +256,10 @@ def take_over(model: nn.Module, config: NF4Config | None, *, skip: Collection[st
             adopt_linear(module, name, config.compute_dtype if config else None)
     if layers:
         _mark_4bit(model, True)
-    quantizer = getattr(model, "hf_quantizer", None)
-    if type(quantizer) is Bnb4BitHfQuantizer:
-        quantizer.__class__ = NF4Quantizer
+    for part in pretrained_parts(model).values():
+        quantizer = getattr(part, "hf_quantizer", None)
+        if type(quantizer) is Bnb4BitHfQuantizer:
+            quantizer.__class__ = NF4Quantizer
 
 
 def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -80,6 +80,8 @@ def test_each_method_takes_its_best_rate(results: Path) -> None:
     assert {run.part for run in study} == {RUNS}
     assert all("validation" not in run.arguments for run in (*study, PLAN.base))
     assert all("validation" in run.arguments for run in PLAN.sweep.runs())
+    diverged = [PLAN.sweep.score({"trained": {"perplexity": value}}) for value in (None, math.nan, math.inf, 9.5)]
+    assert diverged == [math.inf] * 3 + [9.5]
     assert {run.part for run in PLAN.sweep.runs()}.isdisjoint({RUNS, PLAN.base.part})
 
 

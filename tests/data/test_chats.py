@@ -19,6 +19,9 @@ CHAT = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "t
         {"prompt": CHAT[:1], "completion": CHAT[1:]},
         {"conversations": [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "two."}]},
         {"conversations": CHAT},
+        {"messages": None, "conversations": CHAT},
+        {"messages": None, "conversations": None, "prompt": "one?", "completion": "two."},
+        {"prompt": None, "completion": None, "instruction": "one?", "output": "two."},
         {"instruction": "one?", "output": "two."},
         {"instruction": "one?", "input": "", "output": "two."},
     ],
@@ -64,9 +67,11 @@ def test_a_chat_in_a_cell_of_csv_is_told_from_one(answered: bool) -> None:
         ({"prompt": "one?", "completion": None}, CHAT[:1]),
         ({"prompt": None, "completion": None}, []),
         ({"instruction": "one?", "input": None, "output": None}, CHAT[:1]),
+        ({"instruction": None, "input": None, "output": None}, []),
+        ({"messages": None, "prompt": None, "completion": "two."}, CHAT[1:]),
     ],
 )
 def test_a_chat_without_an_answer_is_one_where_it_need_not_end_so(row: dict, chat: object) -> None:
     assert as_messages(row, answered=False) == chat
-    with pytest.raises(DataError, match="does not end with the assistant's answer"):
+    with pytest.raises(DataError, match="has no question with the assistant's answer at its end"):
         as_messages(row)

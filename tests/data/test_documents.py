@@ -42,7 +42,10 @@ def lines(rows: list[Any]) -> str:
         ("a.jsonl", lines([{"input_ids": [3, 4], "labels": [3, 4]}]), [[3, 4]]),
         ("a.jsonl", '{"text": "a"}\n{"text": null}', ["a", ""]),
         ("a.csv", "text,n\na,1\n,2\n", ["a", ""]),
-        ("a.jsonl", lines([{"messages": CHAT[:1]}, {"messages": None}]), [CHAT[:1], []]),
+        ("a.jsonl", lines([{"text": None, "messages": CHAT}, {"text": "a", "messages": None}]), [CHAT, "a"]),
+        ("a.jsonl", lines([{"text": None, "input_ids": [3, 4], "attention_mask": None}]), [[3, 4]]),
+        ("a.jsonl", lines([{"input_ids": None, "attention_mask": None, "n": 3}]), [""]),
+        ("a.jsonl", lines([{"text": None, "messages": None, "prompt": "one?", "completion": "two."}]), [CHAT]),
         ("a.jsonl", lines([{"input_ids": [0, 3, 0, 4], "attention_mask": [0, 1, 1, 1]}]), [[3, 0, 4]]),
         ("a.jsonl", lines([{"input_ids": [3, 4, 0], "attention_mask": [True, True, False]}]), [[3, 4]]),
     ],
@@ -52,10 +55,20 @@ def test_a_file_is_its_documents(tmp_path: Path, name: str, content: str, expect
     assert read_documents(str(tmp_path / name)) == (expected, name)
 
 
+def test_a_chat_without_an_answer_is_refused_with_its_place_or_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    for rows, found in (([{"messages": CHAT[:1]}], [CHAT[:1]]), ([{"messages": None}], [[]])):
+        file.write_text("\n" + lines(rows))
+        assert read_documents(str(file), answered=False)[0] == found
+        with pytest.raises(DataError, match=r"a\.jsonl, line 2: A row's chat has no question with the assistant's"):
+            read_documents(str(file))
+
+
 def test_a_column_is_named_behind_the_file(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(lines([{"text": "no", "body": "yes", "said": CHAT}]))
     assert read_documents(f"{file}#body")[0] == ["yes"]
+    assert document_of({"text": "no", "body": None}, "body") == ""
     assert read_documents(f"{file}#said")[0] == [CHAT]
     (tmp_path / "c#.txt").write_text("a file of that name")
     assert read_documents(str(tmp_path / "c#.txt"))[0] == ["a file of that name"]

@@ -28,7 +28,7 @@ def test_a_folder_is_its_files_of_rows(tmp_path: Path) -> None:
         ('{"text": "a"}', r"rows\.jsonl, line 1: A row has the columns text; understood are messages or con"),
         (
             '\n{"prompt": "a", "completion": null}',
-            r"rows\.jsonl, line 2: A row's chat does not end with the assistant's",
+            r"rows\.jsonl, line 2: A row's chat has no question with",
         ),
     ],
 )

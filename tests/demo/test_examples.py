@@ -41,7 +41,7 @@ def test_a_template_that_opens_the_answer_otherwise_keeps_the_end(tokenizer: Pre
 
 def test_a_template_that_refuses_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(DemoError, match="cannot render an example: System role not supported"):
+    with pytest.raises(DemoError, match=r"cannot render .*one.*: System role not supported\. Leave such"):
         encode(tokenizer, CHAT)
 
 
@@ -59,13 +59,14 @@ def test_too_few_examples_is_an_error_with_the_numbers(settings: Settings, token
     chats = read_chats(settings.dataset, 0)
     few, needed = replace(settings, held_out=39), "and 39 to hold out and 4 to train on are needed."
     with pytest.raises(
-        DemoError, match=rf"0 of them longer than 128 tokens; 40 with .* are left, {needed} Give more, or"
+        DemoError, match=rf"0 of them longer than 128 tokens; 40 with .* are left, {needed} Give more chats, with"
     ):
         choose(chats, tokenizer, few)
-    long = as_messages({"prompt": "x" * settings.max_length, "completion": "y"})
-    with pytest.raises(DemoError, match=rf"1 of them longer .*; 40 with .* are left, {needed} Raise --max-length, or"):
-        choose([long, *chats], tokenizer, few)
-    with pytest.raises(DemoError, match=r"has 0 chats, .* Give more, or lower --held-out"):
+    long = [as_messages({"prompt": f"{n}" * settings.max_length, "completion": "y"}) for n in range(3)]
+    for count, advice in ((1, "Give more"), (3, "Raise --max-length")):
+        with pytest.raises(DemoError, match=rf"{count} of them longer .*; 40 with .* are left, {needed} {advice}"):
+            choose([*long[:count], *chats], tokenizer, few)
+    with pytest.raises(DemoError, match=r"has 0 chats, .* Give more chats, with other questions, or lower --held-out"):
         choose([], tokenizer, few)
 
 

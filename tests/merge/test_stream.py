@@ -150,39 +150,52 @@ def test_a_sharded_base_gives_the_same_and_the_result_can_be_sharded(saved: Save
     assert not differences(llama_from(tmp_path / "merged"), model.merge_and_unload())
 
 
-@pytest.mark.parametrize("computes", [None, "float16"])
+@pytest.mark.parametrize(("computes", "asked"), [(None, None), ("float16", None), ("float16", "bfloat16")])
 @pytest.mark.parametrize("onto", ["dequantized", "nf4"])
-def test_a_base_that_is_stored_in_4_bits(onto: Any, computes: Any, tmp_path: Path) -> None:
+def test_a_base_that_is_stored_in_4_bits(onto: Any, computes: Any, asked: Any, tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "dense")
     nf4 = NF4Config(compute_dtype=computes).to_bitsandbytes()
     llama_from(tmp_path / "dense", quantization_config=nf4, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
-    adapted(llama_from(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    own = NF4Config(compute_dtype=asked)
+    adapted(llama_from(tmp_path / "base"), quantization=own).save_pretrained(tmp_path / "adapter")
     report = merge_files(str(tmp_path / "adapter"), tmp_path / "merged", onto, str(tmp_path / "base"), force=True)
     assert streamed(report)
     model = PeftModel.from_pretrained(llama_from(tmp_path / "base"), tmp_path / "adapter")
     assert not differences(llama_from(tmp_path / "merged"), merge(model, onto, force=True).model)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert ("quantization_config" in config) == (onto == "nf4")
-    if onto == "nf4":  # as the base: float32 where none was named
-        assert config["quantization_config"]["bnb_4bit_compute_dtype"] == (computes or "float32")
+    if onto == "nf4":  # the adapter's, or as the base: float32 where none was named
+        assert config["quantization_config"]["bnb_4bit_compute_dtype"] == (asked or computes or "float32")
     with pytest.raises(MergeError, match="stored in NF4; onto='original' needs the dense one"):
         merge_files(str(tmp_path / "adapter"), tmp_path / "other", "original", str(tmp_path / "base"))
 
 
-@pytest.mark.parametrize("onto", ["dequantized", "nf4"])
-def test_a_base_that_is_stored_in_fp4(onto: Any, tmp_path: Path) -> None:
-    """Its levels are others, so that it is merged as a whole."""
-    llama().save_pretrained(tmp_path / "dense")
-    fp4 = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.bfloat16)
-    llama_from(tmp_path / "dense", quantization_config=fp4, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
-    adapted(llama_from(tmp_path / "base"), quantization=None).save_pretrained(tmp_path / "adapter")
-    report = merge_files(str(tmp_path / "adapter"), tmp_path / "merged", onto, str(tmp_path / "base"), force=True)
-    assert "the base is stored in fp4" in str(report)
-    model = PeftModel.from_pretrained(llama_from(tmp_path / "base"), tmp_path / "adapter")
-    merged = llama_from(tmp_path / "merged")
-    assert not differences(merged, merge(model, onto, force=True).model)
-    packed = [module.weight.quant_state.quant_type for module in merged.modules() if hasattr(module, "quant_state")]
-    assert set(packed) == ({"nf4"} if onto == "nf4" else set())
+@pytest.mark.parametrize(
+    ("stored", "kind"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "FP4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "FP4"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8 bits"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+    ],
+)
+@pytest.mark.parametrize("calibration", [None, "speeches.txt"])
+def test_a_base_that_is_stored_otherwise_than_in_nf4_is_refused(
+    calibration: Any, stored: dict[str, Any], kind: str, saved: Saved, tmp_path: Path
+) -> None:
+    base, adapter = saved()
+    config = json.loads((base / "config.json").read_text())
+    for place in (config, config.setdefault("text_config", {})):
+        place["quantization_config"] = stored
+        (base / "config.json").write_text(json.dumps(config))
+        for onto, said in (
+            ("nf4", "from files, bases are merged that are dense or in"),
+            ("original", "the dense one"),
+        ):
+            more = {} if onto == "original" else {"calibration": calibration}
+            with pytest.raises(MergeError, match=rf"The base .* is stored in {kind}; .*{said}"):
+                merge_files(str(adapter), tmp_path / "merged", onto, str(base), **more)  # type: ignore[arg-type]
+        del place["quantization_config"]
 
 
 @pytest.mark.parametrize("trained_on", ["dense", "nf4"])

@@ -995,6 +995,20 @@ def test_what_layers_compute_in_is_saved(compute_dtype: str | None, tmp_path: Pa
     assert stored["bnb_4bit_compute_dtype"] == ("float16" if compute_dtype else "float32")
 
 
+def test_the_widest_of_several_compute_dtypes_is_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A checkpoint names one; and the config is the user's, who may load another model by it."""
+    llama().save_pretrained(tmp_path / "dense")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    quantize_model(model, NF4Config(double_quant=False))
+    model.model.layers[1].mlp.up_proj.compute_dtype = torch.float16
+    model.save_pretrained(tmp_path / "nf4")
+    stored = json.loads((tmp_path / "nf4" / "config.json").read_text())["quantization_config"]
+    assert stored["bnb_4bit_compute_dtype"] == "float32"
+    assert "The layers compute in ['torch.bfloat16', 'torch.float16']" in caplog.text
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
 @pytest.fixture
 def bfloat16_by_default() -> Iterator[None]:
     torch.set_default_dtype(torch.bfloat16)

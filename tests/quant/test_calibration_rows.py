@@ -152,7 +152,7 @@ def test_chats_go_through_the_template() -> None:
     with pytest.raises(CalibrationError, match="There are chats, and the model's tokenizer has no chat template"):
         calibration_rows(rows, tokenizer=byte_tokenizer())
     tokenizer.chat_template = "{{ raise_exception('No system here.') }}"
-    with pytest.raises(CalibrationError, match=r"chat template cannot render an example: No system here\."):
+    with pytest.raises(CalibrationError, match=r"chat template cannot render .*plus one.*: No system here\. Leave"):
         calibration_rows(rows, tokenizer=tokenizer)
 
 
@@ -331,7 +331,7 @@ def ids(*shape: int) -> Tensor:
         (lambda: [[], []], {}, "given documents has no text to read (documents: 2, empty)."),
         (lambda: [[1, 2], 3.5], {}, "Element 1 is 3.5, no text, no list of token ids and no dict"),
         (lambda: ["a", {"text": 3}], {}, "Element 1: The column 'text' has no text, chat or token ids, but 3"),
-        (lambda: [{"text": None}] * 9, {}, "given documents has no text to read (documents: 9, empty)."),
+        (lambda: [{"text": None}, None] * 9, {}, "given documents has no text to read (documents: 18, empty)."),
         (
             lambda: [[1, 2, 3]] * 20,
             {},
@@ -398,13 +398,25 @@ def test_fewer_rows_than_asked_for_are_said_and_used(caplog: pytest.LogCaptureFi
     assert f"gives {found.count - found.held_out} rows to calibrate on and {found.held_out} to hold out" in caplog.text
 
 
-def test_many_documents_that_are_left_out_are_said() -> None:
+def test_documents_that_are_left_out_are_said() -> None:
     options: dict[str, Any] = {"rows": 8, "length": 16, "held_out": 2}
     found = calibration_rows([*documents(20), *documents(9), []], **options)
     left_out = "given documents (10 of 30 documents left out, empty or repeated)"
     assert found.source == f"8 rows of 16 tokens from {left_out}, and 2 held out"
-    few = calibration_rows([*documents(20), *documents(2)], **options)  # 2 of 22: under a tenth
-    assert few.source == "8 rows of 16 tokens from given documents, and 2 held out"
+    every = calibration_rows(documents(20), **options)
+    assert every.source == "8 rows of 16 tokens from given documents, and 2 held out"
+
+
+def test_a_data_set_gives_the_same_rows_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_list([{"input_ids": document} for document in documents(60)])
+    options: dict[str, Any] = {"rows": 8, "length": 16, "held_out": 2, "seed": 3}
+    found = calibration_rows(rows, **options)
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: rows)
+    assert calibration_rows("me/data", **options).fingerprint == found.fingerprint
+    assert calibration_rows(rows, **{**options, "seed": 4}).fingerprint != found.fingerprint
+    bad = datasets.Dataset.from_list([*({"text": f"{n}", "n": None} for n in range(9)), {"text": "nine", "n": 1}])
+    with pytest.raises(CalibrationError, match="Element 9: The column 'text' has no text, chat or token ids, but 1"):
+        calibration_rows(bad.map(lambda row: {"text": row["n"] if row["n"] else None}), **options)
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -513,7 +513,7 @@ class Counted(TorchDispatchMode):
 def test_the_peak_is_the_model_its_codes_and_one_group(vocabulary: int) -> None:
     """Counted: what operations make beside the dense model, which is there before.
 
-    A group needs five matrices of K × K in float32 (Gram, cross or permuted; one in float64), and some dozen of its
+    A group needs five matrices of K × K in float32 (Gram, cross or permuted; one in float64), and sixteen of its
     weights' size. Of all rows there are hidden states and the inputs of one group, twice; of those that
     are in one forward some dozen hidden states, and its widest layer, twice. The codes are there twice, calibrated and
     nearest.
@@ -523,7 +523,7 @@ def test_the_peak_is_the_model_its_codes_and_one_group(vocabulary: int) -> None:
     linear = [m.weight for m in model.model.modules() if isinstance(m, nn.Linear)]
     largest = max(weight.numel() for weight in linear)
     widest = 4 * max(weight.shape[1] for weight in linear) ** 2
-    group = 5 * widest + 12 * 4 * 2 * largest
+    group = 5 * widest + 16 * 4 * 2 * largest
     waiting = 4 * 2 * rows.inputs["input_ids"].numel() * (2 * 128 + 512)
     running = 4 * 2 * streams.ROWS_AT_A_TIME * LENGTH * (12 * 128 + 4 * 512)
     packed = 2 * sum(weight.numel() for weight in linear) * 0.53

@@ -24,7 +24,7 @@ def commands(device: str, seed: int, rows: int, layers: int | None) -> dict[str,
     """Both commands on SmolLM2 and chats, with an adapter of random weights, which takes as long as a trained one."""
     with TemporaryDirectory() as name:
         place = Path(name)
-        model = models.dense(device, layers)
+        model = models.dense("cpu", layers).to(models.dtype_of(device))
         model.save_pretrained(place / "base")
         data.tokenizer().save_pretrained(place / "base")
         with (place / "chats.jsonl").open("w", encoding="utf-8") as file:

@@ -105,7 +105,8 @@ def perform(
         for run, found in side_by_side(do, shared, workers):
             _keep(results, run, found, device, bar)
         for run in (run for run in todo if run.part in ALONE):
-            _keep(results, run, apart(do, run, device), device, bar)
+            # Commands are processes of their own, and this one clears up behind them.
+            _keep(results, run, do(run, device) if run.part == "commands" else apart(do, run, device), device, bar)
 
 
 def made_with(device: str) -> dict[str, Any]:

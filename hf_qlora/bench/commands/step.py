@@ -87,6 +87,9 @@ def growth(
     rank: Rank = 16,
     rounds: Rounds = 5,
     axis: Annotated[list[str] | None, typer.Option(help="tokens, rank, layers or adapters; all by default.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="The base's: bfloat16, or float32, as for CPUs without products in bfloat16.")
+    ] = "bfloat16",
     device: Device = "cpu",
     results: DrawnResults = Path("results/growth.json"),
     report_only: ReportOnly = False,
@@ -99,13 +102,15 @@ def growth(
 
     from hf_qlora.bench.results import write_whole
     from hf_qlora.bench.train_step import arms, growth
+    from hf_qlora.config.nf4 import COMPUTE_DTYPES
 
     check_choice("--shape", [shape], arms.SHAPES)
     check_choice("--axis", axis or [], growth.AXES)
+    check_choice("--dtype", [dtype], COMPUTE_DTYPES)
     if reported("growth", results, growth, report_only):
         return
     check_device(device)
-    case = arms.Case(shape, batch_size, sequence_length, rank, device=device)
+    case = arms.Case(shape, batch_size, sequence_length, rank, device=device, dtype=dtype)
     before = read_results("growth", results) if results.is_file() else None
     keep = partial(write_whole, results)
     measured(growth.measure(case, rounds, axis or tuple(growth.AXES), before, keep), results, growth)

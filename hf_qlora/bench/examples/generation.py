@@ -12,9 +12,11 @@ are paired by seed and answer. All that is printed comes from the lines of the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hf_qlora.bench.examples import generation_cost
 from hf_qlora.bench.examples.rates import Sweep
@@ -51,7 +53,7 @@ class Plan:
     def sweep(self) -> Sweep:
         return Sweep(
             self.rates,
-            score=lambda found: float(found["trained"]["perplexity"]),
+            score=_perplexity,
             shown="{:.3f}".format,
             of="perplexity",
             arguments=self.arguments,
@@ -67,6 +69,12 @@ class Plan:
         sweep = self.sweep
         arms = {method: sweep.arm(method, rate) for method, rate in sweep.chosen(results, ours).items()}
         return Study(arms, self.seeds, (*self.arguments, *TRAINED))
+
+
+def _perplexity(found: dict[str, Any]) -> float:
+    """Of a run that diverged, NaN or null, infinity: no other is worse."""
+    value = found["trained"]["perplexity"]
+    return math.inf if value is None or math.isnan(value) else float(value)
 
 
 QUICK = Plan(

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama import modeling_llama
 
 from hf_qlora.config import AdaptiveDepthLoRAConfig, NF4Config, QLoRAConfig
+from hf_qlora.config.nf4 import COMPUTE_DTYPES
 from hf_qlora.layers.head import enable_chunked_loss
 from hf_qlora.quant.base import quantize_model
 
@@ -58,6 +59,7 @@ class Case:
     Attributes:
         shape: of `SHAPES`; `layers` overrides its number of layers.
         adapters: how many are active at once (ours only).
+        dtype: of the base.
     """
 
     shape: str = "smollm2"
@@ -70,6 +72,7 @@ class Case:
     device: str = "cpu"
     learning_rate: float = 1e-4
     seed: int = 0
+    dtype: str = "bfloat16"
 
     @property
     def tokens(self) -> int:
@@ -80,10 +83,10 @@ class Case:
         return LlamaConfig(**sizes, max_position_embeddings=max(self.sequence_length, 2048), use_cache=False)
 
     def dense(self) -> Any:
-        """The base, in bfloat16, with the same random weights each time."""
+        """The base, with the same random weights each time."""
         torch.manual_seed(self.seed)
         with torch.device(self.device):
-            model = AutoModelForCausalLM.from_config(self.architecture(), dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(self.architecture(), dtype=COMPUTE_DTYPES[self.dtype])
         return model.to(self.device).requires_grad_(False)
 
     def batch(self, number: int) -> dict[str, Tensor]:

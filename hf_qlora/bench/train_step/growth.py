@@ -148,8 +148,8 @@ def markdown(result: dict[str, Any]) -> str:
     """The slopes, and below them the points."""
     case = result["case"]
     lines = [
-        f"{case['shape']}, {case['batch_size']} × {case['sequence_length']} tokens, rank {case['rank']} where not "
-        f"varied, {result['rounds']} rounds; {described(result['with'])}.",
+        f"{case['shape']} in {case['dtype']}, {case['batch_size']} × {case['sequence_length']} tokens, rank "
+        f"{case['rank']} where not varied, {result['rounds']} rounds; {described(result['with'])}.",
         "",
         "| one step more costs | ours, s | R² | floor, s | R² | ours, MiB | R² |",
         "| --- | --- | --- | --- | --- | --- | --- |",

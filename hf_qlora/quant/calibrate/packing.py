@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from hf_qlora.data.chats import render
@@ -126,7 +127,7 @@ def pack(documents: Sequence[Document], reader: Reader, size: Size) -> Packed:
 def one_a_row(documents: Sequence[Document], reader: Reader, size: Size) -> Packed:
     """Documents as rows of their own, of at most `size.length`, not padded yet."""
     wanted = size.rows + size.held_out
-    rows = [row for document in documents[:wanted] if (row := reader.row(document, size.length))]
+    rows = list(islice(filter(None, (reader.row(document, size.length) for document in documents)), wanted))
     count = size.held_out if len(rows) >= wanted else max(min(size.held_out, 1), size.share(len(rows)))
     return Packed(rows[count:], rows[:count])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_qlora.data.documents import SUFFIXES, Document, document_of, read_documents
 from hf_qlora.data.errors import DataError, counted, short
-from hf_qlora.data.files import MAX_ROWS, ends_in
+from hf_qlora.data.files import MAX_ROWS, drawn, ends_in
 from hf_qlora.data.tokenizer import knows_as, tokenizer_of
 from hf_qlora.quant.calibrate.batches import join_batches
 from hf_qlora.quant.calibrate.checks import positions_of
@@ -39,7 +39,6 @@ KINDS = (
 )
 
 READY_SHARE = 4  # of rows that are given ready, one in so many is held out at most
-MANY = 0.1  # of the documents: so many that are left out are spoken of
 LEAST_DISTINCT = 8  # tokens in a text: transformers makes an empty tokenizer where there is none
 
 # inputs, how many rows are held out; for reports, words for the rows and what else is to be known of them; and whether
@@ -58,7 +57,7 @@ def read(data: Any, model: nn.Module | None, tokenizer: Any, size: Size) -> Read
     if isinstance(data, str | Path):
         if not str(data).strip():
             raise CalibrationError(f"data={data!r} names no file, folder or data set; give {KINDS}.")
-        documents, name = read_documents(str(data), size.seed)
+        documents, name = read_documents(str(data), size.seed, answered=False)
         return _of_documents(documents, name, model, tokenizer, size)
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         what = f"a {type(data).__name__} with {', '.join(map(str, data))}" if isinstance(data, Mapping) else repr(data)
@@ -87,16 +86,17 @@ def _is_batch(value: Any) -> bool:
 
 def _documents_in(data: Iterable[Any], size: Size) -> list[Document]:
     if hasattr(data, "shuffle") and hasattr(data, "select"):  # a datasets.Dataset
-        data = data.shuffle(seed=size.seed).select(range(min(len(data), MAX_ROWS)))  # type: ignore[arg-type]
+        return [_document(number, item) for number, item in drawn(data, size.seed)]
     found: list[Document] = []
     for number, item in enumerate(data):
         if number == MAX_ROWS:
             logger.info("Of the documents the first %d are read.", MAX_ROWS)
             break
         found.append(_document(number, item))
-    if all(isinstance(document, str) and _names_a_file(document) for document in found):
+    said = list(filter(None, found))
+    if said and all(isinstance(document, str) and _names_a_file(document) for document in said):
         raise CalibrationError(
-            f"The texts are names of files, as {short(repr(found[0]))}, and would be calibrated on as they are; give "
+            f"The texts are names of files, as {short(repr(said[0]))}, and would be calibrated on as they are; give "
             "one file or a folder of them, or what is in them."
         )
     return found
@@ -107,9 +107,11 @@ def _names_a_file(text: str) -> bool:
 
 
 def _document(number: int, item: Any) -> Document:
+    if item is None:
+        return ""
     if isinstance(item, str | Mapping):
         try:
-            return document_of(item)
+            return document_of(item, answered=False)
         except DataError as error:
             raise DataError(f"Element {number}: {error}") from error
     if isinstance(item, Tensor) and item.ndim == 1 and not item.is_floating_point():
@@ -135,7 +137,7 @@ def _of_documents(documents: list[Document], name: str, model: nn.Module | None,
     if not ordered:
         raise CalibrationError(f"{name} has no text to read (documents: {len(documents)}, empty).")
     left_out = len(documents) - len(ordered)
-    if left_out > MANY * len(documents):
+    if left_out:
         name += f" ({left_out} of {len(documents)} documents left out, empty or repeated)"
     reader = _reader(ordered, model, tokenizer)
     joined = model is None or is_causal_lm(model)

@@ -23,8 +23,8 @@ from hf_qlora.config.record import json_text
 LEGEND = (  # of a base, and of a merge
     "error, nearest: of the layers' outputs, as rounded and rounded to nearest. codes changed: of nearest's. worse: "
     "layers with more error than nearest.",
-    "error, nearest, dropped: of the layers' outputs, as rounded, rounded to nearest, and without "
-    "the adapter. codes changed: of the base's. worse: layers with more error than nearest.",
+    "error, nearest, dropped: of the layers' outputs, as rounded, rounded to nearest, and without the adapter. codes "
+    "changed: of the base's, or of nearest's where that is not in NF4. worse: layers with more error than nearest.",
 )
 CLEAR_GAP = 0.002  # nats a token, of which a share can be taken
 CLEAR_LOSS = 0.02  # nats a token: where models are less apart on some held-out rows, their outputs are looked at
