@@ -9,7 +9,8 @@ it has nothing, as an empty cell of CSV, it is an empty one.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,17 @@ def read_documents(source: str, seed: int = 0, answered: bool = True) -> tuple[l
     if not path.exists() and "#" in source:
         name, _, column = source.rpartition("#")
         source, path = name, Path(name)
+    read = partial(_placed, column=column, answered=answered)
     if path.is_file():
-        found = _of_file(path, column, answered)
+        found = _of_file(path, read)
     elif path.is_dir():
-        found = [document for file in files_in(path, SUFFIXES) for document in _of_file(file, column, answered)]
+        found = [document for file in files_in(path, SUFFIXES) for document in _of_file(file, read)]
     elif is_path(source):
         raise DataError(f"The file {source} is not there.")
     elif len(source.split()) > 1:
         raise _is_text(source)
     else:
-        return _of_hub(source, column, seed, answered), source
+        return _of_hub(source, seed, read), source
     return found, path.absolute().name
 
 
@@ -104,15 +106,15 @@ def _unpadded(given: Any, mask: Any) -> list[int]:
     return [token for token, is_text in zip(ids, told, strict=True) if is_text]
 
 
-def _of_file(file: Path, column: str | None, answered: bool) -> list[Document]:
+def _of_file(file: Path, read: Callable[..., Document]) -> list[Document]:
     if ends_in(file, (".txt",)):
         return [read_text(file)]
     if not ends_in(file, SUFFIXES):
         raise DataError(f"{file} is not read; name a file that ends in {', '.join(SUFFIXES)}, or a folder of them.")
-    return [_placed(f"{file}, {place}", row, column, str(file), answered) for place, row in placed_rows(file)]
+    return [read(row, place=f"{file}, {place}", source=str(file)) for place, row in placed_rows(file)]
 
 
-def _of_hub(source: str, column: str | None, seed: int, answered: bool) -> list[Document]:
+def _of_hub(source: str, seed: int, read: Callable[..., Document]) -> list[Document]:
     name, _, split = source.partition(":")
     try:
         rows = placed_hub_rows(name, split or "train", seed, SUFFIXES)
@@ -120,13 +122,13 @@ def _of_hub(source: str, column: str | None, seed: int, answered: bool) -> list[
         if "/" in name:
             raise
         raise DataError(f"{source!r} is no file here; if it is meant as a text, {AS_TEXT}. {error}") from error
-    return [_placed(f"{source}, {place}", row, column, source, answered) for place, row in rows]
+    return [read(row, place=f"{source}, {place}", source=source) for place, row in rows]
 
 
-def _placed(place: str, row: Any, column: str | None, source: str, answered: bool) -> Document:
+def _placed(row: Any, place: str, **options: Any) -> Document:
     """As `document_of`; what is refused is named by its place."""
     try:
-        return document_of(row, column, source, answered)
+        return document_of(row, **options)
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
 
