@@ -31,7 +31,7 @@ MEANING = {  # by onto, and by whether the adapter was trained on a base in NF4
     ("dequantized", False): "the dense base that the adapter was trained on, plus ΔW",
     ("original", True): "the original dense base plus ΔW: the quantization error comes back",
     ("original", False): "the original dense base plus ΔW",
-    ("nf4", True): "rounded to NF4 again, each weight to its nearest level",
+    ("nf4", True): "rounded to NF4, each weight to its nearest level",
     ("nf4", False): "rounded to NF4, each weight to its nearest level",
 }
 NOT_IN_A_CARD = ("merged", "compared", "saved", "note")
