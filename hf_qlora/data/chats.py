@@ -11,7 +11,7 @@ from hf_qlora.data.errors import DataError, first_line, short
 
 
 UNDERSTOOD = "messages or conversations; prompt and completion; or instruction and output"
-LAYOUTS = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"})
+LAYOUTS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's "from"
 
 Messages = list[dict[str, str]]
@@ -32,7 +32,7 @@ def as_messages(row: Any, understood: str = UNDERSTOOD, answered: bool = True) -
         raise DataError(f"A row must be an object with columns ({understood}), and is {short(repr(row))}")
     if not has_chat(row):
         raise DataError(f"A row has the columns {', '.join(map(str, row)) or 'none'}; understood are {understood}.")
-    messages = _messages({name: value for name, value in row.items() if value is not None})
+    messages = _messages(row)
     if isinstance(messages, str):
         raise DataError(
             f"A row's chat is a text and no list of messages: {short(messages)} Write chats into a .jsonl or .parquet "
@@ -50,18 +50,21 @@ def as_messages(row: Any, understood: str = UNDERSTOOD, answered: bool = True) -
 
 def has_chat(row: Mapping[Any, Any]) -> bool:
     """Whether a row has the columns of a chat, whatever is in them."""
-    return any(columns <= row.keys() for columns in LAYOUTS)
+    return any(row.keys() >= set(columns) for columns in LAYOUTS)
 
 
-def _messages(given: Mapping[Any, Any]) -> Any:
-    """What is said in the columns that have something."""
-    for name in ("messages", "conversations"):
-        if name in given:
-            return given[name]
-    if given.keys() & {"prompt", "completion"}:
-        return exchange(given.get("prompt"), given.get("completion"))
-    question = [str(given[name]) for name in ("instruction", "input") if given.get(name)]
-    return exchange("\n\n".join(question) or None, given.get("output"))
+def _messages(row: Mapping[Any, Any]) -> Any:
+    """What is said in the first layout that has something; nothing where none has."""
+    for columns in LAYOUTS:
+        values = [row.get(name) for name in columns]
+        if row.keys() >= set(columns) and values.count(None) < len(values):
+            if len(columns) == 1:
+                return values[0]
+            question, answer = values
+            if columns[0] == "instruction":
+                question = "\n\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name)) or None
+            return exchange(question, answer)
+    return []
 
 
 def exchange(question: Any, answer: Any) -> Messages:

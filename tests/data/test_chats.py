@@ -20,6 +20,7 @@ CHAT = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "t
         {"conversations": [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "two."}]},
         {"conversations": CHAT},
         {"messages": None, "conversations": CHAT},
+        {"prompt": "another", "instruction": "one?", "output": "two."},
         {"messages": None, "conversations": None, "prompt": "one?", "completion": "two."},
         {"prompt": None, "completion": None, "instruction": "one?", "output": "two."},
         {"instruction": "one?", "output": "two."},

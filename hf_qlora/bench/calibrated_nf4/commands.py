@@ -35,17 +35,8 @@ def commands(device: str, seed: int, rows: int, layers: int | None) -> dict[str,
             parameter.data *= 0.1 if ".lora_B." in key else 1
         adapted.save_pretrained(place / "adapter")
         del model, adapted
-        shared = (
-            "--calibrate",
-            "chats.jsonl",
-            "--rows",
-            str(rows),
-            "--seed",
-            str(seed),
-            "--device",
-            device,
-            "--force",
-        )
+        options = {"--calibrate": "chats.jsonl", "--rows": str(rows), "--seed": str(seed), "--device": device}
+        shared = (*(word for option in options.items() for word in option), "--force")
         return {
             "quantize": _timed(place, "quantize", str(place / "base"), *shared),
             "merge": _timed(place, "merge", "adapter", "--base", str(place / "base"), "--onto", "nf4", *shared),

@@ -85,11 +85,10 @@ def _is_batch(value: Any) -> bool:
 
 
 def _documents_in(data: Iterable[Any], size: Size) -> list[Document]:
-    if hasattr(data, "shuffle") and hasattr(data, "select"):  # a datasets.Dataset
-        return [_document(number, item) for number, item in drawn(data, size.seed)]
+    is_dataset = hasattr(data, "shuffle") and hasattr(data, "select")
     found: list[Document] = []
-    for number, item in enumerate(data):
-        if number == MAX_ROWS:
+    for number, item in drawn(data, size.seed) if is_dataset else enumerate(data):
+        if len(found) == MAX_ROWS:
             logger.info("Of the documents the first %d are read.", MAX_ROWS)
             break
         found.append(_document(number, item))
