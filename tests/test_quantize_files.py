@@ -505,6 +505,14 @@ def test_an_interruption_leaves_nothing_behind(folder: Path, target: Path, monke
     assert not list(target.parent.iterdir())
 
 
+def test_a_report_in_the_models_folder_is_refused(folder: Path, target: Path) -> None:
+    """It would not be overwritten from then on."""
+    result = invoke(folder, "--output", target, "--report", target / "report.json")
+    assert result.exit_code == 2
+    assert "is in the model's folder" in result.output
+    assert not target.exists()
+
+
 def test_every_option_has_its_help() -> None:
     result = invoke("--help")
     assert result.exit_code == 0

@@ -57,7 +57,7 @@ def merge_adapter(
 
     try:
         if report is not None:
-            make_place(report)
+            make_place(report, output)
         check_rows_are_used(calibrate, rows, length, held_out, seed)
         if calibrate is None and device is not None:
             raise misused("--device is where the model runs for --calibrate; other merges run on the CPU.")

@@ -13,8 +13,10 @@ import typer
 from hf_qlora.console import INTERRUPTED, misused
 
 
-def make_place(file: Path) -> None:
-    """Make the folder for a file that is written after long work."""
+def make_place(file: Path, output: Path | None = None) -> None:
+    """Make the folder for a file that is written after long work, and not into the model's folder `output`."""
+    if output is not None and output.absolute() in file.absolute().parents:
+        raise misused(f"{file} is in the model's folder, {output}; name a place beside it.")
     if file.is_dir():
         raise misused(f"{file} is a folder; name a file.")
     try:

@@ -82,7 +82,7 @@ def quantize(
 
     try:
         if report is not None:
-            make_place(report)
+            make_place(report, output)
         skipped = NF4Config().skip_modules if skip_modules is None else tuple(skip_modules)
         config = NF4Config(double_quant=not no_double_quant, block_size=block_size, skip_modules=skipped)
         check_rows_are_used(calibrate, rows, length, held_out, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ def as_messages(row: Any, understood: str = UNDERSTOOD, answered: bool = True) -
     Args:
         understood: the columns that the caller reads, for the message.
         answered: whether it must have an exchange at least and end with the assistant's answer; else it may also be
-            empty.
+            empty, and a message that has no text but, say, calls of tools is one of nothing.
 
     Raises:
         DataError: columns that are not understood, or no such chat in them.
@@ -38,11 +39,17 @@ def as_messages(row: Any, understood: str = UNDERSTOOD, answered: bool = True) -
             f"A row's chat is a text and no list of messages: {short(messages)} Write chats into a .jsonl or .parquet "
             "file; CSV has texts alone."
         )
-    messages = [_said(message) for message in messages] if isinstance(messages, list) else messages
-    if not _is_chat(messages):
+    if not isinstance(messages, list):
         raise DataError(
-            f"A row is no chat, a list of 'role' and 'content', or 'from' and 'value': {short(str(messages))}"
+            f"A row is no chat, a list of 'role' and 'content', or 'from' and 'value', but {short(repr(messages))}"
         )
+    messages = [_said(message, answered) for message in messages]
+    for number, message in enumerate(messages, start=1):
+        if not _is_message(message):
+            raise DataError(
+                f"Message {number} of a row's chat has not 'role' and 'content', or 'from' and 'value', as texts: "
+                f"{short(repr(message))}"
+            )
     if answered and (len(messages) < 2 or messages[-1]["role"] != "assistant"):
         raise DataError(f"A row's chat has no question with the assistant's answer at its end: {short(str(messages))}")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
@@ -57,7 +64,7 @@ def _messages(row: Mapping[Any, Any]) -> Any:
     """What is said in the first layout that has something; nothing where none has."""
     for columns in LAYOUTS:
         values = [row.get(name) for name in columns]
-        if row.keys() >= set(columns) and values.count(None) < len(values):
+        if row.keys() >= set(columns) and not all(map(is_nothing, values)):
             if len(columns) == 1:
                 return values[0]
             question, answer = values
@@ -93,14 +100,26 @@ def render(tokenizer: Any, messages: Messages, **options: Any) -> str:
         ) from error
 
 
-def _said(message: Any) -> Any:
-    """A message of ShareGPT's, from somebody with a value, as one with a role and content; others as they are."""
-    if not isinstance(message, Mapping) or not {"from", "value"} <= message.keys():
+def is_nothing(value: Any) -> bool:
+    """Whether a cell says nothing: null, NaN (as pandas has it), or an empty text or list."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or (_is_sized(value) and not len(value))
+
+
+def _is_sized(value: Any) -> bool:
+    return isinstance(value, str | list | tuple)
+
+
+def _said(message: Any, answered: bool) -> Any:
+    """A message with a role and content as a text, of ShareGPT's and of texts in parts too; others as they are."""
+    if not isinstance(message, Mapping):
         return message
-    return {"role": ROLES.get(str(message["from"]), message["from"]), "content": message["value"]}
+    if {"from", "value"} <= message.keys():
+        message = {"role": ROLES.get(str(message["from"]), message["from"]), "content": message["value"]}
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        return {**message, "content": "".join(str(part.get("text", "")) for part in content)}
+    return {**message, "content": ""} if content is None and not answered else message
 
 
-def _is_chat(messages: Any) -> bool:
-    return isinstance(messages, list) and all(
-        isinstance(m, Mapping) and isinstance(m.get("content"), str) and "role" in m for m in messages
-    )
+def _is_message(message: Any) -> bool:
+    return isinstance(message, Mapping) and all(isinstance(message.get(name), str) for name in ("role", "content"))

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_qlora.data.chats import UNDERSTOOD, Messages, as_messages, has_chat
+from hf_qlora.data.chats import UNDERSTOOD, Messages, as_messages, has_chat, is_nothing
 from hf_qlora.data.errors import DataError, short
 from hf_qlora.data.files import ROWS, ends_in, files_in, placed_hub_rows, placed_rows, read_text
 
@@ -68,15 +68,15 @@ def document_of(row: Any, column: str | None = None, source: str | None = None, 
     Raises:
         DataError: columns that are not understood, or not of text.
     """
-    if isinstance(row, str):
-        return row
+    if isinstance(row, str) or is_nothing(row):
+        return row if isinstance(row, str) else ""
     if not isinstance(row, Mapping):
         raise DataError(f"A row is neither a text nor an object with columns, but {short(repr(row))}")
     if column is not None and column not in row:
         raise DataError(f"There is no column {column!r}; found are {', '.join(map(str, row)) or 'none'}.")
     for name in ("text", "input_ids") if column is None else (column,):
-        if row.get(name) is not None:
-            masked = name == "input_ids" and row.get("attention_mask") is not None
+        if not is_nothing(row.get(name)):
+            masked = name == "input_ids" and not is_nothing(row.get("attention_mask"))
             return _unpadded(row[name], row["attention_mask"]) if masked else _value(name, row[name], answered)
     if column is not None or (row.keys() & {"text", "input_ids"} and not has_chat(row)):
         return ""

@@ -90,7 +90,7 @@ def _lines(file: Path, text: str) -> Iterator[tuple[int, Any]]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:  # no JSON, or past the parser's limits
                 raise DataError(f"{file}, line {number} is not JSON{_why(error)}") from error
-            if not isinstance(row, dict | str):
+            if not isinstance(row, dict | str | None):
                 raise DataError(f"{file}, line {number} is no JSON object or string, but {short(line)}")
             yield number, row
 

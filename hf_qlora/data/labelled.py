@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_qlora.data.documents import is_path
 from hf_qlora.data.errors import DataError, short
-from hf_qlora.data.files import ROWS, files_in, placed_hub_rows, placed_rows
+from hf_qlora.data.files import ROWS, ends_in, files_in, placed_hub_rows, placed_rows
 
 
 FEWEST = 10  # texts of a class: some of them in each part
@@ -52,6 +52,8 @@ def placed_rows_in(source: str, seed: int = 0) -> list[tuple[str, Any]]:
     """
     path = Path(source)
     if path.exists():
+        if ends_in(path, (".txt",)):
+            raise DataError(f"{path} is a text, and rows with columns are needed: {', '.join(ROWS)}.")
         files = files_in(path, ROWS) if path.is_dir() else [path]
         return [(f"{file}, {place}", row) for file in files for place, row in placed_rows(file)]
     if is_path(source):

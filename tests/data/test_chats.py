@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from hf_qlora.data.chats import as_messages
@@ -20,6 +22,9 @@ CHAT = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "t
         {"conversations": [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "two."}]},
         {"conversations": CHAT},
         {"messages": None, "conversations": CHAT},
+        {"messages": [], "conversations": CHAT},
+        {"messages": "", "prompt": "one?", "completion": "two."},
+        {"messages": math.nan, "prompt": "one?", "completion": "two."},
         {"prompt": "another", "instruction": "one?", "output": "two."},
         {"messages": None, "conversations": None, "prompt": "one?", "completion": "two."},
         {"prompt": None, "completion": None, "instruction": "one?", "output": "two."},
@@ -44,11 +49,31 @@ def test_unknown_columns_are_named_with_those_understood() -> None:
 
 @pytest.mark.parametrize("answered", [True, False])
 @pytest.mark.parametrize(
-    "messages", [[{"from": "gpt", "value": 3}] * 2, [{"role": "user"}, CHAT[1]], [None, CHAT[1]], 3, {"role": "user"}]
+    ("messages", "said"),
+    [
+        ([{"from": "gpt", "value": 3}] * 2, r"Message 1 .* texts: \{'role': 'assistant', 'content': 3\}"),
+        ([CHAT[0], {"role": "assistant", "content": [{"type": "image"}]}], "Message 2 of a row's chat has not 'role'"),
+        ([{"role": None, "content": "one?"}, CHAT[1]], "Message 1 of a row's chat has not 'role'"),
+        ([None, CHAT[1]], "Message 1 .* as texts: None"),
+        (3, "is no chat, a list of 'role' and 'content', .* but 3"),
+        ({"role": "user"}, "is no chat, a list of 'role' and 'content'"),
+    ],
 )
-def test_what_is_no_chat_is_refused(messages: object, answered: bool) -> None:
-    with pytest.raises(DataError, match="is no chat, a list of 'role' and 'content'"):
+def test_what_is_no_chat_is_refused(messages: object, said: str, answered: bool) -> None:
+    with pytest.raises(DataError, match=said):
         as_messages({"messages": messages}, answered=answered)
+
+
+def test_texts_in_parts_are_one_text() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "?"}]
+    assert as_messages({"messages": [{"role": "user", "content": parts}, CHAT[1]]}) == CHAT
+
+
+@pytest.mark.parametrize("call", [{"role": "assistant", "content": None, "tool_calls": [{}]}, {"role": "assistant"}])
+def test_calls_of_tools_are_no_answers_to_train_on_and_nothing_to_read(call: dict) -> None:
+    with pytest.raises(DataError, match="Message 2 of a row's chat has not 'role' and 'content'"):
+        as_messages({"messages": [CHAT[0], call]})
+    assert as_messages({"messages": [CHAT[0], call]}, answered=False)[1] == {"role": "assistant", "content": ""}
 
 
 @pytest.mark.parametrize("answered", [True, False])

@@ -44,6 +44,7 @@ def lines(rows: list[Any]) -> str:
         ("a.csv", "text,n\na,1\n,2\n", ["a", ""]),
         ("a.jsonl", lines([{"text": None, "messages": CHAT}, {"text": "a", "messages": None}]), [CHAT, "a"]),
         ("a.jsonl", lines([{"text": None, "input_ids": [3, 4], "attention_mask": None}]), [[3, 4]]),
+        ("a.jsonl", lines([{"text": "", "messages": CHAT}, {"text": float("nan")}, None]), [CHAT, "", ""]),
         ("a.jsonl", lines([{"input_ids": None, "attention_mask": None, "n": 3}]), [""]),
         ("a.jsonl", lines([{"text": None, "messages": None, "prompt": "one?", "completion": "two."}]), [CHAT]),
         ("a.jsonl", lines([{"input_ids": [0, 3, 0, 4], "attention_mask": [0, 1, 1, 1]}]), [[3, 0, 4]]),

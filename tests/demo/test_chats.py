@@ -38,6 +38,12 @@ def test_rows_that_cannot_be_used_are_the_demos_error(tmp_path: Path, text: str,
         read_chats(str(tmp_path / "rows.jsonl"), seed=0)
 
 
+def test_a_text_is_no_file_of_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(DemoError, match=r"a\.txt is a text, and rows with columns are needed: \.jsonl"):
+        read_chats(str(tmp_path / "a.txt"), seed=0)
+
+
 def test_without_the_datasets_package_files_alone_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -405,6 +406,24 @@ def test_documents_that_are_left_out_are_said() -> None:
     assert found.source == f"8 rows of 16 tokens from {left_out}, and 2 held out"
     every = calibration_rows(documents(20), **options)
     assert every.source == "8 rows of 16 tokens from given documents, and 2 held out"
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan, "", []])
+def test_what_says_nothing_is_left_out_wherever_it_stands(nothing: object) -> None:
+    options: dict[str, Any] = {"rows": 8, "length": 16, "held_out": 2}
+    expected = calibration_rows(documents(), **options)
+    for given in ([nothing, *documents()], [*documents(), nothing]):
+        found = calibration_rows(given, **options)
+        assert found.fingerprint == expected.fingerprint
+        assert "(1 of 41 documents left out" in found.source
+
+
+def test_a_data_frame_is_its_rows() -> None:
+    pandas = pytest.importorskip("pandas")
+    texts = [f"Text number {number}." for number in range(40)]
+    options: dict[str, Any] = {"tokenizer": byte_tokenizer(), "rows": 8, "length": 16, "held_out": 2}
+    found = calibration_rows(pandas.DataFrame({"n": range(41), "text": [*texts, None]}), **options)
+    assert found.fingerprint == calibration_rows(texts, **options).fingerprint
 
 
 def test_a_data_set_gives_the_same_rows_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

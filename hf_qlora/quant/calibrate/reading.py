@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_qlora.data.chats import is_nothing
 from hf_qlora.data.documents import SUFFIXES, Document, document_of, read_documents
 from hf_qlora.data.errors import DataError, counted, short
 from hf_qlora.data.files import MAX_ROWS, drawn, ends_in
@@ -34,10 +35,11 @@ from hf_qlora.quant.calibrate.packing import (
 logger = logging.getLogger(__name__)
 
 KINDS = (
-    "a file, a folder or a data set's id; a list of texts or of lists of token ids; a tensor of token ids (rows, "
-    "length); a datasets.Dataset; a list of dicts of tensors or a DataLoader"
+    "a file, a folder or a data set's id; a list of texts, of rows with columns or of lists of token ids; a tensor of "
+    "token ids (rows, length); a datasets.Dataset or a DataFrame; a list of dicts of tensors or a DataLoader"
 )
 
+_NONE = object()
 READY_SHARE = 4  # of rows that are given ready, one in so many is held out at most
 LEAST_DISTINCT = 8  # tokens in a text: transformers makes an empty tokenizer where there is none
 
@@ -67,8 +69,10 @@ def read(data: Any, model: nn.Module | None, tokenizer: Any, size: Size) -> Read
             f"A {type(data).__name__} can be gone through once only, and calibration goes on where it was "
             "interrupted; give a list, or what the iterator is made from."
         )
-    first = next(iter(data), None)
-    if first is None:
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame, which would be its columns' names
+        data = data.to_dict("records")
+    first = next(iter(data), _NONE)
+    if first is _NONE:
         raise CalibrationError(f"There is nothing to calibrate on: the {type(data).__name__} is empty.")
     if _is_batch(first):
         return _ready(data, model, size, "batches")
@@ -106,9 +110,7 @@ def _names_a_file(text: str) -> bool:
 
 
 def _document(number: int, item: Any) -> Document:
-    if item is None:
-        return ""
-    if isinstance(item, str | Mapping):
+    if isinstance(item, str | Mapping) or is_nothing(item):
         try:
             return document_of(item, answered=False)
         except DataError as error:
