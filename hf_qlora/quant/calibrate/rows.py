@@ -125,9 +125,10 @@ def calibration_rows(
 
     Args:
         data: a .txt, .jsonl, .json, .csv or .parquet file, a folder of them, or a data set's id on the Hub,
-            as `me/data` or `me/data:split`, a column named behind it as `rows.jsonl#body`; a list of texts, of
-            rows with columns or of lists of token ids; a `datasets.Dataset` or a DataFrame; a tensor of token ids, (rows, length); an iterable of dicts of
-            tensors that can be gone through again; or `CalibrationRows`, which are checked and returned.
+            as `me/data` or `me/data:split`, a column named behind it as `rows.jsonl#body`; a list of texts, of rows
+            with columns or of lists of token ids; a `datasets.Dataset` or a DataFrame; a tensor of token ids, (rows,
+            length); an iterable of dicts of tensors that can be gone through again; or `CalibrationRows`, which are
+            checked and returned.
         model: to check the rows against; it also says which tokenizer it is, and whether documents are joined.
         tokenizer: for texts, or the folder or Hub id that it lies in; by default the one that lies with the model.
         rows: at most so many to calibrate on.
