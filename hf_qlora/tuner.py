@@ -26,7 +26,8 @@ from hf_qlora.layers.checkpointing import apply_checkpointing, disable_checkpoin
 from hf_qlora.layers.embeddings import let_gradients_in
 from hf_qlora.layers.linear import Linear4bit, adopt
 from hf_qlora.prepare import Factors, prepare_base
-from hf_qlora.quant.base import dequantize_layers, forget_quantization, refuse_interrupted
+from hf_qlora.quant.base import forget_quantization, refuse_interrupted
+from hf_qlora.quant.quantizer import dequantize_layers
 from hf_qlora.rehearsal import is_real_step, is_rehearsal, tried, try_config
 
 

@@ -63,13 +63,13 @@ def has_chat(row: Mapping[Any, Any]) -> bool:
 def _messages(row: Mapping[Any, Any]) -> Any:
     """What is said in the first layout that has something; nothing where none has."""
     for columns in LAYOUTS:
-        values = [row.get(name) for name in columns]
-        if row.keys() >= set(columns) and not all(map(is_nothing, values)):
+        if row.keys() >= set(columns) and not all(is_nothing(row[name]) for name in columns):
             if len(columns) == 1:
-                return values[0]
-            question, answer = values
+                return row[columns[0]]
+            question, answer = (None if _is_missing(row[name]) else row[name] for name in columns)
             if columns[0] == "instruction":
-                question = "\n\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name)) or None
+                parts = [row.get(name) for name in ("instruction", "input")]
+                question = "\n\n".join(str(part) for part in parts if not is_nothing(part)) or None
             return exchange(question, answer)
     return []
 
@@ -102,11 +102,11 @@ def render(tokenizer: Any, messages: Messages, **options: Any) -> str:
 
 def is_nothing(value: Any) -> bool:
     """Whether a cell says nothing: null, NaN (as pandas has it), or an empty text or list."""
-    return value is None or (isinstance(value, float) and math.isnan(value)) or (_is_sized(value) and not len(value))
+    return _is_missing(value) or (isinstance(value, str | list | tuple) and not value)
 
 
-def _is_sized(value: Any) -> bool:
-    return isinstance(value, str | list | tuple)
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _said(message: Any, answered: bool) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_qlora.data.chats import UNDERSTOOD, Messages, as_messages, has_chat, is_nothing
-from hf_qlora.data.errors import DataError, short
+from hf_qlora.data.errors import DataError, placed, short
 from hf_qlora.data.files import ROWS, ends_in, files_in, placed_hub_rows, placed_rows, read_text
 
 
@@ -126,11 +126,8 @@ def _of_hub(source: str, seed: int, read: Callable[..., Document]) -> list[Docum
 
 
 def _placed(row: Any, place: str, **options: Any) -> Document:
-    """As `document_of`; what is refused is named by its place."""
-    try:
+    with placed(place):
         return document_of(row, **options)
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from error
 
 
 def _is_text(source: str) -> DataError:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from huggingface_hub import constants
 
 
 class DataError(ValueError):
     """Data that cannot be read; the message says what, why, and what to do."""
+
+
+@contextmanager
+def placed(place: str) -> Iterator[None]:
+    """Name the place of what is refused within it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
 
 
 def first_line(error: Exception) -> str:

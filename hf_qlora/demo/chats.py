@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_qlora import assets
 from hf_qlora.data.chats import Messages, as_messages, exchange
-from hf_qlora.data.errors import DataError
+from hf_qlora.data.errors import DataError, placed
 from hf_qlora.data.labelled import placed_rows_in
 from hf_qlora.demo.errors import explained
 
@@ -32,7 +32,5 @@ def read_chats(dataset: str | None, seed: int) -> list[Messages]:
 
 
 def _chat(place: str, row: Any) -> Messages:
-    try:
+    with placed(place):
         return as_messages(row)
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from error

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
+import bitsandbytes as bnb
 import torch
 from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
@@ -27,8 +28,6 @@ from hf_qlora.merge.report import MergeRefused, MergeReport
 from hf_qlora.merge.twin import give_own_weights, tied_groups, twin, untie_split
 from hf_qlora.quant.base import (
     PROGRESS_DELAY_S,
-    compute_dtype_of,
-    dequantize_layers,
     forget_quantization,
     is_quantized,
     quantize_model,
@@ -37,6 +36,7 @@ from hf_qlora.quant.calibrate.group import Packed
 from hf_qlora.quant.calibrate.run import calibration_report, planned
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
 from hf_qlora.quant.linear4bit import dense_weight
+from hf_qlora.quant.quantizer import compute_dtype_of, dequantize_layers
 
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ def merge(
     if ids and texts is None:
         ids, text = probe.readable(reference, ids, text)
     dense = None if original is None else load_original(original, base)
+    _refuse_8_bits(base, onto)
     other = "" if dense is None else other_weights(dense, base)
     if other and not force:
         raise MergeError(
@@ -141,6 +142,15 @@ def _packed_weights(base: nn.Module) -> dict[str, Packed]:
         for name, module in base.named_modules()
         if isinstance(module, BaseLinear4bit)
     }
+
+
+def _refuse_8_bits(base: nn.Module, onto: str) -> None:
+    """PEFT merges into its layers and leaves them in 8 bits, so that there is no dense sum to round."""
+    if onto == "nf4" and any(isinstance(module, bnb.nn.Linear8bitLt) for module in base.modules()):
+        raise MergeError(
+            "The base is in 8 bits, and only dense and 4-bit bases are rounded to NF4. Load it dense or in 4 bits, "
+            "which are other bases than was trained on; PEFT's merge_and_unload() keeps the 8 bits."
+        )
 
 
 def check_onto(onto: str, original: object, calibration: object = None) -> Onto:

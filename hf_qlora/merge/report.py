@@ -131,6 +131,12 @@ class MergeReport:
     def _squared_delta(self) -> float:
         return sum(layer.delta_norm**2 for layer in self.layers)
 
+    @property
+    def _is_of_nothing(self) -> bool:
+        """Whether the adapter makes no difference in anything that was compared."""
+        without = [found.without for found in (self.logits, self.outputs) if found is not None]
+        return not (self._squared_delta or any(without)) and self.kept_by != "loss"
+
     def worst(self, count: int = WORST) -> list[LayerMerge]:
         """The layers with the largest relative error."""
         return sorted(self.layers, key=lambda layer: layer.error, reverse=True)[:count]
@@ -254,7 +260,8 @@ class MergeReport:
         if self.outputs is not None:
             found = f"error {self.outputs.merged:.2%}; without the adapter {self.outputs.without:.2%}"
             lines.append(("model", f"{found}, of its outputs on {self._rows} ({self.outputs.rows})"))
-        lines.append(("kept", f"{self.kept:.1%} of the adapter, by {self.measure}"))
+        kept = f"{self.kept:.1%} of the adapter, by {self.measure}"
+        lines.append(("kept", "nothing was to be kept: the adapter changes nothing" if self._is_of_nothing else kept))
         lines += [("note", note) for note in self.notes]
         if self.output:
             lines.append(("saved", f"in {self.output}"))

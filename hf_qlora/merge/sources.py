@@ -85,6 +85,24 @@ def stored_quantization(base: Path) -> dict[str, Any]:
     return next((part["quantization_config"] for part in parts if part.get("quantization_config")), {})
 
 
+def check_stored(base: str, folder: Path, onto: str) -> None:
+    """Refuse a base that is stored quantized otherwise than to NF4, or at all where the dense one is needed."""
+    stored = stored_quantization(folder)
+    kind = str(stored.get("quant_method", "another method"))
+    if stored.get("load_in_8bit"):
+        kind = "8 bits"
+    if stored.get("load_in_4bit"):
+        kind = str(stored.get("bnb_4bit_quant_type", "fp4")).upper()
+    if stored and onto == "original":
+        raise MergeError(f"The base {base} is stored in {kind}; onto='original' needs the dense one.")
+    if stored and kind != "NF4":
+        raise MergeError(
+            f"The base {base} is stored in {kind}; from files, bases are merged that are dense or in bitsandbytes' "
+            "NF4. In Python, merge(model) takes others that PEFT can merge into. A dense base is another one than the "
+            "adapter was trained on."
+        )
+
+
 def copy_beside(base: Path, adapter: Path, output: Path) -> bool:
     """Copy what a model's folder has beside config and weights; whether the tokenizer is the adapter's."""
     for pattern in BESIDE:

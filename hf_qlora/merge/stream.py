@@ -246,7 +246,7 @@ def _job(adapter: str, onto: Onto, base: str | None, dtype: str | None, trained_
         raise MergeError(f"The adapter {adapter} does not name its base; name it with base.")
     trained = sources.trained_base(config)
     folder = sources.base_source(name, _revision(config, trained, name) if base is None else None)
-    _check_stored(name, folder, onto)
+    sources.check_stored(name, folder, onto)
     return _Job(
         adapter=adapter,
         adapter_folder=adapter_folder,
@@ -259,23 +259,6 @@ def _job(adapter: str, onto: Onto, base: str | None, dtype: str | None, trained_
         nf4=_quantization(config, trained_on),
         assumed=trained_on == "auto" and not isinstance(config, QLoRAConfig),
     )
-
-
-def _check_stored(base: str, folder: Path, onto: Onto) -> None:
-    """Refuse a base that is stored quantized otherwise than to NF4, or where the dense one is needed."""
-    stored = sources.stored_quantization(folder)
-    kind = str(stored.get("quant_method", "another method"))
-    if stored.get("load_in_8bit"):
-        kind = "8 bits"
-    if stored.get("load_in_4bit"):
-        kind = str(stored.get("bnb_4bit_quant_type", "fp4")).upper()
-    if stored and onto == "original":
-        raise MergeError(f"The base {base} is stored in {kind}; onto='original' needs the dense one.")
-    if stored and kind != "NF4":
-        raise MergeError(
-            f"The base {base} is stored in {kind}; from files, bases are merged that are dense or in bitsandbytes' "
-            "NF4. Name the dense base, or merge a loaded model in Python: merge(model)."
-        )
 
 
 def _revision(config: LoraConfig, trained: dict[str, Any], name: str) -> str | None:

@@ -29,7 +29,7 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_qlora.config.record import write_json as write_json
+from hf_qlora.config.record import write_json as write_json  # scripts write their results with it
 from hf_qlora.trainer.checkpoint import checkpoints, last_whole
 
 

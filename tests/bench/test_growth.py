@@ -51,7 +51,20 @@ def test_an_axis_varies_one_thing(name: str) -> None:
 
 def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
     results = tmp_path / "growth.json"
-    options = ["--shape", "tiny", "--rounds", "1", "--axis", "adapters", "--sequence-length", "8", "--rank", "2"]
+    options = [
+        "--shape",
+        "tiny",
+        "--rounds",
+        "1",
+        "--axis",
+        "adapters",
+        "--sequence-length",
+        "8",
+        "--rank",
+        "2",
+        "--dtype",
+        "float32",
+    ]
     done = CliRunner().invoke(app, ["bench", "growth", *options, "--results", str(results)])
     assert done.exit_code == 0, done.output
     found = json.loads(results.read_text())
@@ -61,6 +74,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
         assert all(arm["peak"] > 0 and arm["gradient_norm"] > 0 for arm in point["arms"].values())
     assert results.with_suffix(".png").stat().st_size > 1000
     assert growth.markdown(found) in done.output
+    assert "tiny in float32, " in done.output
     again = CliRunner().invoke(app, ["bench", "growth", "--report", "--results", str(results)])
     assert again.output.strip() == growth.markdown(found)
 

@@ -17,7 +17,7 @@ from architectures import ARCHITECTURES, bert, gpt2, llama, tokens
 from byte_tokenizer import byte_tokenizer
 from calibrating import HELD_OUT, codes, flat, heard, rows_of, stock_logits, text
 from merging import adapted, logits, relative, state_bytes, trained
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -560,6 +560,27 @@ def test_what_loads_a_merge_computes_in_the_dtype_of_its_weights(dtype: torch.dt
     layers = [module for module in loaded.modules() if isinstance(module, bnb.nn.Linear4bit)]
     assert layers
     assert {layer.compute_dtype for layer in layers} == {dtype}
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_an_adapter_that_changes_nothing_is_said_to(calibrate: bool) -> None:
+    model = adapted(llama())
+    rows = rows_of(text()) if calibrate else None
+    assert "changes nothing" not in str(merge(model, onto="nf4", calibration=rows, force=True))
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.zero_()
+    assert "nothing was to be kept: the adapter changes nothing" in str(merge(model, onto="nf4", calibration=rows))
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_a_base_in_8_bits_is_not_rounded(calibrate: bool, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    eight = tf.BitsAndBytesConfig(load_in_8bit=True)
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=eight)
+    stock = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(MergeError, match=r"in 8 bits, and only dense and 4-bit bases are rounded.*merge_and_unload"):
+        merge(stock, onto="nf4", calibration=rows_of(text()) if calibrate else None, force=True)
 
 
 def test_codes_are_not_compared_with_those_of_a_base_in_fp4(tmp_path: Path) -> None:

@@ -35,10 +35,11 @@ from transformers.utils.quantization_config import QuantizationMethod
 from hf_qlora import NF4Config, QLoRAConfig, quantize_model
 from hf_qlora.config.nf4 import BLOCK_SIZES
 from hf_qlora.quant import base, linear4bit, packing
-from hf_qlora.quant.base import dequantize_layers, footprint
+from hf_qlora.quant.base import footprint
 from hf_qlora.quant.checks import BaseModelError
 from hf_qlora.quant.codebook import nf4_levels
 from hf_qlora.quant.linear4bit import Linear4bit
+from hf_qlora.quant.quantizer import dequantize_layers
 from hf_qlora.validation import ConfigError
 
 

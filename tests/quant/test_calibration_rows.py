@@ -424,6 +424,19 @@ def test_a_data_frame_is_its_rows() -> None:
     options: dict[str, Any] = {"tokenizer": byte_tokenizer(), "rows": 8, "length": 16, "held_out": 2}
     found = calibration_rows(pandas.DataFrame({"n": range(41), "text": [*texts, None]}), **options)
     assert found.fingerprint == calibration_rows(texts, **options).fingerprint
+    ids = pandas.DataFrame({"input_ids": [torch.tensor(document).numpy() for document in documents()]})
+    options.pop("tokenizer")
+    assert calibration_rows(ids, **options).fingerprint == calibration_rows(documents(), **options).fingerprint
+
+
+def test_chats_in_a_frame_of_parquet_are_chats(tmp_path: Path) -> None:
+    """pandas has arrays where there are lists, and NaN where there is nothing."""
+    pandas = pytest.importorskip("pandas")
+    chats = [[{"role": "user", "content": f"Number {number}?"}] for number in range(40)]
+    pandas.DataFrame({"messages": chats}).to_parquet(tmp_path / "a.parquet")
+    options: dict[str, Any] = {"tokenizer": byte_tokenizer(chat=True), "rows": 8, "length": 16, "held_out": 2}
+    found = calibration_rows(pandas.read_parquet(tmp_path / "a.parquet"), **options)
+    assert found.fingerprint == calibration_rows([{"messages": chat} for chat in chats], **options).fingerprint
 
 
 def test_a_data_set_gives_the_same_rows_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,8 @@ def commands(device: str, seed: int, rows: int, layers: int | None) -> dict[str,
         torch.manual_seed(seed)
         adapted = get_peft_model(model, QLoRAConfig(**models.LORA, init_lora_weights=False))
         for key, parameter in adapted.named_parameters():
-            parameter.data *= 0.1 if ".lora_B." in key else 1
+            if ".lora_B." in key:
+                parameter.data *= 0.1
         adapted.save_pretrained(place / "adapter")
         del model, adapted
         options = {"--calibrate": "chats.jsonl", "--rows": str(rows), "--seed": str(seed), "--device": device}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_qlora.data.chats import is_nothing
 from hf_qlora.data.documents import SUFFIXES, Document, document_of, read_documents
-from hf_qlora.data.errors import DataError, counted, short
+from hf_qlora.data.errors import counted, placed, short
 from hf_qlora.data.files import MAX_ROWS, drawn, ends_in
 from hf_qlora.data.tokenizer import knows_as, tokenizer_of
 from hf_qlora.quant.calibrate.batches import join_batches
@@ -70,13 +70,18 @@ def read(data: Any, model: nn.Module | None, tokenizer: Any, size: Size) -> Read
             "interrupted; give a list, or what the iterator is made from."
         )
     if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame, which would be its columns' names
-        data = data.to_dict("records")
+        data = [{name: _plain(cell) for name, cell in row.items()} for row in data.to_dict("records")]
     first = next(iter(data), _NONE)
     if first is _NONE:
         raise CalibrationError(f"There is nothing to calibrate on: the {type(data).__name__} is empty.")
     if _is_batch(first):
         return _ready(data, model, size, "batches")
     return _of_documents(_documents_in(data, size), _described(data), model, tokenizer, size)
+
+
+def _plain(cell: Any) -> Any:
+    """A cell with lists where pandas has arrays."""
+    return cell.tolist() if hasattr(cell, "tolist") else cell
 
 
 def _is_batch(value: Any) -> bool:
@@ -111,10 +116,8 @@ def _names_a_file(text: str) -> bool:
 
 def _document(number: int, item: Any) -> Document:
     if isinstance(item, str | Mapping) or is_nothing(item):
-        try:
+        with placed(f"Element {number}"):
             return document_of(item, answered=False)
-        except DataError as error:
-            raise DataError(f"Element {number}: {error}") from error
     if isinstance(item, Tensor) and item.ndim == 1 and not item.is_floating_point():
         return [int(token) for token in item.tolist()]
     if isinstance(item, Sequence) and all(isinstance(token, int) for token in item):
