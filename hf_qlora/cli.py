@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from hf_qlora.bench.commands import bench
 from hf_qlora.commands import demo, inspect, merge, plan, quantize
-from hf_qlora.console import misused
+from hf_qlora.console import ignore_renamed, misused
 
 
 class _Commands(TyperGroup):
@@ -46,7 +46,7 @@ def main(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    ignore_renamed()
 
 
 app.command("inspect")(inspect.inspect_adapter)

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 import hf_qlora
 from hf_qlora import cli, demo
+from hf_qlora.commands.outcome import refused
 from hf_qlora.config import record
 from hf_qlora.console import INTERRUPTED
 from hf_qlora.merge import stream
@@ -180,6 +181,8 @@ def test_the_place_of_a_merge_report_is_made_before_the_merge(tmp_path: Path, mo
     for place, message in (
         (tmp_path / "file" / "r.json", f"There is no place for {tmp_path / 'file' / 'r.json'}: "),
         (tmp_path, f"{tmp_path} is a folder; name a file."),
+        (Path("/proc/r.json"), "There is no place for /proc/r.json: "),  # where nobody, not even root, may write
+        (Path("/dev/null"), "/dev/null is a device or a pipe; name a file."),
     ):
         result = invoke(*command, str(place))
         assert result.exit_code == 2
@@ -199,11 +202,17 @@ def test_the_place_of_a_merge_report_is_made_before_the_merge(tmp_path: Path, mo
     assert f"The model is in {tmp_path / 'merged'}, but its report could not be written: " in result.output
 
 
+def test_refusals_of_the_library_are_in_the_words_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    refused(ValueError("Merge with onto='dequantized'; in dtype='x' and trained_on='nf4'; force merges all the same."))
+    expected = "Merge with --onto dequantized; in --dtype x and --trained-on nf4; --force merges all the same."
+    assert capsys.readouterr().err == f"Error: {expected}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--onto", "int8"), "onto='int8' is not known; choose one of ('dequantized', 'original', 'nf4')."),
-        (("--dtype", "int8"), "dtype='int8' is not known; choose one of ('float32', 'bfloat16', 'float16')."),
+        (("--onto", "int8"), "--onto int8 is not known; choose one of ('dequantized', 'original', 'nf4')."),
+        (("--dtype", "int8"), "--dtype int8 is not known; choose one of ('float32', 'bfloat16', 'float16')."),
         ((), "The adapter ./nowhere is not there."),
     ],
 )

@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from hf_qlora.commands.outcome import make_place, say_and_write, stopped, terminated_as_interrupted, write_report
+from hf_qlora.commands.outcome import (
+    make_place,
+    refused,
+    say_and_write,
+    stopped,
+    terminated_as_interrupted,
+    write_report,
+)
 from hf_qlora.commands.rows import Calibrate, HeldOut, Length, Rows, RowsSeed, check_rows_are_used
 from hf_qlora.console import misused
 
@@ -82,9 +89,9 @@ def merge_adapter(
         if error.report.layers:  # else it was refused before anything was measured
             typer.echo(str(error.report))
             write_report(error.report, report)
-        raise misused(str(error)) from None
+        raise refused(error) from None
     except (ImportError, OSError, ValueError) as error:
-        raise misused(str(error)) from None
+        raise refused(error) from None
     except KeyboardInterrupt:
         raise stopped(output) from None
     say_and_write(found, output, report)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +15,30 @@ import typer
 from hf_qlora.console import INTERRUPTED, misused
 
 
+OPTIONS = ("onto", "dtype", "trained_on")  # that errors name as Python has them
+
+
+def refused(error: Exception) -> typer.Exit:
+    """Say why the library refused, in the words of the command line; raise what this returns."""
+    text = re.sub(rf"\b({'|'.join(OPTIONS)})='([^']*)'", _as_typed, str(error))
+    return misused(re.sub(r"\bforce (?=(calibrates|merges|writes)\b)", "--force ", text))
+
+
+def _as_typed(found: re.Match[str]) -> str:
+    return f"--{found[1].replace('_', '-')} {found[2]}"
+
+
 def make_place(file: Path, output: Path | None = None) -> None:
     """Make the folder for a file that is written after long work, and not into the model's folder `output`."""
     if output is not None and output.absolute() in file.absolute().parents:
         raise misused(f"{file} is in the model's folder, {output}; name a place beside it.")
     if file.is_dir():
         raise misused(f"{file} is a folder; name a file.")
+    if file.exists() and not file.is_file():  # which would be replaced
+        raise misused(f"{file} is a device or a pipe; name a file.")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise misused(f"There is no place for {file}: {error}.") from None
 

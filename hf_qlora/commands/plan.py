@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_qlora.commands.outcome import make_place
+from hf_qlora.commands.outcome import make_place, refused
 from hf_qlora.console import misused
 
 
@@ -87,6 +87,6 @@ def plan(
         if plot is not None:
             found.plot(plot)
     except (ImportError, OSError, ValueError) as error:
-        raise misused(str(error)) from None
+        raise refused(error) from None
     if not found.fits:
         raise typer.Exit(1)

@@ -7,9 +7,16 @@ from typing import Annotated
 
 import typer
 
-from hf_qlora.commands.outcome import make_place, say_and_write, stopped, terminated_as_interrupted, write_report
+from hf_qlora.commands.outcome import (
+    make_place,
+    refused,
+    say_and_write,
+    stopped,
+    terminated_as_interrupted,
+    write_report,
+)
 from hf_qlora.commands.rows import Calibrate, HeldOut, Length, Rows, RowsSeed, check_rows_are_used
-from hf_qlora.console import INTERRUPTED, misused
+from hf_qlora.console import INTERRUPTED
 
 
 def quant_report(
@@ -39,7 +46,7 @@ def quant_report(
             model, block_size or [64], budget, dtype=dtype, every_layer=every_layer, json=json, plot=plot
         )
     except (ImportError, OSError, ValueError) as error:
-        raise misused(str(error)) from None
+        raise refused(error) from None
     except KeyboardInterrupt:
         typer.echo("Stopped.", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -104,9 +111,9 @@ def quantize(
     except CalibrationRefused as error:
         typer.echo(str(error.report))
         write_report(error.report, report)
-        raise misused(str(error)) from None
+        raise refused(error) from None
     except (ImportError, OSError, ValueError) as error:
-        raise misused(str(error)) from None
+        raise refused(error) from None
     except KeyboardInterrupt:
         raise stopped(output) from None
     say_and_write(found, output, report)

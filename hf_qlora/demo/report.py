@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
+
+from hf_qlora.console import ignore_renamed
 
 
 class Report:
@@ -49,5 +50,4 @@ class LossBar(TrainerCallback):
 def quiet_libraries() -> None:
     """Keep the libraries' bars and a warning without consequences out of the output."""
     transformers_logging.disable_progress_bar()  # "Loading weights", a second or two for a small model
-    # PEFT 0.21 asks for an attribute that transformers 5.23 has renamed; both know.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    ignore_renamed()

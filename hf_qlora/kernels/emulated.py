@@ -54,14 +54,14 @@ def add_gradient_in_parts(dx: Tensor, g: Tensor, W: Tensor) -> Tensor:
     return dx
 
 
-def head_product(h: Tensor, W: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """h Wᵀ + b, (rows, V), in W's dtype."""
+def linear_into(x: Tensor, W: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """x Wᵀ + b, (rows, N), without gradients, all in one dtype."""
     if is_emulated(W):
-        product_in_parts(h, W, bias, out)
+        product_in_parts(x, W, bias, out)
     elif bias is None:
-        torch.mm(h, W.t(), out=out)
+        torch.mm(x, W.t(), out=out)
     else:
-        torch.addmm(bias, h, W.t(), out=out)
+        torch.addmm(bias, x, W.t(), out=out)
 
 
 def head_gradient(g: Tensor, W: Tensor, out: Tensor) -> None:

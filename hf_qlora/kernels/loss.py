@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_qlora.kernels.emulated import head_gradient, head_product
+from hf_qlora.kernels.emulated import head_gradient, linear_into
 from hf_qlora.kernels.planned import kind_of, planned_device
 
 
@@ -175,7 +175,7 @@ def _frozen_chunks(
     total, dh = W.new_zeros((), dtype=wide), torch.empty_like(h)
     for rows in chunks:
         part, z = h[rows].to(W.dtype), buffer[: rows.stop - rows.start]
-        head_product(part, W, bias, z)
+        linear_into(part, W, bias, z)
         total += _to_gradient(z, target[rows], smoothing, BLOCK_BYTES.get(z.device.type, chunk_bytes))
         head_gradient(z, W, dh[rows])
     return total, dh

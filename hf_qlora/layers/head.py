@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from hf_qlora.kernels.emulated import FEW_ROWS, head_product, is_emulated
+from hf_qlora.kernels.emulated import FEW_ROWS, is_emulated, linear_into
 from hf_qlora.layers import rowwise  # noqa: F401  # its rules
 from hf_qlora.layers.forward import is_hooked
 from hf_qlora.layers.logits import FrozenHead, HeadCall, Recipe, lazy_logits
@@ -152,7 +152,7 @@ def _is_emulated(head: Any, hidden: Tensor) -> bool:
 
 def _logits_in_parts(head: Any, hidden: Tensor) -> Tensor:
     logits = hidden.new_empty(*hidden.shape[:-1], len(head.weight))
-    head_product(hidden.view(-1, hidden.shape[-1]), head.weight, head.bias, logits.view(-1, len(head.weight)))
+    linear_into(hidden.view(-1, hidden.shape[-1]), head.weight, head.bias, logits.view(-1, len(head.weight)))
     return logits
 
 
@@ -183,7 +183,7 @@ def _frozen_head(head: Any, hidden: Tensor, dtype: torch.dtype) -> FrozenHead | 
     own_class = head._own_class
     if own_class is Linear4bit:
         dtype = head.product_dtype(hidden)
-        return FrozenHead(lambda: head.dequantize(dtype), head.bias, dtype)
+        return FrozenHead(lambda: head.product_weight(dtype), head.bias, dtype)
     if own_class is nn.Linear:
         return FrozenHead(lambda: head.weight.detach().to(dtype), head.bias, dtype)
     return None

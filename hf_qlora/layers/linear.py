@@ -52,7 +52,7 @@ class Linear4bit(PeftLinear4bit):
         dtype = base.product_dtype(x)
         if torch.compiler.is_compiling():
             return traced_forward(x, dtype, base, adapters).to(x.dtype)
-        return step_forward(x, dtype, lambda: base.dequantize(dtype), base.bias, adapters).to(x.dtype)
+        return step_forward(x, dtype, lambda: base.product_weight(dtype), base.bias, adapters).to(x.dtype)
 
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None, onto: Tensor | None = None

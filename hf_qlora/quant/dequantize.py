@@ -23,6 +23,8 @@ from hf_qlora.quant.codebook import nf4_levels
 
 logger = logging.getLogger(__name__)
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes unpacks weights to
+
 Implementation = Literal["auto", "bitsandbytes", "triton"]
 
 implementation: Implementation = "auto"
@@ -50,6 +52,17 @@ def dequantize_weight(
     if impl == "triton" or (impl == "auto" and packed.is_cuda and _triton_serves(packed.device, state, dtype)):
         return _by_triton(packed, state, dtype)
     return _by_bitsandbytes(packed, state).to(dtype)
+
+
+def product_weight(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
+    """The dense weight that a product in `dtype` is of; arguments as above.
+
+    Its values are those of `dtype`, not rounded to the state's first, as in bitsandbytes' own products since 0.50.
+    """
+    if state.dtype != dtype:
+        state = copy.copy(state)
+        state.dtype = dtype if dtype in DTYPES else torch.float32
+    return dequantize_weight(packed, state, dtype)
 
 
 def block_scales(state: QuantState) -> Tensor:

@@ -26,15 +26,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.kernels.functional import frozen_linear, without_autocast
-from hf_qlora.quant.dequantize import dequantize_weight
+from hf_qlora.quant.dequantize import DTYPES, dequantize_weight, product_weight
 from hf_qlora.quant.packing import share_tables, unpacked
 from hf_qlora.quant.repacked import MAX_ROWS, Repacked
 from hf_qlora.quant.scales import load_scales
 
 
 logger = logging.getLogger(__name__)
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes unpacks weights to
 
 # What a layer has beside what every linear layer has.
 _OWN_ATTRIBUTES = (
@@ -82,7 +80,7 @@ class Linear4bit(bnb.nn.Linear4bit):
             y = repacked.multiply(x.to(dtype), self.weight, self.state)
             return (y if bias is None else y.add_(bias)).to(x.dtype)
         with without_autocast("cpu"):
-            return frozen_linear(x.to(dtype), lambda: self.dequantize(dtype), bias).to(x.dtype)
+            return frozen_linear(x.to(dtype), lambda: self.product_weight(dtype), bias).to(x.dtype)
 
     def product_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype that the layer multiplies x in.
@@ -175,6 +173,10 @@ class Linear4bit(bnb.nn.Linear4bit):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, (out_features, in_features), in `dtype` or the dtype it was quantized from."""
         return dequantize_weight(self.weight.data, self.state, dtype)
+
+    def product_weight(self, dtype: torch.dtype) -> Tensor:
+        """What the layer multiplies by in a product in `dtype`, (out_features, in_features)."""
+        return product_weight(self.weight.data, self.state, dtype)
 
     def to_dense(self, weight: Tensor) -> nn.Linear | Conv1D:
         """A new dense layer of the class this one was made from, with its bias and hooks.

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from hf_qlora import QLoRAConfig
+from hf_qlora import NF4Config, QLoRAConfig, quantize_model
 
 
 CAUSAL = {architecture.name: architecture for architecture in ARCHITECTURES if architecture.task_type == "CAUSAL_LM"}
 NAMES = ("llama", "qwen2", "gpt2")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 FP32_TOLERANCE = 1e-5
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -188,6 +189,27 @@ def test_three_training_steps_equal_stock(name: str, folders: dict[str, Path]) -
     for parameter, moved in paths[1].items():
         assert moved.any(), parameter
         assert_close(paths[0][parameter], moved, parameter)
+
+
+@pytest.mark.parametrize("compute", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layers_multiply_by_what_stocks_multiply_by(dtype: torch.dtype, compute: torch.dtype) -> None:
+    """Alone, and below an adapter, by a node and without one: the product with the identity is the weight, exactly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 64, bias=False)).to(dtype)
+    quantize_model(model, NF4Config(compute_dtype=compute))
+    layer = model[0]
+    theirs = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=compute, quant_type="nf4")
+    theirs.weight, theirs.support_avx512bf16_for_cpu = layer.weight, False
+    identity = torch.eye(128, dtype=compute)
+    expected = theirs(identity)
+    twice_rounded = layer.dequantize(compute).t()
+    assert torch.equal(expected, twice_rounded) == (dtype in (compute, torch.float32))
+    assert torch.equal(layer(identity), expected)
+    adapted = get_peft_model(model, QLoRAConfig(target_modules=["0"]))  # whose B is zero
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(adapted(identity), expected)
 
 
 # bf16: two orders of the same roundings do not agree to a fixed number of digits, so both arms are held against fp64.

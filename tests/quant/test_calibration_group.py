@@ -82,6 +82,21 @@ def test_what_is_packed_is_what_was_meant(N: int, K: int, block_size: int, dtype
     assert (meant.float() - weight).square().mean() < 4 * (plain - weight).square().mean()
 
 
+def test_codes_are_sought_for_the_dtype_of_the_products() -> None:
+    """Which is the weights' own, unless the config says another; the state says the weights' in any case."""
+    weight, gram = torch.randn(16, 64), gram_of(inputs(256, 64))
+
+    def rounded(compute: str | None, dtype: torch.dtype) -> Packed:
+        [packed] = round_group([weight], gram, None, NF4Config(compute_dtype=compute), Method(), dtype=dtype)
+        assert packed[1].dtype == dtype
+        return packed
+
+    wide, narrow = rounded(None, torch.float32), rounded(None, torch.bfloat16)
+    assert not torch.equal(wide[0], narrow[0])
+    assert torch.equal(rounded("bfloat16", torch.float32)[0], narrow[0])
+    assert torch.equal(rounded("float32", torch.bfloat16)[0], wide[0])
+
+
 @pytest.mark.parametrize("method", [Method(), Method(order="given", refits=0, passes=0)], ids=["default", "plain"])
 @pytest.mark.parametrize("K", [64, 96])
 def test_it_has_less_error_than_nearest(K: int, method: Method) -> None:

@@ -271,14 +271,23 @@ def test_what_is_said_of_kept_layers_is_true(
     error: BaseException, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = beside(tmp_path / "out")
-    for empty in (True, False):
-        folder.mkdir()
+
+    def stop(empty: bool) -> None:
         if not empty:
             (folder / "file").write_text("")
+        raise error
+
+    for empty in (True, False):
+        folder.mkdir()
         with pytest.raises(type(error)), resumable(tmp_path / "out", Refused):
-            raise error
+            stop(empty)
         assert folder.exists() == (not empty)
         assert (f"{folder}{said} Else remove it." in caplog.text) == (not empty)
+    caplog.clear()
+    with pytest.raises(type(error)), resumable(tmp_path / "out", Refused):  # before anything else was rounded
+        stop(True)
+    earlier = f"Layers of an earlier call are in {folder}: that call goes on there. Else remove it."
+    assert (earlier in caplog.text) == (type(error) is not Refused)
     with resumable(tmp_path / "out", Refused):
         pass
     assert not folder.exists()

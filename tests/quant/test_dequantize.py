@@ -17,7 +17,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from hf_qlora.quant import dequantize
-from hf_qlora.quant.dequantize import dequantize_weight
+from hf_qlora.quant.dequantize import dequantize_weight, product_weight
 
 
 class OnCuda(Tensor):
@@ -55,6 +55,17 @@ def test_bitsandbytes_result_in_the_wanted_dtype(
     found = dequantize_weight(packed, state, dtype, impl="bitsandbytes")
     assert found.dtype == (dtype or torch.float32)
     assert torch.equal(found, expected.to(found.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_weight_of_a_product_is_rounded_once(state_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    packed, state = bnb.quantize_4bit(torch.randn(8, 64), quant_type="nf4", compress_statistics=True)
+    expected = bnb.dequantize_4bit(packed, state)  # in float32
+    state.dtype = state_dtype
+    found = product_weight(packed, state, dtype)
+    assert torch.equal(found, expected.to(dtype))
+    assert state.dtype == state_dtype
 
 
 def test_unknown_implementation(weight: tuple[Tensor, QuantState, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

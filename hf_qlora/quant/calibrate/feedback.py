@@ -146,8 +146,8 @@ def refit_scales(codes: Tensor, target: Tensor, scales: Tensor, gram: Tensor, tr
 class Nearest:
     """The nearest levels of a weight's columns, with given scales, (K, N); a scale of zero makes zeros.
 
-    Their values are those of the layer that will be: rounded to its dtype. In bfloat16 what is lost so adds up, over
-    inputs that are alike, to steps of the codes.
+    Their values are those that the layer will multiply by: rounded to the dtype of its products. In bfloat16 what is
+    lost so adds up, over inputs that are alike, to steps of the codes.
     """
 
     def __init__(self, scales: Tensor, dtype: torch.dtype = torch.float32) -> None:

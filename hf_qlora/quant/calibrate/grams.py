@@ -40,7 +40,7 @@ class Grams:
 
     def add(self, X0: Tensor, X: Tensor) -> None:
         """Take in inputs of both streams, (tokens, K)."""
-        self.one_stream &= torch.equal(X0, X)
+        self.one_stream = self.one_stream and torch.equal(X0, X)
         self.finite &= bool(X0.sum(dtype=torch.float32).isfinite())  # which makes no copy
         with torch.autocast(X.device.type, enabled=False), full_float32():
             for part, part0 in zip(X.split(TOKENS_AT_A_TIME), X0.split(TOKENS_AT_A_TIME), strict=True):

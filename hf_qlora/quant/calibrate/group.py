@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from bitsandbytes.functional import QuantState
@@ -88,13 +89,14 @@ def round_group(
         weights: T of each, (out_features, in_features), of a floating dtype.
         gram: H, (K, K), float32.
         cross: D, (K, K), float32; None where X₀ = X. Both are used up, to take no more memory than must be.
-        dtype: that the layers compute in.
+        dtype: of the weights; without a compute dtype in the config, that of the products too.
         scales: of each weight, to be kept as they are, instead of its own.
 
     Returns:
         for each, the packed codes and their state, as `quantize_weight` gives them.
     """
     target, widths = _side_by_side(weights), [len(weight) for weight in weights]
+    compute: Any = config.compute_dtype or dtype
     slabs = _slabs(target)
     order = gram.diagonal().argsort(descending=True, stable=True) if method.order == "activation" else None
     if method.correction and cross is not None:
@@ -111,15 +113,15 @@ def round_group(
     feedback = Feedback(gram, order)
     codes = torch.empty_like(target, dtype=torch.uint8)
     for slab in slabs:
-        codes[:, slab] = feedback(target[:, slab], _spread(states, slab), dtype)
+        codes[:, slab] = feedback(target[:, slab], _spread(states, slab), compute)
     del feedback
     fits = method.refits if scales is None and target.shape[0] % config.block_size == 0 else 0
     for _ in range(fits):
         states = _refitted(codes, target, states, slabs, gram, config)
         for _ in range(method.passes):
-            _refine(codes, target, states, slabs, gram, dtype)
+            _refine(codes, target, states, slabs, gram, compute)
     for _ in range(0 if fits else method.passes):
-        _refine(codes, target, states, slabs, gram, dtype)
+        _refine(codes, target, states, slabs, gram, compute)
     parts = codes.split(widths, 1)
     return [(pack(part.t().reshape(-1)).view(-1, 1), state) for part, state in zip(parts, states, strict=True)]
 

@@ -126,15 +126,24 @@ def resumable(target: Path, refused: type[Exception] | tuple[()] = ()) -> Iterat
         refused: errors that say that the result is not wanted, unless it is forced.
     """
     folder = beside(target)
+    earlier = _files(folder)
     try:
         yield
     except BaseException as error:
-        if folder.is_dir() and any(folder.iterdir()):
-            logger.warning("The layers rounded so far are in %s: %s. Else remove it.", folder, _use_of(error, refused))
+        if found := _files(folder):
+            which, use = "The layers rounded so far", _use_of(error, refused)
+            if found == earlier and not isinstance(error, refused):  # which comes when all are rounded
+                which, use = "Layers of an earlier call", "that call goes on there"
+            logger.warning("%s are in %s: %s. Else remove it.", which, folder, use)
         else:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _files(folder: Path) -> set[tuple[str, int]]:
+    """What lies there, by name and time."""
+    return {(path.name, path.stat().st_mtime_ns) for path in folder.glob("*")}
 
 
 def _use_of(error: BaseException, refused: type[Exception] | tuple[()]) -> str:

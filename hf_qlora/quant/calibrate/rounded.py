@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_qlora.kernels.functional import frozen_linear
 from hf_qlora.quant.calibrate.group import Packed
 from hf_qlora.quant.calibrate.report import LayerCalibration
-from hf_qlora.quant.dequantize import dequantize_weight
+from hf_qlora.quant.dequantize import product_weight
 
 
 @dataclass
@@ -35,12 +35,20 @@ class RoundedLayer:
 
     def product(self, x: Tensor, packed: Packed | None = None) -> Tensor:
         """As `Linear4bit` will make it, (..., in_features) → (..., out_features), in x's dtype."""
-        codes, state = packed or self.own
+        dtype = self.product_dtype(x)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return frozen_linear(x.to(dtype), lambda: self.product_weight(dtype, packed), bias).to(x.dtype)
+
+    def product_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype that x is multiplied in."""
         kind = x.device.type
         dtype: Any = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.compute_dtype
-        dtype = dtype or state.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return frozen_linear(x.to(dtype), lambda: dequantize_weight(codes, state, dtype), bias).to(x.dtype)
+        found: torch.dtype = dtype or self.own[1].dtype
+        return found
+
+    def product_weight(self, dtype: torch.dtype, packed: Packed | None = None) -> Tensor:
+        """What x is multiplied by, (out_features, in_features)."""
+        return product_weight(*(packed or self.own), dtype)
 
     def measure(self, x: Tensor, expected: Tensor, found: Tensor) -> None:
         """Take in tokens: their inputs in the quantized model, the outputs in the dense one, and those found."""

@@ -33,8 +33,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.config import NF4Config
-from hf_qlora.kernels.emulated import is_emulated
-from hf_qlora.kernels.functional import frozen_linear
+from hf_qlora.kernels.emulated import linear_into
 from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.grams import TOKENS_AT_A_TIME, Grams
 from hf_qlora.quant.calibrate.group import Packed
@@ -189,28 +188,30 @@ class Streams:
                 return alone
             if not batch.left[name]:
                 _refuse(name)
-            teacher, student = x.chunk(2)
-            rounded, tokens = self.rounded[name], partial(self._unpadded, name, batch)
-            expected, found = self._as_it_is(name, forward, teacher), rounded.product(student)
+            result = self._both_products(name, forward, x)
             if batch.held_out or not self.rows.held_out:
-                rounded.measure(tokens(student), tokens(expected), tokens(found))
+                tokens = partial(self._unpadded, name, batch)
+                self.rounded[name].measure(tokens(x.chunk(2)[1]), *map(tokens, result.chunk(2)))
             batch.left[name] -= 1
             if not any(other.left[name] for other in self.batches):
                 self._convert(name)
             if not +batch.left:
                 raise _Finished
-            return torch.cat([expected, found])
+            return result
 
         return both
 
-    def _as_it_is(self, name: str, forward: Forward, x: Tensor) -> Tensor:
-        """What the layer makes of x."""
-        layer: Any = self.layers[name]
-        own = type(layer) in (nn.Linear, Conv1D) and getattr(forward, "__func__", None) is type(layer).forward
-        if is_emulated(x) and own and layer.weight.dtype == x.dtype:
-            return frozen_linear(x, partial(dense_weight, layer), layer.bias)
-        made: Tensor = forward(x)
-        return made
+    def _both_products(self, name: str, forward: Forward, x: Tensor) -> Tensor:
+        """What the layer makes of the first half of x, and what its rounded weight makes of the second."""
+        (teacher, student), layer, rounded = x.chunk(2), self.layers[name], self.rounded[name]
+        plain = type(layer) in (nn.Linear, Conv1D) and getattr(forward, "__func__", None) is type(layer).forward
+        if not plain or {x.dtype, layer.weight.dtype} != {rounded.product_dtype(x)}:
+            return torch.cat([forward(teacher), rounded.product(student)])
+        weights = dense_weight(layer), rounded.product_weight(x.dtype)
+        result = x.new_empty(*x.shape[:-1], len(weights[0]))  # a copy of both products would take a twentieth longer
+        for part, W, out in zip((teacher, student), weights, result.chunk(2), strict=True):
+            linear_into(part.reshape(-1, x.shape[-1]), W, layer.bias, out.view(-1, len(W)))
+        return result
 
     def _give_up(self, name: str) -> None:
         """A layer that does not see the rows in their order, though it seemed to, is left as it is."""
