@@ -71,8 +71,9 @@ class Feedback:
 
     def __init__(self, gram: Tensor, order: Tensor | None = None) -> None:
         self.order = order
-        self.upper = _inverse_factor(gram, order).to(gram.dtype, memory_format=torch.contiguous_format)
-        self.pivots = self.upper.diagonal().tolist()
+        upper = _inverse_factor(gram, order)
+        upper /= upper.diagonal().clone().unsqueeze(1)  # what one step of error asks of the columns to come
+        self.upper = upper.to(gram.dtype, memory_format=torch.contiguous_format)
 
     def __call__(self, target: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.order is None:
@@ -89,7 +90,7 @@ class Feedback:
             errors = torch.empty_like(stripe)
             for j in range(stop - start):
                 codes[start + j], values = nearest(start + j, stripe[j])
-                torch.sub(stripe[j], values, out=errors[j]).div_(self.pivots[start + j])
+                torch.sub(stripe[j], values, out=errors[j])
                 stripe[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
             rest[stop:].addmm_(self.upper[start:stop, stop:].t(), errors, alpha=-1)
         return codes
