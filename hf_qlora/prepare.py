@@ -72,7 +72,7 @@ def _quantize(
 
     def keep_factors(name: str, weight: Tensor, layer: Any) -> None:
         if targets is None or name in targets:
-            factors[name] = loftq_factors(weight, layer.dequantize(), config, name)
+            factors[name] = loftq_factors(weight, layer.wide_weight(), config, name)
 
     before = footprint(model)
     on_layer = keep_factors if config.init_lora_weights == "loftq" else None

@@ -74,7 +74,7 @@ def _heads_spared(config: QLoRAConfig) -> Iterator[None]:
 
 
 def dequantize_module_weight(original: Callable[[nn.Module], Tensor], module: nn.Module) -> Tensor:
-    return module.dequantize() if isinstance(module, Linear4bit) else original(module)
+    return module.wide_weight() if isinstance(module, Linear4bit) else original(module)
 
 
 def save_pretrained(

@@ -75,10 +75,11 @@ class _DoraLinear(torch.autograd.Function):
     ) -> Tensor:
         assert adapter.row_squares is not None
         ctx.unpack, ctx.shared, ctx.scaling = unpack, shared, adapter.scaling
-        flat, W = widened(x.reshape(-1, x.shape[-1])), widened(unpack())
+        flat, narrow = widened(x.reshape(-1, x.shape[-1])), unpack()
+        W = widened(narrow)
         s = flat @ A.to(flat.dtype).t()
         z = (flat @ W.t()).addmm_(s, B.to(flat.dtype).t(), alpha=adapter.scaling)
-        norm = weight_norm(W, adapter.row_squares(W), A, B, adapter.scaling)
+        norm = weight_norm(W, adapter.row_squares(narrow), A, B, adapter.scaling)
         ratio, z = magnitude.to(norm.dtype) / norm, z.to(x.dtype)
         x_kept = factors or (x if ctx.needs_input_grad[6] else None, None)
         ctx.save_for_backward(*x_kept, A, B, s, z, norm, ratio)

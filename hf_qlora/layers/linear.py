@@ -11,6 +11,7 @@ the packed layer, the same object, back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_qlora.kernels.functional import add_adapters
+from hf_qlora.kernels.functional import add_adapters, frozen_linear
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.layers.forward import inference_adapters, step_adapters, step_forward, traced_forward
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
@@ -51,7 +52,7 @@ class Linear4bit(PeftLinear4bit):
             return result
         dtype = base.product_dtype(x)
         if torch.compiler.is_compiling():
-            return traced_forward(x, dtype, base, adapters).to(x.dtype)
+            return traced_forward(x, dtype, _product(base, dtype), adapters).to(x.dtype)
         return step_forward(x, dtype, lambda: base.product_weight(dtype), base.bias, adapters).to(x.dtype)
 
     def merge(
@@ -73,7 +74,7 @@ class Linear4bit(PeftLinear4bit):
             return
         self.check_mergeable("This layer", names, safe_merge=False)
         packed = self._packed[0] if self.merged else self.base_layer
-        base = packed.dequantize(torch.float32) if onto is None else onto.float()
+        base = packed.wide_weight().float() if onto is None else onto.float()
         dtype = packed.state.dtype if onto is None else onto.dtype
         weight = self.add_to(base, self.merged_adapters + names).to(dtype)
         if safe_merge:
@@ -93,7 +94,7 @@ class Linear4bit(PeftLinear4bit):
             )
         if safe_merge:
             packed = self._packed[0] if self.merged else self.base_layer
-            weight = self.add_to(packed.dequantize(torch.float32), self.merged_adapters + names)
+            weight = self.add_to(packed.wide_weight().float(), self.merged_adapters + names)
             _check_finite(layer_name, names, weight.to(packed.state.dtype))
 
     def unmerge(self) -> None:
@@ -148,6 +149,14 @@ class Linear4bit(PeftLinear4bit):
     def _restore(self, packed: BaseLinear4bit) -> None:
         self.base_layer = packed
         self._packed, self.merged_adapters = (), []
+
+
+def _product(base: BaseLinear4bit, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The frozen layer in a dtype, which under autocast is not its own."""
+    if dtype == base.compute_dtype:
+        return base
+    bias = None if base.bias is None else base.bias.to(dtype)
+    return lambda x: frozen_linear(x, lambda: base.product_weight(dtype), bias)
 
 
 def _check_finite(layer_name: str, names: list[str], weight: Tensor) -> None:

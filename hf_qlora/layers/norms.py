@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
@@ -20,5 +19,5 @@ def product_norm(B: Tensor, A: Tensor) -> float:
 
 def weight_norm(layer: nn.Module) -> float:
     """The Frobenius norm of a layer's weight, unpacked if need be."""
-    weight: Any = layer.dequantize(torch.float32) if isinstance(layer, Linear4bit) else dequantize_module_weight(layer)
+    weight: Any = layer.wide_weight() if isinstance(layer, Linear4bit) else dequantize_module_weight(layer)
     return float(weight.detach().float().norm())

@@ -31,7 +31,7 @@ from hf_qlora.config import NF4Config
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.layers.linear import Linear4bit
 from hf_qlora.quant.codebook import nf4_levels
-from hf_qlora.quant.dequantize import block_scales, dequantize_weight
+from hf_qlora.quant.dequantize import block_scales, wide_weight
 from hf_qlora.quant.linear4bit import Linear4bit as BaseLinear4bit
 from hf_qlora.quant.packing import quantize_weight
 
@@ -69,7 +69,7 @@ def trained_weights(layer: Any, names: list[str]) -> tuple[Tensor, Tensor]:
     """
     own = [name for name in names if name in layer.r]
     if isinstance(layer, Linear4bit):
-        base = layer.base_layer.dequantize(torch.float32)
+        base = layer.base_layer.wide_weight().float()
         return base, layer.add_to(base, own)
     alone = copy.deepcopy(layer).float()
     W = plain_weight(alone.get_base_layer()).clone()
@@ -80,7 +80,7 @@ def trained_weights(layer: Any, names: list[str]) -> tuple[Tensor, Tensor]:
 def plain_weight(layer: Any) -> Tensor:
     """A layer's weight in float32, (out_features, in_features) where it is linear."""
     if isinstance(layer, BaseLinear4bit):
-        unpacked: Tensor = layer.dequantize(torch.float32)
+        unpacked: Tensor = layer.wide_weight().float()
         return unpacked
     weight: Tensor = layer.weight.detach().float()
     result: Tensor = weight.t() if isinstance(layer, Conv1D) else weight
@@ -109,7 +109,7 @@ def compare(
     packed = next((layer for layer in (base, merged) if isinstance(layer, BaseLinear4bit)), None)
     if packed is merged and isinstance(merged, BaseLinear4bit):  # a dense base, rounded for the first time
         config = NF4Config(double_quant=merged.state.nested, block_size=merged.state.blocksize)
-        without = dequantize_weight(*quantize_weight(W.to(merged.state.dtype), config), torch.float32)
+        without = wide_weight(*quantize_weight(W.to(merged.state.dtype), config), merged.compute_dtype).float()
     start = W if without is None else without
     step = None if packed is None or packed.state.quant_type != "nf4" else step_rms(packed.weight, packed.state)
     return LayerMerge(

@@ -57,12 +57,18 @@ def dequantize_weight(
 def product_weight(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
     """The dense weight that a product in `dtype` is of; arguments as above.
 
-    Its values are those of `dtype`, not rounded to the state's first, as in bitsandbytes' own products since 0.50.
+    Its values are those of `dtype`, not rounded to the state's first: so bitsandbytes' forward has it, since 0.50. Its
+    backward rounds twice, and ours does not.
     """
     if state.dtype != dtype:
         state = copy.copy(state)
         state.dtype = dtype if dtype in DTYPES else torch.float32
     return dequantize_weight(packed, state, dtype)
+
+
+def wide_weight(packed: Tensor, state: QuantState, compute_dtype: torch.dtype | None) -> Tensor:
+    """The dense weight in the wider of the state's dtype and that of its products: what was trained on, or more."""
+    return product_weight(packed, state, torch.promote_types(state.dtype, compute_dtype or state.dtype))
 
 
 def block_scales(state: QuantState) -> Tensor:

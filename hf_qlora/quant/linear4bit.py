@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_qlora.kernels.functional import frozen_linear, without_autocast
-from hf_qlora.quant.dequantize import DTYPES, dequantize_weight, product_weight
+from hf_qlora.quant.dequantize import DTYPES, dequantize_weight, product_weight, wide_weight
 from hf_qlora.quant.packing import share_tables, unpacked
 from hf_qlora.quant.repacked import MAX_ROWS, Repacked
 from hf_qlora.quant.scales import load_scales
@@ -177,6 +177,10 @@ class Linear4bit(bnb.nn.Linear4bit):
     def product_weight(self, dtype: torch.dtype) -> Tensor:
         """What the layer multiplies by in a product in `dtype`, (out_features, in_features)."""
         return product_weight(self.weight.data, self.state, dtype)
+
+    def wide_weight(self) -> Tensor:
+        """The dense weight, (out_features, in_features), in the wider of its own dtype and that of its products."""
+        return wide_weight(self.weight.data, self.state, self.compute_dtype)
 
     def to_dense(self, weight: Tensor) -> nn.Linear | Conv1D:
         """A new dense layer of the class this one was made from, with its bias and hooks.

@@ -199,7 +199,7 @@ def test_a_packed_head_is_unpacked_once(monkeypatch: pytest.MonkeyPatch) -> None
     packed, state = quantize_weight(model.lm_head.weight.data, NF4Config())
     become_linear4bit(model.lm_head, packed, state, None)
     expected, unpacked = step(model, inputs), []
-    monkeypatch.setattr(Linear4bit, "dequantize", lambda self, dtype: unpacked.append(1) or DEQUANTIZE(self, dtype))
+    monkeypatch.setattr(Linear4bit, "product_weight", lambda self, dtype: unpacked.append(1) or UNPACK(self, dtype))
     enable_chunked_loss(model)
     with Largest() as largest:
         assert_same(step(model, inputs), expected)
@@ -207,7 +207,7 @@ def test_a_packed_head_is_unpacked_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(unpacked) == 1
 
 
-DEQUANTIZE = Linear4bit.dequantize
+UNPACK = Linear4bit.product_weight
 
 
 class Square(torch.autograd.Function):

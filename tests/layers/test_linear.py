@@ -32,6 +32,7 @@ from hf_qlora import NF4Config, QLoRAConfig, quantize_model
 from hf_qlora.kernels.emulated import is_emulated
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.layers.linear import Linear4bit as LoraLinear4bit
+from hf_qlora.merge.measure import trained_weights
 from hf_qlora.quant.checks import BaseModelError
 from hf_qlora.quant.linear4bit import Linear4bit
 
@@ -149,7 +150,8 @@ def test_the_compute_dtype_is_that_of_the_product_alone(dtype: torch.dtype, comp
     layer = nf4_layer(dtype=dtype, compute_dtype=compute_dtype)
     x = torch.randn(5, 128, dtype=dtype)
     compute = getattr(torch, compute_dtype)
-    expected = product(x.to(compute), layer.dequantize().to(compute), layer.bias.to(compute))
+    exact = layer.float().dequantize()
+    expected = product(x.to(compute), exact.to(compute), layer.to(dtype).bias.to(compute))
     assert torch.equal(layer(x), expected.to(dtype))
     assert layer.bias.dtype == dtype  # bitsandbytes would cast it for good
 
@@ -206,14 +208,14 @@ class _Saved:
 def test_the_base_layer_keeps_nothing_for_backward(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nf4_layer(dtype=dtype)
     made: list[weakref.ref[Tensor]] = []
-    dequantize = Linear4bit.dequantize
+    product_weight = Linear4bit.product_weight
 
     def watched(self: Linear4bit, *args: Any) -> Tensor:
-        weight = dequantize(self, *args)
+        weight = product_weight(self, *args)
         made.append(weakref.ref(weight))
         return weight
 
-    monkeypatch.setattr(Linear4bit, "dequantize", watched)
+    monkeypatch.setattr(Linear4bit, "product_weight", watched)
     x = torch.randn(32, 128, dtype=dtype, requires_grad=True)
     with _Saved() as saved:
         y = layer(x)
@@ -747,6 +749,24 @@ def test_dora_reads_the_weights_that_the_layer_computes_with(width: int, block_s
     with model.disable_adapter():
         assert relative(expected, logits(model, ids)) <= MERGED
     assert relative(logits(model.merge_and_unload(), ids), expected) <= MERGED
+
+
+def test_what_is_merged_and_what_dora_scales_is_what_the_layer_multiplies_by() -> None:
+    """Of a bfloat16 weight that is multiplied in float32: its values, not rounded to bfloat16."""
+    torch.manual_seed(0)
+    nf4 = NF4Config(compute_dtype="float32")
+    config = QLoRAConfig(r=2, target_modules="all-linear", use_dora=True, quantization=nf4)
+    model = get_peft_model(llama().to(torch.bfloat16), config)
+    for layer in lora_layers(model).values():
+        base, magnitude = layer.base_layer, layer.lora_magnitude_vector["default"].weight
+        weight = base(torch.eye(base.in_features)).t()
+        torch.testing.assert_close(magnitude, weight.norm(dim=1), rtol=1e-6, atol=0)
+        assert not torch.allclose(magnitude, base.dequantize().float().norm(dim=1), rtol=1e-6, atol=0)
+        W, T = trained_weights(layer, ["default"])  # B is zero
+        assert torch.equal(W, weight)
+        torch.testing.assert_close(T, weight, rtol=1e-6, atol=1e-7)  # magnitude / norm is 1 but for roundings
+        layer.merge()
+        assert torch.equal(layer.base_layer.weight, T.to(torch.bfloat16))
 
 
 def test_a_trained_bias_is_what_it_was_after_merging() -> None:

@@ -274,7 +274,7 @@ def test_what_is_said_of_kept_layers_is_true(
 
     def stop(empty: bool) -> None:
         if not empty:
-            (folder / "file").write_text("")
+            (folder / "file.safetensors").write_text("")
         raise error
 
     for empty in (True, False):
@@ -286,7 +286,7 @@ def test_what_is_said_of_kept_layers_is_true(
     caplog.clear()
     with pytest.raises(type(error)), resumable(tmp_path / "out", Refused):  # before anything else was rounded
         stop(True)
-    earlier = f"Layers of an earlier call are in {folder}: that call goes on there. Else remove it."
+    earlier = f"Layers rounded before are in {folder}: the call that rounded them goes on there. Else remove it."
     assert (earlier in caplog.text) == (type(error) is not Refused)
     with resumable(tmp_path / "out", Refused):
         pass

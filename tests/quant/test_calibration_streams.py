@@ -438,12 +438,14 @@ def test_tied_layers_have_one_weight() -> None:
     assert finished.first.weight.data_ptr() == finished.second.weight.data_ptr()
 
 
-@pytest.mark.parametrize("alike", [False, True], ids=["found at once", "found late"])
-def test_experts_and_what_is_never_called_are_rounded_to_nearest_and_said(alike: bool) -> None:
+@pytest.mark.parametrize("when", ["at once", "late", "of uneven numbers"])
+def test_experts_and_what_is_never_called_are_rounded_to_nearest_and_said(when: str) -> None:
     """An expert that gets all tokens of the first rows seems to see the rows in their order."""
     dense, inputs = odd(Experts())
-    if alike:
+    if when != "at once":
         inputs["x"][:4, :, 0] = 0
+    if when == "of uneven numbers":  # three of the second expert's, which is no multiple of the rows
+        inputs["x"][0, :3, 0] = 1 / 7
     finished, report = calibrated(dense, rows_of(inputs))
     assert {layer.name for layer in report.layers} == {"inner"}
     plain = quantize_model(copy.deepcopy(dense))

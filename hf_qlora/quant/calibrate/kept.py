@@ -133,7 +133,7 @@ def resumable(target: Path, refused: type[Exception] | tuple[()] = ()) -> Iterat
         if found := _files(folder):
             which, use = "The layers rounded so far", _use_of(error, refused)
             if found == earlier and not isinstance(error, refused):  # which comes when all are rounded
-                which, use = "Layers of an earlier call", "that call goes on there"
+                which, use = "Layers rounded before", "the call that rounded them goes on there"
             logger.warning("%s are in %s: %s. Else remove it.", which, folder, use)
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -143,7 +143,7 @@ def resumable(target: Path, refused: type[Exception] | tuple[()] = ()) -> Iterat
 
 def _files(folder: Path) -> set[tuple[str, int]]:
     """What lies there, by name and time."""
-    return {(path.name, path.stat().st_mtime_ns) for path in folder.glob("*")}
+    return {(path.name, path.stat().st_mtime_ns) for path in folder.glob("*.safetensors")}
 
 
 def _use_of(error: BaseException, refused: type[Exception] | tuple[()]) -> str:

@@ -64,7 +64,8 @@ def listen(model: Callable[..., Any], layers: Mapping[str, nn.Module], inputs: M
             same = bool(last) and last[0][0] is x and last[0][1] == version_of(x)
             group = last[0][2] if same else None
             if not heard.calls[name]:
-                heard.lengths[name] = x.reshape(rows, -1, x.shape[-1]).shape[1] if x.numel() % rows == 0 else 0
+                tokens = x.numel() // x.shape[-1]
+                heard.lengths[name] = 0 if tokens % rows else tokens // rows
                 if group is None:
                     group = []
                     heard.groups.append(group)

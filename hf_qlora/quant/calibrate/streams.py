@@ -205,12 +205,16 @@ class Streams:
         """What the layer makes of the first half of x, and what its rounded weight makes of the second."""
         (teacher, student), layer, rounded = x.chunk(2), self.layers[name], self.rounded[name]
         plain = type(layer) in (nn.Linear, Conv1D) and getattr(forward, "__func__", None) is type(layer).forward
-        if not plain or {x.dtype, layer.weight.dtype} != {rounded.product_dtype(x)}:
+        if not plain or x.dtype != layer.weight.dtype or torch.is_autocast_enabled(x.device.type):
             return torch.cat([forward(teacher), rounded.product(student)])
-        weights = dense_weight(layer), rounded.product_weight(x.dtype)
-        result = x.new_empty(*x.shape[:-1], len(weights[0]))  # a copy of both products would take a twentieth longer
-        for part, W, out in zip((teacher, student), weights, result.chunk(2), strict=True):
-            linear_into(part.reshape(-1, x.shape[-1]), W, layer.bias, out.view(-1, len(W)))
+        W, bias = dense_weight(layer), None if layer.bias is None else layer.bias.detach()
+        result = x.new_empty(*x.shape[:-1], len(W))  # a copy of both products would take a twentieth longer
+        expected, found = (half.view(-1, len(W)) for half in result.chunk(2))
+        linear_into(teacher.reshape(-1, x.shape[-1]), W, bias, expected)
+        if rounded.product_dtype(x) == x.dtype:
+            linear_into(student.reshape(-1, x.shape[-1]), rounded.product_weight(x.dtype), bias, found)
+        else:
+            found.copy_(rounded.product(student).view_as(found))
         return result
 
     def _give_up(self, name: str) -> None:
