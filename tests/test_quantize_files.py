@@ -211,6 +211,19 @@ def test_what_is_written_beside_it_says_what_it_is(folder: Path, target: Path, t
     assert written["fingerprint"]["root"][:16] in result.output
 
 
+def test_the_dtype_of_products_may_be_another(folder: Path, target: Path) -> None:
+    """As in what transformers makes by default: bfloat16 weights, products in float32."""
+    options = ("--device", "cpu", "--no-double-quant", "--compute-dtype", "float32")
+    assert invoke(folder, "--output", target, *options).exit_code == 0
+    stored = json.loads((target / "config.json").read_text())
+    assert (stored["dtype"], stored["quantization_config"]["bnb_4bit_compute_dtype"]) == ("bfloat16", "float32")
+    assert "scales in float32; products in `float32`" in (target / "README.md").read_text()
+    assert AutoModelForCausalLM.from_pretrained(target).model.layers[0].mlp.up_proj.compute_dtype == torch.float32
+    result = invoke(folder, "--output", target, *options[:-1], "int8", "--overwrite")
+    assert result.exit_code == 2
+    assert "compute_dtype='int8' is not supported; choose one of" in result.output
+
+
 def test_the_card_says_what_it_is_and_not_where_it_was_made(folder: Path, target: Path, tmp_path: Path) -> None:
     options = ("--block-size", "128", "--no-double-quant", "--skip-modules", "down_proj")
     assert invoke(folder, "--output", target, "--device", "cpu", *options).exit_code == 0

@@ -44,7 +44,11 @@ def merge_adapter(
         str | None, typer.Option(help="float32, bfloat16 or float16; by default what the adapter was trained in.")
     ] = None,
     trained_on: Annotated[
-        str, typer.Option(help="nf4 or dense, for adapters of stock PEFT, which do not say; auto: the base as stored.")
+        str,
+        typer.Option(
+            help="For adapters of stock PEFT, which do not say: dense; nf4, from a dense base with double-quantized "
+            "scales; auto, the base as stored."
+        ),
     ] = "auto",
     force: Annotated[
         bool,

@@ -70,6 +70,10 @@ def quantize(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; by default what the model's config says.")
     ] = None,
+    compute_dtype: Annotated[
+        str | None,
+        typer.Option(help="Of NF4 layers' products: float32, bfloat16 or float16; by default the dtype."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; CUDA where there is one.")] = None,
     force: Annotated[
         bool,
@@ -91,7 +95,12 @@ def quantize(
         if report is not None:
             make_place(report, output)
         skipped = NF4Config().skip_modules if skip_modules is None else tuple(skip_modules)
-        config = NF4Config(double_quant=not no_double_quant, block_size=block_size, skip_modules=skipped)
+        config = NF4Config(
+            double_quant=not no_double_quant,
+            block_size=block_size,
+            skip_modules=skipped,
+            compute_dtype=compute_dtype,
+        )
         check_rows_are_used(calibrate, rows, length, held_out, seed)
         with terminated_as_interrupted():
             found = quantize_files(

@@ -45,6 +45,13 @@ from hf_qlora.validation import CHANGES_BASE
 TrainedOn = Literal["auto", "nf4", "dense"]
 REPEATED = ("pissa", "olora")  # initializations that depend on the base's weights alone, not on chance or data
 MAX_SHARD_BYTES = 5 * 10**9
+QUANTIZATION = "quantization_config"  # of a base that is stored quantized
+ROUNDED_HERE = (
+    "Stock adapters do not record how their base was quantized. It was rounded to NF4 from {} with double-quantized "
+    "scales, for products in that dtype; transformers' defaults are plain scales and products in float32. If it was "
+    "otherwise, make that base (hf-qlora quantize BASE --output FOLDER, with --no-double-quant, --dtype and "
+    "--compute-dtype), and name it: --base FOLDER."
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -221,9 +228,11 @@ class _Job:
 
     def finish(self, stage: Path, report: MergeReport, kind: type, target: Path) -> None:
         """Say what else a reader must know, and put beside the weights what belongs there."""
-        stored = AutoConfig.from_pretrained(self.base_folder).dtype
-        if self.dtype is not None and stored is not None and self.dtype != stored:
-            report.notes.append(f"In {report.dtype}, as {self.dtype_of}; the base's config says {_short(stored)}.")
+        base = AutoConfig.from_pretrained(self.base_folder)
+        if self.dtype is not None and base.dtype is not None and self.dtype != base.dtype:
+            report.notes.append(f"In {report.dtype}, as {self.dtype_of}; the base's config says {_short(base.dtype)}.")
+        if self.nf4 is not None and not isinstance(self.config, QLoRAConfig) and not hasattr(base, QUANTIZATION):
+            report.notes.append(ROUNDED_HERE.format(report.dtype))
         if self.assumed:
             report.assumed = True
             report.notes.append(

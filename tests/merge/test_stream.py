@@ -217,6 +217,7 @@ def test_an_adapter_of_stock_peft(trained_on: Any, tmp_path: Path) -> None:
         assert ("that the adapter was trained on" in str(report)) == (chosen != "auto")
         assert ("base as it is stored was assumed, dense" in str(report)) == (chosen == "auto")
         assert ("--trained-on nf4" in str(report)) == (chosen == "auto")
+        assert ("rounded to NF4 from float32 with double-quantized scales" in str(report)) == (chosen == "nf4")
         assert relative(logits(llama_from(tmp_path / chosen), ids), logits(model, ids)) <= MERGED
 
 

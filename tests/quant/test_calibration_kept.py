@@ -229,6 +229,15 @@ def test_what_does_not_fit_the_layers_is_not_read(there: list[Packed], tmp_path:
     assert Kept(tmp_path, "other").get({"a": like}, CPU) is None
 
 
+def test_layers_of_another_call_are_spoken_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Kept(tmp_path, "key").put(["a"], [packed()])
+    Kept(tmp_path, "key")
+    assert not caplog.records
+    (tmp_path / "b.safetensors").write_text("cut off")
+    Kept(tmp_path, "other")
+    assert f"2 groups of layers in {tmp_path}, of a call with other rows, settings" in caplog.text
+
+
 def test_fewer_layers_than_asked_for_are_not_read(tmp_path: Path) -> None:
     folder, like = Kept(tmp_path, "key"), packed()
     folder.put(["a", "b"], [like])

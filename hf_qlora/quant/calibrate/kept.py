@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hf_qlora.data.errors import counted
 from hf_qlora.quant.calibrate.errors import CalibrationError
 from hf_qlora.quant.calibrate.group import Packed
 from hf_qlora.quant.packing import share_tables
@@ -52,6 +53,12 @@ class Kept:
     def __init__(self, folder: str | os.PathLike[str], key: str) -> None:
         self.folder, self.key, self.is_full = Path(folder), key, False
         self.folder.mkdir(parents=True, exist_ok=True)
+        if others := sum(_key_in(file) != key for file in self.folder.glob("*.safetensors")):
+            logger.warning(
+                "%s of layers in %s, of a call with other rows, settings, weights or versions, will not be used.",
+                counted(others, "group"),
+                self.folder,
+            )
         for scratch in self.folder.glob(f"{'[0-9a-f]' * _NAME_LENGTH}.*.partial"):  # of a process that was killed
             with suppress(OSError):
                 scratch.unlink()
@@ -100,6 +107,14 @@ class Kept:
     def _file(self, names: Sequence[str]) -> Path:
         name = hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:_NAME_LENGTH]
         return self.folder / f"{name}.safetensors"
+
+
+def _key_in(file: Path) -> str | None:
+    try:
+        with safe_open(file, framework="pt") as kept:
+            return (kept.metadata() or {}).get("key")
+    except (OSError, SafetensorError):
+        return None
 
 
 def _unpacked(tensors: dict[str, Tensor], prefix: str, like: Packed, device: torch.device) -> Packed:
