@@ -64,7 +64,7 @@ def test_other_folders_that_transformers_saves_are_read(kind: str, tmp_path: Pat
         (["--budget", "much"], "budget='much' is no number of bytes"),
         (["--budget", "-3"], "budget='-3' is no number of bytes"),
         (["--budget", "9 B"], "budget=9 bytes is too small to leave any layer dense; the smallest that works is"),
-        (["--dtype", "int8"], "dtype='int8' is not known"),
+        (["--dtype", "int8"], "--dtype int8 is not known"),
         (["--json", "report.txt"], "report.txt cannot be the report"),
         (["--plot", "map.pdf"], "map.pdf cannot be the picture"),
     ],

@@ -414,7 +414,7 @@ def test_rounding_to_nearest_leaves_what_a_stopped_calibration_kept(folder: Path
     ("arguments", "message"),
     [
         (["--block-size", "100"], "block_size=100 is not supported"),
-        (["--dtype", "int8"], "dtype='int8' is not known"),
+        (["--dtype", "int8"], "--dtype int8 is not known"),
         (["--device", "abacus"], "device='abacus' is not known; choose cpu, cuda"),
         (["--calibrate", "./nowhere.txt"], "The file ./nowhere.txt is not there."),
         (["--calibrate", "{base}/config.txt.gz"], "The file {base}/config.txt.gz is not there."),
