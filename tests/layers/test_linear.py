@@ -150,8 +150,8 @@ def test_the_compute_dtype_is_that_of_the_product_alone(dtype: torch.dtype, comp
     layer = nf4_layer(dtype=dtype, compute_dtype=compute_dtype)
     x = torch.randn(5, 128, dtype=dtype)
     compute = getattr(torch, compute_dtype)
-    exact = layer.float().dequantize()
-    expected = product(x.to(compute), exact.to(compute), layer.to(dtype).bias.to(compute))
+    exact = copy.deepcopy(layer).float().dequantize()
+    expected = product(x.to(compute), exact.to(compute), layer.bias.to(compute))
     assert torch.equal(layer(x), expected.to(dtype))
     assert layer.bias.dtype == dtype  # bitsandbytes would cast it for good
 

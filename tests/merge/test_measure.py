@@ -19,7 +19,7 @@ from hf_qlora import NF4Config, quantize_model
 from hf_qlora.layers.errors import MergeError
 from hf_qlora.merge import measure
 from hf_qlora.quant.codebook import NF4_LEVELS
-from hf_qlora.quant.dequantize import block_scales
+from hf_qlora.quant.dequantize import block_scales, dequantize_weight
 from hf_qlora.quant.packing import quantize_weight
 
 
@@ -47,7 +47,7 @@ def test_the_step_is_the_width_of_each_weights_cell(shape: tuple[int, int], doub
 def test_the_scales_are_those_that_weights_are_read_with() -> None:
     weight = torch.randn(4, 64)
     packed, state = quantize_weight(weight, NF4Config())
-    largest = measure.dequantize_weight(packed, state).abs().amax(1)  # the level ±1 in each block
+    largest = dequantize_weight(packed, state).abs().amax(1)  # the level ±1 in each block
     torch.testing.assert_close(block_scales(state), largest, rtol=1e-6, atol=0)
 
 
