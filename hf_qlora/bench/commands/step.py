@@ -96,7 +96,7 @@ def growth(
 ) -> None:
     """What one more token, rank, layer or adapter costs a training step, beside the frozen base alone.
 
-    Interrupted, the same command goes on where it stopped. Half an hour on two cores.
+    Interrupted, the same command goes on where it stopped. Half an hour to an hour on two cores.
     """
     from functools import partial
 
