@@ -21,7 +21,7 @@ from hf_qlora.bench.generation import report as generation
 from hf_qlora.bench.memory_plan import report as memory_plan
 from hf_qlora.bench.quantization.result import QuantizationResult
 from hf_qlora.bench.results import read_whole
-from hf_qlora.bench.train_step import checkpointing, curves
+from hf_qlora.bench.train_step import checkpointing, curves, growth
 from hf_qlora.bench.train_step import report as train_step
 
 
@@ -73,6 +73,7 @@ WHOLE: dict[str, tuple[str, Any]] = {
     "train_step_cpu.json": ("training.md", train_step),
     "train_step_h200.json": ("training.md", train_step),
     "train_step_avx2.json": ("training.md", train_step),
+    "growth.json": ("training.md", growth),
     "checkpointing_h200.json": ("training.md", checkpointing),
     "generation_cpu.json": ("generation.md", generation),
     "skip_list.json": ("quantizing.md", skip_list),
