@@ -297,6 +297,10 @@ def test_what_is_said_of_kept_layers_is_true(
         stop(True)
     earlier = f"Layers rounded before are in {folder}: the call that rounded them goes on there. Else remove it."
     assert (earlier in caplog.text) == (type(error) is not Refused)
+    (folder / "file.safetensors").rename(folder / "notes")
+    with pytest.raises(type(error)), resumable(tmp_path / "out", Refused):
+        stop(True)
+    assert (folder / "notes").exists()  # which is nobody's layers
     with resumable(tmp_path / "out", Refused):
         pass
     assert not folder.exists()

@@ -151,7 +151,8 @@ def resumable(target: Path, refused: type[Exception] | tuple[()] = ()) -> Iterat
                 which, use = "Layers rounded before", "the call that rounded them goes on there"
             logger.warning("%s are in %s: %s. Else remove it.", which, folder, use)
         else:
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # not there, or somebody's own files are
+                folder.rmdir()
         raise
     shutil.rmtree(folder, ignore_errors=True)
 
